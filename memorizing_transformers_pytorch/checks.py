@@ -1,0 +1,73 @@
+"""Whether what is passed to a model fits it. Each check raises ValueError that names what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from memorizing_transformers_pytorch.config import ModelConfig
+from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.segment import XLMemories
+
+IGNORE_INDEX = -100
+
+
+def check_tokens(config: ModelConfig, x: Tensor, labels: Tensor | None) -> None:
+    """Token ids and labels lie in the vocabulary; labels may also be IGNORE_INDEX."""
+    last = config.num_tokens - 1
+    low, high = int(x.min()), int(x.max())
+    if low < 0 or high > last:
+        raise ValueError(f"expected token ids from 0 to {last}, got {low} to {high}")
+    if labels is None:
+        return
+    if labels.shape != x.shape or labels.is_floating_point():
+        raise ValueError(f"expected integer labels {tuple(x.shape)}, got {labels.dtype} {tuple(labels.shape)}")
+    wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels > last))]
+    if wrong.numel() > 0:
+        raise ValueError(f"expected labels from 0 to {last}, or {IGNORE_INDEX}, got {int(wrong[0])}")
+
+
+def check_memories(config: ModelConfig, memories: Sequence[KNNMemory] | None, batch_size: int) -> KNNMemoryList | None:
+    """One memory per memorizing layer, of the model's shapes and dtype, with as many rows in scope as the batch has."""
+    if memories is None:
+        return None
+    if len(memories) != len(config.layers_with_memory):
+        raise ValueError(f"expected memories for {len(config.layers_with_memory)} layers, got {len(memories)}")
+    expected = (config.dim_head, config.num_kv_heads, config.memory_dtype)
+    for memory in memories:
+        got = (memory.dim, memory.num_kv_heads, str(memory.dtype).removeprefix("torch."))
+        if got != expected:
+            raise ValueError(f"expected memories with (dim, key/value heads, dtype) {expected}, got {got}")
+        if len(memory.scoped_indices) != batch_size:
+            raise ValueError(f"expected memories with {batch_size} rows in scope, got {len(memory.scoped_indices)}")
+        if memory.scoped_indices != memories[0].scoped_indices:
+            rows = (memories[0].scoped_indices, memory.scoped_indices)
+            raise ValueError(f"expected the same rows in scope of every memory, got {rows[0]} and {rows[1]}")
+        _ = memory.store  # refuses a closed memory
+    return KNNMemoryList(memories)
+
+
+def check_state(config: ModelConfig, state: Sequence[Tensor] | None, initial: XLMemories) -> XLMemories:
+    """XL memory and convolution states as a call of the same model returned them; `initial` says what they look like."""
+    if state is None:
+        return initial
+    if not isinstance(state, XLMemories):
+        raise ValueError(f"expected xl_memories as the preceding call returned them, got {type(state).__name__}")
+    got = (len(state), len(state.conv_states))
+    expected = (len(initial), len(initial.conv_states))
+    if got != expected:
+        raise ValueError(f"expected xl_memories of (XL layers, convolutions) {expected}, got {got}")
+    if state.length > config.num_kv_pairs_kept:
+        raise ValueError(f"expected at most {config.num_kv_pairs_kept} pairs in xl_memories, got {state.length}")
+    batch = initial.origins.shape[0]
+    if state.origins.shape[0] != batch:
+        raise ValueError(f"expected xl_memories of {batch} rows, got {state.origins.shape[0]}")
+    for pairs, template in zip(state, initial, strict=True):
+        shape = (*template.shape[:2], state.length, *template.shape[3:])
+        if pairs.shape != shape:
+            raise ValueError(f"expected pairs {shape} in xl_memories, got {tuple(pairs.shape)}")
+    for conv_state, template in zip(state.conv_states, initial.conv_states, strict=True):
+        if conv_state.shape != template.shape:
+            raise ValueError(f"expected a state {tuple(template.shape)}, got {tuple(conv_state.shape)}")
+    return state

@@ -1,0 +1,92 @@
+"""Finding the stored keys that have the largest inner product with a query.
+
+An index sees the keys of one row where they lie in the store and answers with places in the ring. It keeps nothing
+of its own here: brute force over the buffer is exact, and needs neither insertion nor deletion.
+
+Shapes: G key/value heads, Q queries, N entries in the row, K retrieved, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import faiss
+import torch
+from torch import Tensor
+
+# A block of converted keys should stay in cache; a block of scores should not fill the memory of a GPU.
+MAX_BLOCK_ENTRIES = 65_536
+MAX_BLOCK_SCORES = 2**26
+
+
+class Best(NamedTuple):
+    """scores (..., K), best first, and the places (..., K) int64 where those entries lie."""
+
+    scores: Tensor
+    places: Tensor
+
+
+class Index(Protocol):
+    """Searches the keys of one row. Implementations may approximate which entries they find, never their scores."""
+
+    def search(self, queries: Tensor, keys: Tensor, topk: int) -> Best:
+        """queries (G, Q, D), keys (G, N, D) -> the min(topk, N) best entries for each query, as (G, Q, K)."""
+        ...
+
+
+class ExactIndex:
+    """Brute force: exactly the entries with the largest inner products, accumulated in float32 or better."""
+
+    def search(self, queries: Tensor, keys: Tensor, topk: int) -> Best:
+        accumulate = torch.float64 if queries.dtype == torch.float64 else torch.float32
+        on_faiss = keys.device.type == "cpu" and accumulate == torch.float32
+        best_in_block = _best_by_faiss if on_faiss else _best_by_matmul
+        if on_faiss and keys.dtype == torch.float32:
+            block_entries = max(keys.shape[1], 1)
+        else:
+            scores_per_entry = max(queries.shape[0] * queries.shape[1], 1)
+            block_entries = max(min(MAX_BLOCK_ENTRIES, MAX_BLOCK_SCORES // scores_per_entry), topk)
+        return _running_best(queries.to(accumulate), keys, topk, block_entries, best_in_block)
+
+
+def _running_best(
+    queries: Tensor, keys: Tensor, topk: int, block_entries: int, best_in_block: Callable[[Tensor, Tensor, int], Best]
+) -> Best:
+    """The best of all entries, from the best of each block of them."""
+    best: Best | None = None
+    for start in range(0, keys.shape[1], block_entries):
+        block = keys[:, start : start + block_entries].to(queries.dtype)
+        scores, places = best_in_block(queries, block, min(topk, block.shape[1]))
+        found = Best(scores, places + start)
+        best = found if best is None else _better_of(best, found, topk)
+    if best is None:
+        raise ValueError("expected at least one entry to search, got 0")
+    return best
+
+
+def _better_of(left: Best, right: Best, topk: int) -> Best:
+    scores = torch.cat((left.scores, right.scores), dim=-1)
+    places = torch.cat((left.places, right.places), dim=-1)
+    scores, order = scores.topk(min(topk, scores.shape[-1]), dim=-1)
+    return Best(scores, places.gather(-1, order))
+
+
+def _best_by_matmul(queries: Tensor, keys: Tensor, topk: int) -> Best:
+    return Best(*(queries @ keys.mT).topk(topk, dim=-1))
+
+
+def _best_by_faiss(queries: Tensor, keys: Tensor, topk: int) -> Best:
+    found = [
+        faiss.knn(head_queries, head_keys, topk, metric=faiss.METRIC_INNER_PRODUCT)
+        for head_queries, head_keys in zip(queries.contiguous().numpy(), keys.numpy(), strict=True)
+    ]
+    scores, places = (torch.stack([torch.from_numpy(part) for part in parts]) for parts in zip(*found, strict=True))
+    return Best(scores, places)
+
+
+def make_index(name: str) -> Index:
+    """The index called `name`. Raises ValueError for an unknown one."""
+    if name != "exact":
+        raise ValueError(f"expected index to be 'exact', got {name!r}")
+    return ExactIndex()

@@ -1,0 +1,289 @@
+"""KNNMemory: what one layer remembers of the documents in its rows.
+
+It checks what comes in, keeps it in a `Store` and finds it again with an `Index`. It knows nothing of models.
+
+Shapes: R rows in scope, H query heads, G key/value heads, N entries added, K retrieved, D head width, M capacity.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memorizing_transformers_pytorch.memory.index import make_index
+from memorizing_transformers_pytorch.memory.retrieved import Lookup, Retrieved
+from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN, Store
+
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn about something that is accepted but has no effect; once per message and process."""
+    warnings.warn(message, stacklevel=3)
+
+
+class StagedEntries(NamedTuple):
+    """Entries that have been checked and converted, and can be stored without fail."""
+
+    rows: list[int]
+    keys: Tensor
+    values: Tensor
+    origins: Tensor
+    mask: Tensor | None
+
+
+class KNNMemory:
+    """A memory of (key, value) pairs for each row, searched by largest inner product (Wu et al., ICLR 2022, section 3).
+
+    Each row keeps exactly the last `max_memories` entries added to it since it was last cleared.
+
+    dim: width D of keys and values.
+    max_memories: capacity M of each row.
+    num_indices: number of rows; each remembers its own document.
+    num_kv_heads: key/value heads G. Query head h reads key/value head h // (H / G).
+    dtype: how keys and values are stored: torch.float32, torch.bfloat16 or torch.float16.
+    device: where they lie; the CPU unless said otherwise.
+    index: "exact", brute force over the stored keys.
+    directory: keep the entries in memory-mapped files in a fresh folder below this one, instead of in RAM. The files
+        are removed by `cleanup()`.
+    memmap_filename, multiprocessing: arguments of the original package. The first only chooses the directory here
+        (files get names of their own), the second has no effect; both say so once.
+
+    Raises ValueError for sizes below 1, another dtype, an unknown index, or a directory together with a GPU.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_memories: int = 16000,
+        num_indices: int = 1,
+        memmap_filename: str | Path | None = None,
+        multiprocessing: bool | None = None,
+        *,
+        num_kv_heads: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        index: str = "exact",
+        directory: str | Path | None = None,
+    ) -> None:
+        sizes = {"dim": dim, "max_memories": max_memories, "num_indices": num_indices, "num_kv_heads": num_kv_heads}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"expected {name} to be at least 1, got {size}")
+        if dtype not in STORAGE_DTYPES:
+            raise ValueError(f"expected dtype to be one of {STORAGE_DTYPES}, got {dtype}")
+        if multiprocessing is not None:
+            warn_once("multiprocessing has no effect: the exact search already uses every core")
+        if memmap_filename is not None:
+            directory = Path(memmap_filename).parent if directory is None else directory
+            warn_once(f"memmap_filename only chooses the directory, {directory}; files get names that never clash")
+        device = torch.device(device or "cpu")
+        if directory is not None and device.type != "cpu":
+            raise ValueError(f"expected device 'cpu' for a memory-mapped memory, got {str(device)!r}")
+
+        self.dim = dim
+        self.max_memories = max_memories
+        self.num_indices = num_indices
+        self.num_kv_heads = num_kv_heads
+        self.dtype = dtype
+        self.device = device
+        self.scoped_indices = list(range(num_indices))
+        self._index = make_index(index)
+        self._open_store: Store | None = Store(
+            rows=num_indices,
+            kv_heads=num_kv_heads,
+            capacity=max_memories,
+            dim=dim,
+            dtype=dtype,
+            device=device,
+            directory=None if directory is None else Path(directory),
+        )
+
+    def __repr__(self) -> str:
+        entries = "closed" if self._open_store is None else f"entries={list(self.num_entries)}"
+        shape = f"dim={self.dim}, max_memories={self.max_memories}, num_indices={self.num_indices}"
+        return f"KNNMemory({shape}, num_kv_heads={self.num_kv_heads}, dtype={self.dtype}, {entries})"
+
+    @property
+    def store(self) -> Store:
+        """The entries themselves. Raises ValueError after `cleanup()`."""
+        if self._open_store is None:
+            raise ValueError("expected an open memory, got one that cleanup() has closed")
+        return self._open_store
+
+    @property
+    def num_entries(self) -> tuple[int, ...]:
+        """How many entries each row holds, of all rows."""
+        return tuple(self.store.filled)
+
+    # Which rows
+
+    @contextmanager
+    def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemory]:
+        """Inside, batches consist of just these rows, in this order, and no other row changes.
+
+        Row numbers are always those of the whole memory: an inner scope replaces the outer one until it ends.
+        Raises ValueError for rows that are out of range, repeated or none.
+        """
+        rows = self._checked_rows(indices)
+        if not rows:
+            raise ValueError("expected at least one row in the scope, got none")
+        outer, self.scoped_indices = self.scoped_indices, rows
+        try:
+            yield self
+        finally:
+            self.scoped_indices = outer
+
+    def _checked_rows(self, indices: Iterable[int]) -> list[int]:
+        rows = [int(index) for index in indices]
+        if len(set(rows)) != len(rows) or not all(0 <= row < self.num_indices for row in rows):
+            raise ValueError(f"expected distinct rows from 0 to {self.num_indices - 1}, got {rows}")
+        return rows
+
+    def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
+        """Empty these rows (numbered as in the whole memory), or every row in scope.
+
+        Raises ValueError for rows that are out of range or outside the scope.
+        """
+        if batch_indices is None:
+            batch_indices = self.scoped_indices
+        elif isinstance(batch_indices, int):
+            batch_indices = [batch_indices]
+        rows = self._checked_rows(batch_indices)
+        if not set(rows) <= set(self.scoped_indices):
+            raise ValueError(f"expected rows of the scope {self.scoped_indices}, got {rows}")
+        self.store.clear(rows)
+
+    # Writing
+
+    def add(self, memories: Tensor, mask: Tensor | None = None, origins: Tensor | None = None) -> None:
+        """Store entries, oldest first, over the oldest of each row.
+
+        memories: (R, G, N, 2, D), or (R, N, 2, D) for one key/value head; keys at [..., 0, :], values at [..., 1, :].
+        mask: (R, N) bool; entries where it is False (padding) are not stored.
+        origins: (R, N, 3) integers: document id, position in the document, token id; unknown (-1) unless given.
+
+        Raises ValueError, before anything is stored, for other shapes, entries that are not floating-point numbers,
+        or entries that are not finite in the memory's dtype.
+        """
+        self.commit(self.stage(memories, mask, origins))
+
+    def stage(self, memories: Tensor, mask: Tensor | None = None, origins: Tensor | None = None) -> StagedEntries:
+        """Check and convert what `add` would store, storing nothing: several memories can so change all or none."""
+        memories = self._checked_entries(memories)
+        rows, _, count = memories.shape[:3]
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows, count)):
+            raise ValueError(f"expected a bool mask ({rows}, {count}), got {mask.dtype} {tuple(mask.shape)}")
+        if origins is None:
+            origins = torch.full((rows, count, ORIGIN_FIELDS), UNKNOWN)
+        elif origins.is_floating_point() or origins.shape != (rows, count, ORIGIN_FIELDS):
+            expected = f"integer origins ({rows}, {count}, {ORIGIN_FIELDS})"
+            raise ValueError(f"expected {expected}, got {origins.dtype} {tuple(origins.shape)}")
+        stored = memories.detach().to(self.device, self.dtype)
+        checked = stored if mask is None else stored.masked_fill(~mask[:, None, :, None, None].to(self.device), 0)
+        if not bool(checked.isfinite().all()):
+            raise ValueError(f"expected keys and values that are finite in {self.dtype}, got NaN or infinity")
+        keys, values = stored.unbind(dim=-2)
+        mask = None if mask is None else mask.to(self.device)
+        return StagedEntries(list(self.scoped_indices), keys, values, origins.to(self.device, torch.int64), mask)
+
+    def _checked_entries(self, memories: Tensor) -> Tensor:
+        """The entries as (R, G, N, 2, D)."""
+        if self.num_kv_heads == 1 and memories.ndim == 4:
+            memories = memories.unsqueeze(1)
+        rows = len(self.scoped_indices)
+        fits = memories.ndim == 5 and memories.shape[:2] == (rows, self.num_kv_heads)
+        if not fits or memories.shape[3:] != (2, self.dim):
+            expected = f"entries ({rows} rows, {self.num_kv_heads} key/value heads, any number, 2, {self.dim})"
+            raise ValueError(f"expected {expected}, got {tuple(memories.shape)}")
+        if not memories.is_floating_point():
+            raise ValueError(f"expected floating-point entries, got {memories.dtype}")
+        return memories
+
+    def commit(self, staged: StagedEntries) -> None:
+        """Store what `stage` has checked."""
+        self.store.write(*staged)
+
+    # Reading
+
+    def retrieve(self, queries: Tensor, topk: int) -> Retrieved:
+        """The `topk` entries of its own row and head with the largest inner product, for each query.
+
+        queries: (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of G.
+        Returns slots, scores and mask, each (R, ..., topk), on the device of the queries. Keys and values stay where
+        they are. Raises ValueError for other shapes, topk < 1, or queries that are not finite.
+        """
+        self._check_queries(queries, topk)
+        grouped = queries.detach().to(self.device).reshape(queries.shape[0], self.num_kv_heads, -1, self.dim)
+        score_dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+        shape = (*grouped.shape[:3], topk)
+        slots = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        scores = torch.zeros(shape, dtype=score_dtype, device=self.device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        if grouped.shape[2] > 0:
+            for i, row in enumerate(self.scoped_indices):
+                self._search_row(row, grouped[i], topk, slots[i], scores[i], mask[i])
+        shape = (*queries.shape[:-1], topk)
+        return Retrieved(*(part.view(shape).to(queries.device) for part in (slots, scores, mask)))
+
+    def _search_row(self, row: int, queries: Tensor, topk: int, slots: Tensor, scores: Tensor, mask: Tensor) -> None:
+        """Search one row with queries (G, Q, D), and fill in its slots, scores and mask, each (G, Q, topk)."""
+        filled = self.store.filled[row]
+        found = min(topk, filled)
+        if found == 0:
+            return
+        best = self._index.search(queries, self.store.keys[row, :, :filled], topk)
+        bases = torch.tensor([self.store.slot_base(row, head) for head in range(self.num_kv_heads)], device=self.device)
+        slots[..., :found] = best.places + bases[:, None, None]
+        scores[..., :found] = best.scores
+        mask[..., :found] = True
+
+    def _check_queries(self, queries: Tensor, topk: int) -> None:
+        rows, heads = len(self.scoped_indices), self.num_kv_heads
+        fits = queries.ndim >= 2 and queries.shape[0] == rows and queries.shape[-1] == self.dim
+        if heads > 1:
+            fits = fits and queries.ndim >= 3 and queries.shape[1] % heads == 0
+        if not fits:
+            middle = "..." if heads == 1 else f"query heads as a multiple of {heads}, ..."
+            raise ValueError(f"expected queries ({rows} rows, {middle}, {self.dim}), got {tuple(queries.shape)}")
+        if not queries.is_floating_point():
+            raise ValueError(f"expected floating-point queries, got {queries.dtype}")
+        if topk < 1:
+            raise ValueError(f"expected topk to be at least 1, got {topk}")
+        if not bool(queries.isfinite().all()):
+            raise ValueError("expected finite queries, got NaN or infinity")
+
+    def look_up(self, queries: Tensor, topk: int) -> Lookup:
+        """`retrieve`, with access to the keys and values behind it: what an attention layer needs."""
+        return Lookup(self.store, self.retrieve(queries, topk))
+
+    def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk).
+
+        Where mask is False key_values is 0. Both are on the device of the queries.
+        """
+        slots, _, mask = self.retrieve(queries, topk)
+        flat = slots.to(self.device)
+        key_values = torch.stack((self.store.keys.flatten(0, 2)[flat], self.store.values.flatten(0, 2)[flat]), dim=-2)
+        return key_values.to(queries.device).masked_fill(~mask[..., None, None], 0), mask
+
+    def origins(self, slots: Tensor) -> Tensor:
+        """slots (...) -> (..., 3) int64: document id, position in the document, token id; -1 where not given."""
+        num_slots = self.num_indices * self.num_kv_heads * self.max_memories
+        if slots.numel() > 0 and not (0 <= int(slots.min()) and int(slots.max()) < num_slots):
+            raise ValueError(f"expected slots from 0 to {num_slots - 1}, got {int(slots.min())} to {int(slots.max())}")
+        return self.store.origins_of(slots).to(slots.device)
+
+    def cleanup(self) -> None:
+        """Close the memory and remove its files, if it has any. It cannot be used afterwards."""
+        if self._open_store is not None:
+            self._open_store.close()
+            self._open_store = None

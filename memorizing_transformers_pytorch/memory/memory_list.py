@@ -1,0 +1,47 @@
+"""The memories of a whole model, which change together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+
+from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
+
+
+class KNNMemoryList(list[KNNMemory]):
+    """The memories of a model, one per memorizing layer in order of depth."""
+
+    @contextmanager
+    def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemoryList]:
+        """Scope every memory to these rows; see `KNNMemory.at_batch_indices`."""
+        rows = list(indices)
+        with ExitStack() as scopes:
+            for memory in self:
+                scopes.enter_context(memory.at_batch_indices(rows))
+            yield self
+
+    def clear_memory(
+        self, batch_indices: int | Iterable[int] | None = None, memory_indices: Iterable[int] | None = None
+    ) -> None:
+        """Empty these rows of these memories; every row in scope and every memory unless said otherwise."""
+        rows = list(batch_indices) if isinstance(batch_indices, Iterable) else batch_indices
+        for index in range(len(self)) if memory_indices is None else memory_indices:
+            self[index].clear(rows)
+
+    def add(self, pairs: Sequence[Tensor], mask: Tensor | None = None, origins: Tensor | None = None) -> None:
+        """Add one tensor of entries to each memory: to all of them or, where one refuses, to none.
+
+        See `KNNMemory.add`. Raises ValueError for another number of tensors than memories.
+        """
+        if len(pairs) != len(self):
+            raise ValueError(f"expected entries for {len(self)} memories, got {len(pairs)}")
+        staged = [memory.stage(entries, mask, origins) for memory, entries in zip(self, pairs, strict=True)]
+        for memory, entries in zip(self, staged, strict=True):
+            memory.commit(entries)
+
+    def cleanup(self) -> None:
+        """Close every memory and remove its files."""
+        for memory in self:
+            memory.cleanup()

@@ -1,0 +1,148 @@
+"""Where entries lie: for each row a ring of fixed capacity in which the newest entry replaces the oldest.
+
+A store knows rows and slots. It checks nothing that its caller (`KNNMemory`) has checked, and searches nothing.
+All heads of a row fill together, so a row has one ring of places, and each place holds a key and a value per head.
+The entries of a row always occupy places 0 ... filled - 1, which is what lets a search read them as one buffer.
+
+Shapes: R rows, G key/value heads, M capacity, N entries added, D head width.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ORIGIN_FIELDS = 3  # document id, position in the document, token id
+UNKNOWN = -1
+
+_BYTES_AS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+
+class Store:
+    """Entries of R rows in RAM, on a GPU, or (with a directory) in memory-mapped files of its own.
+
+    keys, values: (R, G, M, D). origins: (R, M, 3) int64. written: (R, M) int64, the clock at which a place was
+    last written. filled: entries in each row. Files lie in a fresh folder and are removed by `close`, or at the
+    latest when the store is collected.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: int,
+        kv_heads: int,
+        capacity: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        directory: Path | None,
+    ) -> None:
+        self.capacity = capacity
+        self.filled = [0] * rows
+        self.clock = 0
+        self._cursors = [0] * rows
+        self._folder = None if directory is None else _fresh_folder(directory)
+        self._remove_files = weakref.finalize(self, _remove_folder, self._folder)
+
+        def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            # Outside inference mode, so that a memory made inside it can still be written outside.
+            with torch.inference_mode(False):
+                if self._folder is not None:
+                    return _map_file(self._folder / name, shape, dtype)
+                return _zeros(shape, dtype, device)
+
+        self.keys = allocate("keys", (rows, kv_heads, capacity, dim), dtype)
+        self.values = allocate("values", (rows, kv_heads, capacity, dim), dtype)
+        self.origins = allocate("origins", (rows, capacity, ORIGIN_FIELDS), torch.int64)
+        self.written = allocate("written", (rows, capacity), torch.int64)
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    def write(self, rows: list[int], keys: Tensor, values: Tensor, origins: Tensor, mask: Tensor | None) -> None:
+        """Put entries (len(rows), G, N, D), in order, over the oldest; skip those that are False in mask (len(rows), N)."""
+        self.clock += 1
+        for i, row in enumerate(rows):
+            chosen = slice(None) if mask is None else mask[i].nonzero().squeeze(-1)
+            row_keys, row_values, row_origins = keys[i][:, chosen], values[i][:, chosen], origins[i][chosen]
+            self._write_row(row, row_keys, row_values, row_origins)
+
+    def _write_row(self, row: int, keys: Tensor, values: Tensor, origins: Tensor) -> None:
+        count = keys.shape[1]
+        cursor = (self._cursors[row] + max(count - self.capacity, 0)) % self.capacity
+        kept = min(count, self.capacity)
+        start = count - kept
+        while start < count:  # at most twice: up to the end of the ring, then from its beginning
+            run = min(count - start, self.capacity - cursor)
+            here, there = slice(cursor, cursor + run), slice(start, start + run)
+            self.keys[row, :, here] = keys[:, there]
+            self.values[row, :, here] = values[:, there]
+            self.origins[row, here] = origins[there]
+            self.written[row, here] = self.clock
+            start, cursor = start + run, (cursor + run) % self.capacity
+        self._cursors[row] = cursor
+        self.filled[row] = min(self.filled[row] + count, self.capacity)
+
+    def clear(self, rows: list[int]) -> None:
+        for row in rows:
+            self.filled[row] = self._cursors[row] = 0
+
+    def slot_base(self, row: int, kv_head: int) -> int:
+        """The slot of place 0 in this row and head."""
+        return (row * self.keys.shape[1] + kv_head) * self.capacity
+
+    def origins_of(self, slots: Tensor) -> Tensor:
+        """slots (...) -> their origins (..., 3)."""
+        return self.origins.flatten(0, 1)[self._places(slots)]
+
+    def written_at(self, slots: Tensor) -> Tensor:
+        """slots (...) -> the clock at which each was last written (...)."""
+        return self.written.flatten()[self._places(slots)]
+
+    def _places(self, slots: Tensor) -> Tensor:
+        slots = slots.to(self.device)
+        rows = slots // (self.keys.shape[1] * self.capacity)
+        return rows * self.capacity + slots % self.capacity
+
+    def require_unchanged(self, slots: Tensor, mask: Tensor, *, since: int) -> None:
+        """Raise RuntimeError if one of the slots (...) that are True in mask (...) was written after `since`."""
+        if self.clock == since:
+            return
+        replaced = (self.written_at(slots) > since) & mask.to(self.device)
+        if bool(replaced.any()):
+            raise RuntimeError(
+                f"the memory has overwritten {int(replaced.sum())} of the retrieved entries that this backward pass needs: "
+                f"call backward() before adding further segments, or enlarge max_memories (now {self.capacity})"
+            )
+
+    def close(self) -> None:
+        """Remove the files. Tensors that are still in use elsewhere stay readable until they are let go."""
+        self._remove_files()
+
+
+def _fresh_folder(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="knn-memory-", dir=directory))
+
+
+def _remove_folder(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy asks the system for zeroed pages, which cost nothing until they are written; torch.zeros touches them all.
+    return torch.from_numpy(np.zeros(shape, dtype=_BYTES_AS[dtype.itemsize])).view(dtype)

@@ -1,0 +1,314 @@
+"""Local attention, and local attention joined with entries retrieved from a memory.
+
+Layers compute; they do not keep. `attend` takes what came before as `past` and returns the pairs of this segment; who
+stores them where is the caller's business (the model's, or that of `forward` for a layer used on its own).
+
+Shapes: B rows, H query heads, G key/value heads, T queries, P past keys, S = P + T keys, K retrieved, D head width,
+E model width. Pairs are (B, G, n, 2, D): keys at [..., 0, :], values at [..., 1, :].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from memorizing_transformers_pytorch.nn.position import INVISIBLE, causal_distances
+from memorizing_transformers_pytorch.nn.retrieval import Lookup, retrieved_logits, retrieved_values
+from memorizing_transformers_pytorch.nn.short_conv import ShortConv, induction_taps
+
+# The query heads of an induction start differ from the key projection by this share of their own random start.
+INDUCTION_NOISE = 0.3
+
+LookUp = Callable[[Tensor, int], Lookup]
+
+
+class Attended(NamedTuple):
+    """out (B, T, E), the pairs of this segment (B, G, T, 2, D), and the inputs of the convolution (B, T, C) if any."""
+
+    out: Tensor
+    pairs: Tensor
+    conv_inputs: Tensor | None = None
+
+
+class Memory(Protocol):
+    """What a `KNNAttention` used on its own needs of a memory; `KNNMemory` has it."""
+
+    def look_up(self, queries: Tensor, topk: int) -> Lookup: ...
+
+    def add(self, memories: Tensor) -> None: ...
+
+
+def join_past(past: Tensor | None, pairs: Tensor) -> Tensor:
+    """The pairs (B, G, P, 2, D) of the past, detached, and those of this segment, as one (B, G, S, 2, D)."""
+    return pairs if past is None else torch.cat((past.detach().to(pairs), pairs), dim=2)
+
+
+def _causal_bias(rel_pos_bias: Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """The bias (1, H, T, S), or none, with -inf for keys ahead of the query."""
+    ahead = causal_distances(num_queries, num_keys, device).unsqueeze(1) == INVISIBLE
+    bias = torch.zeros(1, device=device) if rel_pos_bias is None else rel_pos_bias
+    return bias.masked_fill(ahead, -math.inf)
+
+
+class _KeepsPast(nn.Module):
+    """The projections of both kinds of attention, and what they keep of the past when used on their own."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        dropout: float,
+        xl_max_memories: int,
+        num_kv_heads: int,
+        out_bias: bool,
+    ) -> None:
+        super().__init__()
+        if heads % num_kv_heads != 0:
+            raise ValueError(f"expected heads to be a multiple of num_kv_heads={num_kv_heads}, got {heads}")
+        self.heads = heads
+        self.num_kv_heads = num_kv_heads
+        self.dim_head = dim_head
+        self.xl_max_memories = xl_max_memories
+        self.dropout = nn.Dropout(dropout)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * num_kv_heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=out_bias)
+
+    def _roll(self, xl_memory: Tensor | None, pairs: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The new XL memory, and the pairs that it no longer holds."""
+        pairs = join_past(xl_memory, pairs).detach()
+        if self.xl_max_memories == 0:
+            return None, pairs
+        kept = min(self.xl_max_memories, pairs.shape[2])
+        return pairs[:, :, pairs.shape[2] - kept :], pairs[:, :, : pairs.shape[2] - kept]
+
+
+class Attention(_KeepsPast):
+    """Causal attention over the segment and its past (Vaswani et al. 2017), with shared key/value heads (Shazeer 2019).
+
+    dim, heads, dim_head, dropout: widths E, H, D and the dropout of attention weights.
+    xl_max_memories: how many of the last pairs `forward` gives back as Transformer-XL memory.
+    num_kv_heads: key/value heads G, a divisor of heads; 1 is multi-query attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        xl_max_memories: int = 0,
+        num_kv_heads: int = 1,
+    ) -> None:
+        super().__init__(
+            dim=dim,
+            heads=heads,
+            dim_head=dim_head,
+            dropout=dropout,
+            xl_max_memories=xl_max_memories,
+            num_kv_heads=num_kv_heads,
+            out_bias=True,
+        )
+
+    def attend(self, x: Tensor, *, bias: Tensor, past: Tensor | None = None) -> Attended:
+        """x (B, T, E), bias (B or 1, H, T, S) with -inf for invisible keys, past (B, G, P, 2, D)."""
+        queries = rearrange(self.to_q(x), "b t (h d) -> b h t d", h=self.heads)
+        pairs = rearrange(self.to_kv(x), "b t (kv g d) -> b g t kv d", kv=2, g=self.num_kv_heads)
+        keys, values = join_past(past, pairs).unbind(dim=-2)
+        out = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=bias.to(queries.dtype),
+            dropout_p=self.dropout.p if self.training else 0.0,
+            enable_gqa=self.num_kv_heads != self.heads,
+        )
+        return Attended(self.to_out(rearrange(out, "b h t d -> b t (h d)")), pairs)
+
+    def forward(
+        self, x: Tensor, *, xl_memory: Tensor | None = None, rel_pos_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer on its own: x (B, T, E), xl_memory (B, G, P, 2, D) -> out (B, T, E) and the new XL memory, if any.
+
+        rel_pos_bias: (1, H, T, S), without a causal mask; keys ahead of a query are masked here.
+        """
+        num_keys = x.shape[1] + (0 if xl_memory is None else xl_memory.shape[2])
+        bias = _causal_bias(rel_pos_bias, x.shape[1], num_keys, x.device)
+        attended = self.attend(x, bias=bias, past=xl_memory)
+        new_xl_memory, _ = self._roll(xl_memory, attended.pairs)
+        return attended.out, new_xl_memory
+
+
+class KNNAttention(_KeepsPast):
+    """Attention over the segment, its past, and the K best entries of a memory (Wu et al., ICLR 2022, section 3.1).
+
+    Queries and keys are l2-normalised, with a learned temperature per head (Henry et al. 2020) that starts at
+    `attn_scale_init`. The same query serves local keys and the memory; retrieved keys get no position bias.
+
+    combine: "softmax", one softmax over retrieved and local logits; or "gate", the paper's learned scalar per head
+        g = sigmoid(b) between the two (b starts at 0; with nothing retrieved the output is the local one).
+    gate_output: a learned tanh gate on the output that starts at 0, for adding the layer to a trained model.
+    short_conv: width of a causal depthwise convolution over queries and keys; 0 for none.
+    qk_init: "induction" starts the layer as an induction head (see `nn.short_conv`); it needs short_conv >= 2.
+    The other arguments are those of `Attention`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        num_retrieved_memories: int = 32,
+        xl_max_memories: int = 0,
+        attn_scale_init: float = 20,
+        gate_output: bool = False,
+        num_kv_heads: int = 1,
+        combine: str = "softmax",
+        short_conv: int = 0,
+        qk_init: str = "independent",
+    ) -> None:
+        super().__init__(
+            dim=dim,
+            heads=heads,
+            dim_head=dim_head,
+            dropout=dropout,
+            xl_max_memories=xl_max_memories,
+            num_kv_heads=num_kv_heads,
+            out_bias=False,
+        )
+        if combine not in ("softmax", "gate"):
+            raise ValueError(f"expected combine to be 'softmax' or 'gate', got {combine!r}")
+        if qk_init not in ("independent", "induction"):
+            raise ValueError(f"expected qk_init to be 'independent' or 'induction', got {qk_init!r}")
+        self.num_retrieved_memories = num_retrieved_memories
+        self.scale = nn.Parameter(torch.full((heads, 1, 1), math.log(attn_scale_init)))
+        self.gate = nn.Parameter(torch.zeros(heads, 1, 1)) if combine == "gate" else None
+        self.output_gate = nn.Parameter(torch.zeros(1)) if gate_output else None
+        self.short_conv = ShortConv((heads + num_kv_heads) * dim_head, short_conv) if short_conv > 0 else None
+        if qk_init == "induction":
+            self._start_as_induction_head()
+
+    @torch.no_grad()
+    def _start_as_induction_head(self) -> None:
+        """Every query head becomes its key projection plus some of its own start; the convolution shifts the keys."""
+        if self.short_conv is None or self.short_conv.width < 2:
+            raise ValueError("expected short_conv to be at least 2 for qk_init='induction', got less")
+        per_head = rearrange(self.to_q.weight, "(g r d) e -> g r d e", g=self.num_kv_heads, d=self.dim_head)
+        keys = rearrange(self.to_kv.weight, "(kv g d) e -> kv g d e", kv=2, g=self.num_kv_heads)[0]
+        per_head.mul_(INDUCTION_NOISE).add_(keys.unsqueeze(1))
+        query_taps, key_taps = induction_taps(self.short_conv.width)
+        self.short_conv.weight[: self.heads * self.dim_head] = query_taps
+        self.short_conv.weight[self.heads * self.dim_head :] = key_taps
+
+    def attend(
+        self,
+        x: Tensor,
+        *,
+        bias: Tensor,
+        past: Tensor | None = None,
+        look_up: LookUp | None = None,
+        conv_state: Tensor | None = None,
+    ) -> Attended:
+        """As `Attention.attend`, with a search of the memory, and the state of the convolution (B, W - 1, C)."""
+        queries, pairs, conv_inputs = self._project(x, conv_state)
+        keys, values = join_past(past, pairs).unbind(dim=-2)
+        lookup = None if look_up is None else look_up(queries, self.num_retrieved_memories)
+        temperature = self.scale.exp()
+        local_logits = _at_least_float32(_grouped_products(queries, keys)) * temperature + bias
+        if lookup is None:
+            local_weights, memory_weights = self._weigh(local_logits, None)
+        else:
+            memory_logits = retrieved_logits(queries, lookup) * temperature
+            memory_logits = memory_logits.masked_fill(~lookup.mask, torch.finfo(memory_logits.dtype).min)
+            local_weights, memory_weights = self._weigh(local_logits, memory_logits, lookup.mask)
+        out = _grouped_sums(local_weights, values)
+        if lookup is not None and memory_weights is not None:
+            out = out + retrieved_values(memory_weights, lookup)
+        out = self.to_out(rearrange(out, "b h t d -> b t (h d)").to(x.dtype))
+        if self.output_gate is not None:
+            out = out * self.output_gate.tanh()
+        return Attended(out, pairs, conv_inputs)
+
+    def _project(self, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Normalised queries (B, H, T, D), pairs (B, G, T, 2, D), and what went into the convolution, if there is one."""
+        queries, (keys, values) = self.to_q(x), self.to_kv(x).chunk(2, dim=-1)
+        conv_inputs = None
+        if self.short_conv is not None:
+            conv_inputs = torch.cat((queries, keys), dim=-1)
+            queries, keys = self.short_conv(conv_inputs, conv_state).split((queries.shape[-1], keys.shape[-1]), dim=-1)
+        queries = _unit(rearrange(queries, "b t (h d) -> b h t d", h=self.heads))
+        keys = _unit(rearrange(keys, "b t (g d) -> b g t d", g=self.num_kv_heads))
+        values = rearrange(values, "b t (g d) -> b g t d", g=self.num_kv_heads)
+        return queries, torch.stack((keys, values.to(keys)), dim=-2), conv_inputs
+
+    def _weigh(
+        self, local_logits: Tensor, memory_logits: Tensor | None, found: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention weights over local keys (B, H, T, S) and retrieved ones (B, H, T, K)."""
+        if self.gate is not None:
+            # Where nothing was retrieved the gate is shut, but stays in the graph (as DistributedDataParallel needs).
+            share = self.gate.sigmoid() * (0.0 if found is None else found.any(dim=-1, keepdim=True))
+            local_weights = self.dropout(local_logits.softmax(dim=-1)) * (1 - share)
+            if memory_logits is None:
+                return local_weights, None
+            return local_weights, self.dropout(memory_logits.softmax(dim=-1)) * share
+        if memory_logits is None:
+            return self.dropout(local_logits.softmax(dim=-1)), None
+        weights = self.dropout(torch.cat((memory_logits, local_logits), dim=-1).softmax(dim=-1))
+        memory_weights, local_weights = weights.split((memory_logits.shape[-1], local_logits.shape[-1]), dim=-1)
+        return local_weights, memory_weights
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        knn_memory: Memory | None = None,
+        xl_memory: Tensor | None = None,
+        add_knn_memory: bool = True,
+        rel_pos_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer on its own: search the memory, attend, then store the pairs (with XL memory, those it discards).
+
+        x (B, T, E), xl_memory (B, G, P, 2, D), rel_pos_bias (1, H, T, S) without a causal mask -> out (B, T, E) and the
+        new XL memory, if any. A convolution starts at zero here; the model carries its state.
+        """
+        num_keys = x.shape[1] + (0 if xl_memory is None else xl_memory.shape[2])
+        bias = _causal_bias(rel_pos_bias, x.shape[1], num_keys, x.device)
+        look_up = None if knn_memory is None else knn_memory.look_up
+        attended = self.attend(x, bias=bias, past=xl_memory, look_up=look_up)
+        new_xl_memory, discarded = self._roll(xl_memory, attended.pairs)
+        if knn_memory is not None and add_knn_memory and discarded.shape[2] > 0:
+            knn_memory.add(discarded)
+        return attended.out, new_xl_memory
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors of length 1 along the last axis; in half precision the tiny epsilon of the norm would vanish."""
+    return F.normalize(_at_least_float32(x), dim=-1).to(x.dtype)
+
+
+def _grouped_products(queries: Tensor, keys: Tensor) -> Tensor:
+    """queries (B, H, T, D), keys (B, G, S, D) -> inner products (B, H, T, S); H / G query heads share a key head."""
+    grouped = rearrange(queries, "b (g r) t d -> b g (r t) d", g=keys.shape[1])
+    return rearrange(grouped @ keys.mT, "b g (r t) s -> b (g r) t s", t=queries.shape[2])
+
+
+def _grouped_sums(weights: Tensor, values: Tensor) -> Tensor:
+    """weights (B, H, T, S), values (B, G, S, D) -> weighted sums (B, H, T, D)."""
+    grouped = rearrange(weights.to(values.dtype), "b (g r) t s -> b g (r t) s", g=values.shape[1])
+    return rearrange(grouped @ values, "b g (r t) d -> b (g r) t d", t=weights.shape[2])

@@ -1,0 +1,49 @@
+"""Relative position bias, with the true distance between a query and a key.
+
+Shapes: B rows (or 1, where all rows are alike), H query heads, T queries, S keys.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+INVISIBLE = -1
+
+
+def causal_distances(num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
+    """(1, T, S) int64: how far each key lies behind each query; INVISIBLE for keys that lie ahead.
+
+    The queries are the last T of the S positions: query i stands at S - T + i.
+    """
+    positions = torch.arange(num_keys, device=device)
+    distances = positions[num_keys - num_queries :, None] - positions[None]
+    return distances.clamp_min(INVISIBLE).unsqueeze(0)
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias per head and bucket of distances (T5; Raffel et al., JMLR 2020, section 2.1).
+
+    Half of the buckets hold one distance each, the others grow logarithmically up to `max_distance`.
+    """
+
+    def __init__(self, scale: float, heads: int, num_buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__()
+        self.scale = scale
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.relative_attention_bias = nn.Embedding(num_buckets, heads)
+
+    def buckets(self, distances: Tensor) -> Tensor:
+        """Distances (...) of at least 0 -> their buckets (...)."""
+        exact = self.num_buckets // 2
+        growth = torch.log(distances.clamp_min(exact).float() / exact) / math.log(self.max_distance / exact)
+        grown = exact + (growth * (self.num_buckets - exact)).long()
+        return torch.where(distances < exact, distances, grown.clamp_max(self.num_buckets - 1))
+
+    def forward(self, distances: Tensor) -> Tensor:
+        """distances (B or 1, T, S) -> bias to be added to the logits (B or 1, H, T, S); -inf for INVISIBLE keys."""
+        bias: Tensor = self.relative_attention_bias(self.buckets(distances.clamp_min(0))) * self.scale
+        return bias.permute(0, 3, 1, 2).masked_fill((distances == INVISIBLE).unsqueeze(1), -math.inf)

@@ -1,0 +1,112 @@
+"""Attention over retrieved entries, without copying their keys and values out of the memory.
+
+Two operations on a table of vectors and K slots in it per query are each other's gradients:
+
+    sampled_inner_products   vector . table[slot_k]            for each k
+    weighted_sums            sum over k of weight_k * table[slot_k]
+
+Logits are inner products of queries and keys (the search has already computed them), so the gradient of the queries
+is a weighted sum of keys. The output is a weighted sum of values, so the gradient of the weights are inner products
+with values. The memory itself gets no gradient. Nothing of size T * K * D is ever made.
+
+Shapes: B rows, H query heads, T queries, K retrieved, D head width, N slots in the whole memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Lookup(Protocol):
+    """What a search found, and the keys and values (N, D) behind it.
+
+    slots, scores and mask are (B, H, T, K). `keys()` and `values()` raise RuntimeError once a retrieved slot has been
+    overwritten, so a late backward pass gets the right numbers or none.
+    """
+
+    slots: Tensor
+    scores: Tensor
+    mask: Tensor
+
+    def keys(self) -> Tensor: ...
+
+    def values(self) -> Tensor: ...
+
+
+def retrieved_logits(queries: Tensor, lookup: Lookup) -> Tensor:
+    """queries (B, H, T, D), those of the lookup -> their inner products with the retrieved keys (B, H, T, K).
+
+    In float32 (float64 for float64 queries). Where the mask is False the logit is 0 and must be masked by the caller.
+    """
+    logits: Tensor = _RetrievedLogits.apply(queries, lookup)  # type: ignore[no-untyped-call]
+    return logits
+
+
+def retrieved_values(weights: Tensor, lookup: Lookup) -> Tensor:
+    """weights (B, H, T, K) -> sums of the retrieved values under these weights (B, H, T, D).
+
+    Where the mask is False the weight must be 0.
+    """
+    sums: Tensor = _RetrievedValues.apply(weights, lookup)  # type: ignore[no-untyped-call]
+    return sums
+
+
+class _RetrievedLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, lookup: Lookup) -> Tensor:
+        ctx.lookup, ctx.dtype = lookup, queries.dtype
+        return lookup.scores.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return weighted_sums(grad, ctx.lookup.keys(), ctx.lookup.slots).to(ctx.dtype), None
+
+
+class _RetrievedValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, lookup: Lookup) -> Tensor:
+        ctx.lookup = lookup
+        return weighted_sums(weights, lookup.values(), lookup.slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sampled_inner_products(grad, ctx.lookup.values(), ctx.lookup.slots), None
+
+
+def weighted_sums(weights: Tensor, table: Tensor, slots: Tensor) -> Tensor:
+    """weights (..., K), table (N, D), slots (..., K) -> (..., D) in the dtype and on the device of the weights."""
+    scaled, peak = _fit_dtype(weights, table)
+    bags = slots.reshape(-1, slots.shape[-1]).to(table.device)
+    sums = F.embedding_bag(bags, table, per_sample_weights=scaled.reshape(bags.shape), mode="sum")
+    return sums.view(*slots.shape[:-1], -1).to(weights) * peak
+
+
+def sampled_inner_products(vectors: Tensor, table: Tensor, slots: Tensor) -> Tensor:
+    """vectors (..., D), table (N, D), slots (..., K) -> (..., K) in the dtype and on the device of the vectors."""
+    scaled, peak = _fit_dtype(vectors, table)
+    num_bags, bag_size = slots.shape[:-1].numel(), slots.shape[-1]
+    flat_slots = slots.reshape(-1).to(table.device)
+    offsets = torch.arange(num_bags, device=table.device) * bag_size
+    bag_of_slot = torch.arange(num_bags, device=table.device).repeat_interleave(bag_size)
+    # This is how PyTorch itself differentiates embedding_bag by its per-sample weights; mode 0 is "sum".
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        scaled.reshape(num_bags, -1), table, flat_slots, offsets, bag_of_slot, 0, -1
+    )
+    return products.view(slots.shape).to(vectors) * peak  # type: ignore[no-any-return]
+
+
+def _fit_dtype(numbers: Tensor, table: Tensor) -> tuple[Tensor, Tensor | float]:
+    """The numbers (..., n) in the dtype of the table, scaled to at most 1 where that has a narrower range."""
+    if numbers.dtype == table.dtype:
+        return numbers.to(table.device), 1.0
+    if table.dtype == torch.float64 or (numbers.dtype != torch.float64 and table.dtype == torch.float32):
+        return numbers.to(table), 1.0
+    peak = numbers.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(numbers.dtype).tiny)
+    return (numbers / peak).to(table), peak
