@@ -40,8 +40,7 @@ def _search_once(memory: KNNMemory, hidden_rows: Tensor | None) -> LookUp:
 
     def look_up(queries: Tensor, topk: int) -> Lookup:
         if not found:
-            lookup = memory.look_up(queries, topk)
-            found.append(lookup if hidden_rows is None else lookup.hide(hidden_rows))
+            found.append(memory.look_up(queries, topk, hidden_rows))
         return found[0]
 
     return look_up

@@ -261,9 +261,16 @@ class KNNMemory:
         if not bool(queries.isfinite().all()):
             raise ValueError("expected finite queries, got NaN or infinity")
 
-    def look_up(self, queries: Tensor, topk: int) -> Lookup:
-        """`retrieve`, with access to the keys and values behind it: what an attention layer needs."""
-        return Lookup(self.store, self.retrieve(queries, topk))
+    def look_up(self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None) -> Lookup:
+        """`retrieve`, with the keys and values behind it: what an attention layer needs, and its backward pass later.
+
+        hidden_rows: (R,) bool; rows that shall find nothing.
+        """
+        slots, scores, mask = self.retrieve(queries, topk)
+        if hidden_rows is not None:
+            mask = mask & ~hidden_rows.to(mask.device).view(-1, *(1,) * (mask.ndim - 1))
+        for_backward = torch.is_grad_enabled() and queries.requires_grad
+        return Lookup(self.store, Retrieved(slots, scores, mask), for_backward=for_backward)
 
     def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk).

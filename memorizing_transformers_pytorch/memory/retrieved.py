@@ -1,13 +1,13 @@
 """What a search of the memory gives back.
 
-Shapes: B rows, H query heads, T queries, K retrieved, D head width.
+Shapes: B rows, H query heads, T queries, K retrieved, G key/value heads, D head width, N slots of a table.
 """
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -29,29 +29,61 @@ class Retrieved(NamedTuple):
     mask: Tensor
 
 
-class Lookup:
-    """A search result together with the keys and values behind it, for as long as those lie unchanged.
+class Table(NamedTuple):
+    """Keys and values (N, D), and where in them the retrieved entries lie: slots (B, H, T, K).
 
-    The store is written in place, so what a slot holds may be replaced between the forward pass that found it
-    and the backward pass that needs it again. `keys` and `values` notice that: they give the whole table of the
-    memory, as (slots, D), or raise RuntimeError where a retrieved slot has been overwritten since the search.
+    mask (B, H, T, K) says which of the entries lie in this table; None for all of them.
     """
 
-    def __init__(self, store: Store, retrieved: Retrieved) -> None:
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    mask: Tensor | None
+
+
+class _Kept(NamedTuple):
+    """Copies of entries that were overwritten: their slots (n,), keys and values (n, D)."""
+
+    slots: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Lookup:
+    """A search result together with the keys and values behind it, as they were when it was made.
+
+    The store is written in place, so entries that a forward pass found may be replaced before the backward pass needs
+    them again; at capacity every segment does so. Just before that happens the store asks its lookups to keep copies
+    (`keep`), of those few entries and only while a graph is alive. So a backward pass is right however late it comes.
+    """
+
+    def __init__(self, store: Store, retrieved: Retrieved, *, for_backward: bool) -> None:
         self._store = store
         self._clock = store.clock
+        self._kept: list[_Kept] = []
         self.slots, self.scores, self.mask = retrieved
+        if for_backward:
+            store.readers.add(self)
 
-    def keys(self) -> Tensor:
-        self._store.require_unchanged(self.slots, self.mask, since=self._clock)
-        return self._store.keys.flatten(0, 2)
+    def keep(self, row: int, places: slice) -> None:
+        """Copy what these places of a row hold, if it was there when this lookup was made. Called by the store."""
+        written = self._store.written[row, places]
+        seen = ((written > 0) & (written <= self._clock)).nonzero().squeeze(-1) + places.start
+        if seen.numel() > 0:
+            heads = range(self._store.keys.shape[1])
+            slots = torch.stack([self._store.slot_base(row, head) + seen for head in heads])
+            keys, values = self._store.keys[row][:, seen], self._store.values[row][:, seen]
+            self._kept.append(_Kept(slots.flatten(), keys.flatten(0, 1), values.flatten(0, 1)))
 
-    def values(self) -> Tensor:
-        self._store.require_unchanged(self.slots, self.mask, since=self._clock)
-        return self._store.values.flatten(0, 2)
-
-    def hide(self, rows: Tensor) -> Lookup:
-        """The same search, with nothing found for the rows that are True in `rows` (B,)."""
-        shown = copy.copy(self)
-        shown.mask = self.mask & ~rows.to(self.mask.device).view(-1, *(1,) * (self.mask.ndim - 1))
-        return shown
+    def tables(self) -> list[Table]:
+        """The store, and after entries have been overwritten also the copies of those."""
+        keys, values = self._store.keys.flatten(0, 2), self._store.values.flatten(0, 2)
+        if not self._kept:
+            return [Table(keys, values, self.slots, None)]
+        kept = _Kept(*(torch.cat(parts) for parts in zip(*self._kept, strict=True)))
+        sorted_slots, order = kept.slots.sort()
+        slots = self.slots.to(sorted_slots.device)
+        nearest = torch.searchsorted(sorted_slots, slots).clamp_max(sorted_slots.numel() - 1)
+        moved = (sorted_slots[nearest] == slots) & self.mask.to(slots.device)
+        there = torch.where(moved, order[nearest], 0)
+        return [Table(keys, values, self.slots, ~moved), Table(kept.keys, kept.values, there, moved)]

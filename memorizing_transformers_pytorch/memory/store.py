@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.retrieved import Lookup
+
 ORIGIN_FIELDS = 3  # document id, position in the document, token id
 UNKNOWN = -1
 
@@ -28,7 +30,7 @@ class Store:
     """Entries of R rows in RAM, on a GPU, or (with a directory) in memory-mapped files of its own.
 
     keys, values: (R, G, M, D). origins: (R, M, 3) int64. written: (R, M) int64, the clock at which a place was
-    last written. filled: entries in each row. Files lie in a fresh folder and are removed by `close`, or at the
+    last written. filled: entries in each row. readers: lookups that must not lose what they have found. Files lie in a fresh folder and are removed by `close`, or at the
     latest when the store is collected.
     """
 
@@ -46,6 +48,7 @@ class Store:
         self.capacity = capacity
         self.filled = [0] * rows
         self.clock = 0
+        self.readers: weakref.WeakSet[Lookup] = weakref.WeakSet()
         self._cursors = [0] * rows
         self._folder = None if directory is None else _fresh_folder(directory)
         self._remove_files = weakref.finalize(self, _remove_folder, self._folder)
@@ -82,6 +85,8 @@ class Store:
         while start < count:  # at most twice: up to the end of the ring, then from its beginning
             run = min(count - start, self.capacity - cursor)
             here, there = slice(cursor, cursor + run), slice(start, start + run)
+            for reader in self.readers:
+                reader.keep(row, here)
             self.keys[row, :, here] = keys[:, there]
             self.values[row, :, here] = values[:, there]
             self.origins[row, here] = origins[there]
@@ -100,27 +105,9 @@ class Store:
 
     def origins_of(self, slots: Tensor) -> Tensor:
         """slots (...) -> their origins (..., 3)."""
-        return self.origins.flatten(0, 1)[self._places(slots)]
-
-    def written_at(self, slots: Tensor) -> Tensor:
-        """slots (...) -> the clock at which each was last written (...)."""
-        return self.written.flatten()[self._places(slots)]
-
-    def _places(self, slots: Tensor) -> Tensor:
         slots = slots.to(self.device)
         rows = slots // (self.keys.shape[1] * self.capacity)
-        return rows * self.capacity + slots % self.capacity
-
-    def require_unchanged(self, slots: Tensor, mask: Tensor, *, since: int) -> None:
-        """Raise RuntimeError if one of the slots (...) that are True in mask (...) was written after `since`."""
-        if self.clock == since:
-            return
-        replaced = (self.written_at(slots) > since) & mask.to(self.device)
-        if bool(replaced.any()):
-            raise RuntimeError(
-                f"the memory has overwritten {int(replaced.sum())} of the retrieved entries that this backward pass needs: "
-                f"call backward() before adding further segments, or enlarge max_memories (now {self.capacity})"
-            )
+        return self.origins.flatten(0, 1)[rows * self.capacity + slots % self.capacity]
 
     def close(self) -> None:
         """Remove the files. Tensors that are still in use elsewhere stay readable until they are let go."""

@@ -21,21 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memorizing_transformers_pytorch.memory.retrieved import Table
+
 
 class Lookup(Protocol):
-    """What a search found, and the keys and values (N, D) behind it.
+    """What a search found: slots, scores and mask (B, H, T, K), and the tables in which the entries lie.
 
-    slots, scores and mask are (B, H, T, K). `keys()` and `values()` raise RuntimeError once a retrieved slot has been
-    overwritten, so a late backward pass gets the right numbers or none.
+    Usually that is one table, the memory itself. Entries that have been overwritten since lie in another.
     """
 
     slots: Tensor
     scores: Tensor
     mask: Tensor
 
-    def keys(self) -> Tensor: ...
-
-    def values(self) -> Tensor: ...
+    def tables(self) -> list[Table]: ...
 
 
 def retrieved_logits(queries: Tensor, lookup: Lookup) -> Tensor:
@@ -65,19 +64,29 @@ class _RetrievedLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return weighted_sums(grad, ctx.lookup.keys(), ctx.lookup.slots).to(ctx.dtype), None
+        sums = [weighted_sums(_within(grad, table), table.keys, table.slots) for table in ctx.lookup.tables()]
+        return sum(sums[1:], start=sums[0]).to(ctx.dtype), None
 
 
 class _RetrievedValues(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, lookup: Lookup) -> Tensor:
         ctx.lookup = lookup
-        return weighted_sums(weights, lookup.values(), lookup.slots)
+        sums = [weighted_sums(_within(weights, table), table.values, table.slots) for table in lookup.tables()]
+        return sum(sums[1:], start=sums[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sampled_inner_products(grad, ctx.lookup.values(), ctx.lookup.slots), None
+        products = [
+            _within(sampled_inner_products(grad, table.values, table.slots), table) for table in ctx.lookup.tables()
+        ]
+        return sum(products[1:], start=products[0]), None
+
+
+def _within(numbers: Tensor, table: Table) -> Tensor:
+    """The numbers (B, H, T, K) of entries in this table, 0 for those in another."""
+    return numbers if table.mask is None else numbers.where(table.mask.to(numbers.device), 0)
 
 
 def weighted_sums(weights: Tensor, table: Tensor, slots: Tensor) -> Tensor:

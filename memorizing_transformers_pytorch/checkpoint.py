@@ -1,0 +1,68 @@
+"""A model in one safetensors file: its weights, and its configuration as metadata. Nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from memorizing_transformers_pytorch.config import ModelConfig
+from memorizing_transformers_pytorch.model import MemorizingTransformer
+
+_CONFIG_KEY = "model_config"
+_OUTPUT_WEIGHT = "to_logits.1.weight"
+
+
+def save_checkpoint(model: MemorizingTransformer, path: str | Path) -> None:
+    """Write the model to `path`, replacing what was there only once the new file is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del weights[_OUTPUT_WEIGHT]
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file(weights, aside, metadata={_CONFIG_KEY: json.dumps(model.config.to_dict())})
+    aside.replace(path)
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> MemorizingTransformer:
+    """The model that `save_checkpoint` wrote. Raises ValueError for a file that is missing or not such a checkpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"expected a checkpoint file, got {str(path)!r}, which does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"expected a safetensors file, got {str(path)!r}: {error}") from error
+    if _CONFIG_KEY not in metadata:
+        raise ValueError(f"expected {_CONFIG_KEY!r} in the metadata of {str(path)!r}, got {sorted(metadata)}")
+    model = MemorizingTransformer.from_config(ModelConfig.from_dict(json.loads(metadata[_CONFIG_KEY])))
+    load_weights(model, weights)
+    return model.to(device)
+
+
+def load_weights(model: MemorizingTransformer, weights: Mapping[str, Tensor]) -> None:
+    """Copy a state dict into the model: one of ours, or of the package memorizing-transformers-pytorch 0.4.1.
+
+    Raises ValueError that lists the names that are missing, unknown or of another shape; the model is then unchanged.
+    """
+    expected = model.state_dict()
+    weights = dict(weights)
+    if model.config.tie_embeddings and "token_emb.weight" in weights:
+        weights.setdefault(_OUTPUT_WEIGHT, weights["token_emb.weight"])
+    missing = sorted(set(expected) - set(weights))
+    unknown = sorted(set(weights) - set(expected))
+    if missing or unknown:
+        raise ValueError(f"expected the weights of this model, got missing {missing} and unknown {unknown}")
+    wrong = [f"{n}: {tuple(expected[n].shape)}, got {tuple(t.shape)}" for n, t in weights.items() if t.shape != expected[n].shape]
+    if wrong:
+        raise ValueError(f"expected weights of these shapes: {'; '.join(wrong)}")
+    model.load_state_dict(weights)
