@@ -62,7 +62,11 @@ def load_weights(model: MemorizingTransformer, weights: Mapping[str, Tensor]) ->
     unknown = sorted(set(weights) - set(expected))
     if missing or unknown:
         raise ValueError(f"expected the weights of this model, got missing {missing} and unknown {unknown}")
-    wrong = [f"{n}: {tuple(expected[n].shape)}, got {tuple(t.shape)}" for n, t in weights.items() if t.shape != expected[n].shape]
+    wrong = [
+        f"{n}: {tuple(expected[n].shape)}, got {tuple(t.shape)}"
+        for n, t in weights.items()
+        if t.shape != expected[n].shape
+    ]
     if wrong:
         raise ValueError(f"expected weights of these shapes: {'; '.join(wrong)}")
     model.load_state_dict(weights)

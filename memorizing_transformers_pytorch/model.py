@@ -104,6 +104,16 @@ class MemorizingTransformer(nn.Module):
         config = self.config
         return bool(config.layers_with_xl) or (config.short_conv > 0 and bool(config.layers_with_memory))
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model is in evaluation mode."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
     # Memories
 
     def create_knn_memories(self, *, batch_size: int) -> KNNMemoryList:

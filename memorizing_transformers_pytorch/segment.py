@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing_transformers_pytorch.config import ModelConfig
@@ -133,16 +134,42 @@ class XLMemories(list[Tensor]):
                 raise ValueError(f"expected rows from 0 to {batch - 1}, got {numbers}")
             rows = torch.tensor([row in numbers for row in range(batch)], device=self.origins.device)
         keep = ~rows
-        mask = _both(self.mask, keep[:, None].expand(batch, self.length))
+        mask = self._full_mask() & keep[:, None]
         conv_states = [state * keep[:, None, None] for state in self.conv_states]
         return XLMemories(self, origins=self.origins, mask=mask, conv_states=conv_states)
 
-    def take(self, rows: Tensor) -> XLMemories:
+    def taken(self, rows: Tensor) -> XLMemories:
         """The state of these rows only. rows: (n,) row numbers."""
         mask = None if self.mask is None else self.mask[rows]
         conv_states = [state[rows] for state in self.conv_states]
         return XLMemories(
             [pairs[rows] for pairs in self], origins=self.origins[rows], mask=mask, conv_states=conv_states
+        )
+
+    def replaced(self, rows: Tensor, state: XLMemories) -> XLMemories:
+        """The same, with these rows (n,) as in `state` (of n rows)."""
+        length = max(self.length, state.length)
+        old, new = self._padded(length), state._padded(length)
+        return XLMemories(
+            [_put(pairs, rows, put) for pairs, put in zip(old, new, strict=True)],
+            origins=_put(old.origins, rows, new.origins),
+            mask=_put(old._full_mask(), rows, new._full_mask()),
+            conv_states=[_put(a, rows, b) for a, b in zip(self.conv_states, state.conv_states, strict=True)],
+        )
+
+    def _full_mask(self) -> Tensor:
+        return torch.ones_like(self.origins[..., 0], dtype=torch.bool) if self.mask is None else self.mask
+
+    def _padded(self, length: int) -> XLMemories:
+        """The same with `length` pairs, of which the first are none."""
+        missing = length - self.length
+        if missing == 0:
+            return self
+        return XLMemories(
+            [F.pad(pairs, (0, 0, 0, 0, missing, 0)) for pairs in self],
+            origins=F.pad(self.origins, (0, 0, missing, 0), value=UNKNOWN),
+            mask=F.pad(self._full_mask(), (missing, 0), value=False),
+            conv_states=self.conv_states,
         )
 
     def distances(self, num_queries: int, *, with_past: bool) -> Tensor:
@@ -201,6 +228,10 @@ def roll_convolution(state: Tensor, inputs: Tensor, survives: Tensor | None) -> 
         mask = torch.cat((survives.new_ones(state.shape[:2]), survives), dim=1)
         joined = _reorder(joined * mask.unsqueeze(-1), _right_aligning(mask), 1)
     return joined[:, joined.shape[1] - state.shape[1] :]
+
+
+def _put(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    return x.index_copy(0, rows, new.to(x))
 
 
 def _right_aligning(mask: Tensor) -> Tensor:

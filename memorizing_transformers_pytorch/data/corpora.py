@@ -12,7 +12,17 @@ from typing import NamedTuple
 import numpy as np
 
 # Tests, tables and generated text of the standard library; and what others installed into it.
-_NOT_LIBRARY = ("test", "tests", "idlelib", "encodings", "lib2to3", "pydoc_data", "turtledemo", "site-packages", "__pycache__")
+_NOT_LIBRARY = (
+    "test",
+    "tests",
+    "idlelib",
+    "encodings",
+    "lib2to3",
+    "pydoc_data",
+    "turtledemo",
+    "site-packages",
+    "__pycache__",
+)
 
 ENWIK8_BYTES = 100_000_000
 ENWIK8_SPLIT = {"train": (0, 90_000_000), "valid": (90_000_000, 95_000_000), "test": (95_000_000, 100_000_000)}

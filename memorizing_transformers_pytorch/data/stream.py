@@ -65,10 +65,13 @@ class DocumentStream(Iterator[Batch]):
             text = self._documents[number][position : position + length + 1].astype(np.int64)
             count = min(len(text), length)
             tokens[row, :count], labels[row, : len(text) - 1] = text[:count], text[1:]
-            origins[row, :count] = np.stack((np.full(count, number), position + np.arange(count), text[:count]), axis=-1)
+            origins[row, :count] = np.stack(
+                (np.full(count, number), position + np.arange(count), text[:count]), axis=-1
+            )
             mask[row, :count] = True
             place[1] = position + count
-        return Batch(*(torch.from_numpy(array) for array in (tokens, labels, mask, origins)), starts)
+        numbers = [torch.from_numpy(array) for array in (tokens, labels, mask, origins)]
+        return Batch(numbers[0], numbers[1], numbers[2], numbers[3], starts)
 
     def _next_document(self) -> int:
         if self._taken == len(self._usable):

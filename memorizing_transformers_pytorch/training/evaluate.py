@@ -53,7 +53,7 @@ def evaluate(
     states: dict[str, XLMemories | None] = dict.fromkeys(modes)
     losses: dict[str, list[Tensor]] = {mode: [] for mode in modes}
     generator = torch.Generator().manual_seed(seed)
-    with _in_eval_mode(model), model.knn_memories_context(batch_size=len(documents)) as memories:
+    with model.evaluating(), model.knn_memories_context(batch_size=len(documents)) as memories:
         for start in range(0, max_tokens, segment_length):
             stop = min(start + segment_length, max_tokens)
             for mode in modes:
@@ -97,13 +97,3 @@ def shuffled_values(memory: KNNMemory, generator: torch.Generator) -> Iterator[N
     finally:
         for row, count in enumerate(filled):
             values[row, :, :count] = kept[row]
-
-
-@contextmanager
-def _in_eval_mode(model: MemorizingTransformer) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
