@@ -29,6 +29,10 @@ class Batch(NamedTuple):
     origins: Tensor
     starts: list[int]
 
+    def to(self, device: torch.device) -> Batch:
+        tensors = [tensor.to(device) for tensor in (self.tokens, self.labels, self.mask, self.origins)]
+        return Batch(tensors[0], tensors[1], tensors[2], tensors[3], self.starts)
+
 
 class DocumentStream(Iterator[Batch]):
     """An endless stream of batches over documents, in a new order each time all have been handed out.
@@ -50,8 +54,12 @@ class DocumentStream(Iterator[Batch]):
         self._taken = 0  # documents handed out in this epoch
         self._places = [[-1, 0] for _ in range(rows)]  # document and position of each row; -1 before its first
 
+    @property
+    def rows(self) -> int:
+        return len(self._places)
+
     def __next__(self) -> Batch:
-        rows, length = len(self._places), self._segment_length
+        rows, length = self.rows, self._segment_length
         tokens = np.zeros((rows, length), dtype=np.int64)
         labels = np.full((rows, length), IGNORE_INDEX, dtype=np.int64)
         origins = np.zeros((rows, length, 3), dtype=np.int64)

@@ -1,0 +1,29 @@
+# Every target sets up what it needs: a virtual environment with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test check golden clean
+
+train: .venv/ready  ## train a small model in about ten minutes, test it and let it write
+	$(BIN)/memorizing-transformers train
+
+test: check  ## everything that must hold
+	$(BIN)/python -m pytest
+
+check: .venv/ready  ## lint, format, types, sizes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/check_sizes.py
+
+golden: .venv/ready  ## make tests/golden anew, by running the original package in an environment of its own
+	scripts/make_golden.sh
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot]' --group dev
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
