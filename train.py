@@ -79,12 +79,12 @@ def validate(model: MemorizingTransformer, data: np.ndarray, options: Options) -
         return read_segments(model, tokens.to(model.device), options)
 
 
-def main(options: Options) -> None:
+def main(options: Options, config: ModelConfig) -> None:
     """Train, and print the validation loss now and then."""
     data = read_enwik8(options.enwik8)
     torch.manual_seed(options.seed)
     places = np.random.default_rng(options.seed)
-    model = MemorizingTransformer.from_config(ModelConfig.preset("enwik8")).to(options.device)
+    model = MemorizingTransformer.from_config(config).to(options.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
     for step in (progress := tqdm(range(options.steps), unit=" steps")):
         loss = read_segments(model, random_places(data["train"], options, places).to(options.device), options)
@@ -99,7 +99,7 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options))
+        main(tyro.cli(Options), ModelConfig.preset("enwik8"))
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

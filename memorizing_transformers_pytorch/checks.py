@@ -1,4 +1,4 @@
-"""Whether what is passed to a model fits it. Each check raises ValueError that names what was expected and what came."""
+"""Whether what is passed to a model fits it; if not, ValueError that names what was expected and what came."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_memories(config: ModelConfig, memories: Sequence[KNNMemory] | None, ba
 
 
 def check_state(config: ModelConfig, state: Sequence[Tensor] | None, initial: XLMemories) -> XLMemories:
-    """XL memory and convolution states as a call of the same model returned them; `initial` says what they look like."""
+    """XL memory and convolution states as a call of this model returned them; `initial` shows what they look like."""
     if state is None:
         return initial
     if not isinstance(state, XLMemories):

@@ -1,4 +1,4 @@
-"""The command line: `memorizing-transformers train | generate`. Bad input is one line on standard error, exit code 2."""
+"""The command line: `memorizing-transformers train | generate`. Bad input is one line on stderr, exit code 2."""
 
 from __future__ import annotations
 

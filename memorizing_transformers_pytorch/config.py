@@ -176,8 +176,8 @@ def _as_tuple(layers: Any) -> tuple[int, ...]:
 
 
 # Wu et al. 2022: one memorizing layer three quarters up (the 9th of 12), keys and values per head, the gate, k = 32,
-# XL memory as long as the 512-token segments. Widths of 1B and 8B are theirs; where we found no figure for these two (head
-# width, memorizing layer) that of the 200M model is carried over.
+# XL memory as long as the 512-token segments. Widths of 1B and 8B are theirs; where we found no figure for these two
+# (head width, memorizing layer) that of the 200M model is carried over.
 _PAPER: dict[str, Any] = {
     "num_tokens": 32_000,
     "dim_head": 128,

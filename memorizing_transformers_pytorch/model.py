@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from memorizing_transformers_pytorch.checks import IGNORE_INDEX, check_memories, check_state, check_tokens
 from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
-from memorizing_transformers_pytorch.memory_step import LookUp, hand_over, make_look_ups, shifted
 from memorizing_transformers_pytorch.memory.knn_memory import warn_once
+from memorizing_transformers_pytorch.memory_step import LookUp, hand_over, make_look_ups, shifted
 from memorizing_transformers_pytorch.nn.attention import Attended, Attention, KNNAttention
 from memorizing_transformers_pytorch.nn.blocks import AttentionBlock, FeedForward, FeedForwardBlock
 from memorizing_transformers_pytorch.nn.position import RelativePositionBias
@@ -169,11 +169,13 @@ class MemorizingTransformer(nn.Module):
     ) -> Any:
         """One segment of each row: search the memories, attend, then store the pairs of the segment.
 
-        x: (B, T) token ids. knn_memories: one per memorizing layer, with B rows in scope; None for local attention only.
+        x: (B, T) token ids.
+        knn_memories: one per memorizing layer, with B rows in scope; None for local attention only.
         xl_memories: what the call for the preceding segment returned; None at the beginning.
-        labels: (B, T) target ids; positions with -100 are not scored. add_knn_memory: False leaves memories as they are.
-        mask: (B, T) bool, False for padding, anywhere in a row; without it a run of pad_id at the end of a row is padding.
-        Padding is neither attended to, nor stored, nor scored, nor is a label pad_id at the last token before it.
+        labels: (B, T) target ids; positions with -100 are not scored.
+        add_knn_memory: False leaves the memories as they are.
+        mask: (B, T) bool, False for padding, anywhere in a row; without it a run of pad_id at the end of a row is
+            padding. It is not attended to, stored or scored, nor is a label pad_id at the last token before it scored.
         origins: (B, T, 3) integers stored with the entries: document id, position in the document, token id.
 
         Returns logits (B, T, num_tokens), or with labels their mean cross-entropy in nats; and if the model carries

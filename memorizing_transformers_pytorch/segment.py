@@ -193,7 +193,7 @@ class Discarded(NamedTuple):
 def roll(
     past: XLMemories, pairs: Sequence[Tensor], origins: Tensor, survives: Tensor | None, capacity: int
 ) -> tuple[XLMemories, Discarded]:
-    """Append the surviving pairs of a segment (B, G, T, 2, D) to those of the past; keep the last `capacity` of each row.
+    """Append the surviving pairs of a segment (B, G, T, 2, D) to those of the past; keep the last `capacity` of a row.
 
     The state of the convolutions is not touched.
     """

@@ -10,7 +10,7 @@ discards the memory, and the row starts its next segment. So every logit equals 
 whichever portions the text comes in, and however uneven the rows are. (One exception: where the model itself writes a
 token that clears the memory at its segment's start, the tokens before it were written with that memory.)
 
-Shapes: B rows, T new tokens, L segment length, F tokens of the open segment, P past pairs, G key/value heads, D head width.
+Shapes: B rows, T new tokens, L segment length, P past pairs, G key/value heads, D head width, C channels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from memorizing_transformers_pytorch.segment import Segment, XLMemories, find_bo
 class _OpenSegment(NamedTuple):
     """The segment in progress of each row: buffers of length L, of which row r has used the first filled[r].
 
-    tokens (B, L), origins (B, L, 3), filled (B,); pairs of each layer (B, G, L, 2, D); inputs of each convolution (B, L, C).
+    tokens (B, L), origins (B, L, 3), filled (B,), pairs of each layer (B, G, L, 2, D), inputs of each convolution
+    (B, L, C).
     """
 
     tokens: Tensor

@@ -36,7 +36,7 @@ class Document(NamedTuple):
 
 
 def standard_library(folder: str | Path | None = None) -> list[Document]:
-    """Python's own source, which is on every machine: a document for each top-level module or package, in order of name.
+    """Python's own source, which is on every machine: a document for each top-level module or package, by name.
 
     folder: another folder laid out like it. Raises ValueError if there is no Python file in it.
     """

@@ -285,7 +285,7 @@ class KNNMemory:
     def origins(self, slots: Tensor) -> Tensor:
         """slots (...) -> (..., 3) int64: document id, position in the document, token id; -1 where not given."""
         num_slots = self.num_indices * self.num_kv_heads * self.max_memories
-        if slots.numel() > 0 and not (0 <= int(slots.min()) and int(slots.max()) < num_slots):
+        if slots.numel() > 0 and not (int(slots.min()) >= 0 and int(slots.max()) < num_slots):
             raise ValueError(f"expected slots from 0 to {num_slots - 1}, got {int(slots.min())} to {int(slots.max())}")
         return self.store.origins_of(slots).to(slots.device)
 

@@ -30,8 +30,8 @@ class Store:
     """Entries of R rows in RAM, on a GPU, or (with a directory) in memory-mapped files of its own.
 
     keys, values: (R, G, M, D). origins: (R, M, 3) int64. written: (R, M) int64, the clock at which a place was
-    last written. filled: entries in each row. readers: lookups that must not lose what they have found. Files lie in a fresh folder and are removed by `close`, or at the
-    latest when the store is collected.
+    last written. filled: entries in each row. readers: lookups that must not lose what they have found. Files lie in a
+    fresh folder and are removed by `close`, or at the latest when the store is collected.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Store:
         return self.keys.device
 
     def write(self, rows: list[int], keys: Tensor, values: Tensor, origins: Tensor, mask: Tensor | None) -> None:
-        """Put entries (len(rows), G, N, D), in order, over the oldest; skip those that are False in mask (len(rows), N)."""
+        """Put entries (rows, G, N, D), in order, over the oldest; skip those that are False in mask (rows, N)."""
         self.clock += 1
         for i, row in enumerate(rows):
             chosen = slice(None) if mask is None else mask[i].nonzero().squeeze(-1)

@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.nn.position import INVISIBLE, causal_distances
+from memorizing_transformers_pytorch.nn.heads import (
+    at_least_float32,
+    causal_bias,
+    grouped_products,
+    grouped_sums,
+    join_past,
+    unit,
+)
 from memorizing_transformers_pytorch.nn.retrieval import Lookup, retrieved_logits, retrieved_values
 from memorizing_transformers_pytorch.nn.short_conv import ShortConv, induction_taps
 
@@ -42,18 +49,6 @@ class Memory(Protocol):
     def look_up(self, queries: Tensor, topk: int) -> Lookup: ...
 
     def add(self, memories: Tensor) -> None: ...
-
-
-def join_past(past: Tensor | None, pairs: Tensor) -> Tensor:
-    """The pairs (B, G, P, 2, D) of the past, detached, and those of this segment, as one (B, G, S, 2, D)."""
-    return pairs if past is None else torch.cat((past.detach().to(pairs), pairs), dim=2)
-
-
-def _causal_bias(rel_pos_bias: Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """The bias (1, H, T, S), or none, with -inf for keys ahead of the query."""
-    ahead = causal_distances(num_queries, num_keys, device).unsqueeze(1) == INVISIBLE
-    bias = torch.zeros(1, device=device) if rel_pos_bias is None else rel_pos_bias
-    return bias.masked_fill(ahead, -math.inf)
 
 
 class _KeepsPast(nn.Module):
@@ -142,7 +137,7 @@ class Attention(_KeepsPast):
         rel_pos_bias: (1, H, T, S), without a causal mask; keys ahead of a query are masked here.
         """
         num_keys = x.shape[1] + (0 if xl_memory is None else xl_memory.shape[2])
-        bias = _causal_bias(rel_pos_bias, x.shape[1], num_keys, x.device)
+        bias = causal_bias(rel_pos_bias, x.shape[1], num_keys, x.device)
         attended = self.attend(x, bias=bias, past=xl_memory)
         new_xl_memory, _ = self._roll(xl_memory, attended.pairs)
         return attended.out, new_xl_memory
@@ -225,14 +220,14 @@ class KNNAttention(_KeepsPast):
         keys, values = join_past(past, pairs).unbind(dim=-2)
         lookup = None if look_up is None else look_up(queries, self.num_retrieved_memories)
         temperature = self.scale.exp()
-        local_logits = _at_least_float32(_grouped_products(queries, keys)) * temperature + bias
+        local_logits = at_least_float32(grouped_products(queries, keys)) * temperature + bias
         if lookup is None:
             local_weights, memory_weights = self._weigh(local_logits, None)
         else:
             memory_logits = retrieved_logits(queries, lookup) * temperature
             memory_logits = memory_logits.masked_fill(~lookup.mask, torch.finfo(memory_logits.dtype).min)
             local_weights, memory_weights = self._weigh(local_logits, memory_logits, lookup.mask)
-        out = _grouped_sums(local_weights, values)
+        out = grouped_sums(local_weights, values)
         if lookup is not None and memory_weights is not None:
             out = out + retrieved_values(memory_weights, lookup)
         out = self.to_out(rearrange(out, "b h t d -> b t (h d)").to(x.dtype))
@@ -241,14 +236,14 @@ class KNNAttention(_KeepsPast):
         return Attended(out, pairs, conv_inputs)
 
     def _project(self, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Normalised queries (B, H, T, D), pairs (B, G, T, 2, D), and what went into the convolution, if there is one."""
+        """Normalised queries (B, H, T, D), pairs (B, G, T, 2, D), and what went into the convolution, if any."""
         queries, (keys, values) = self.to_q(x), self.to_kv(x).chunk(2, dim=-1)
         conv_inputs = None
         if self.short_conv is not None:
             conv_inputs = torch.cat((queries, keys), dim=-1)
             queries, keys = self.short_conv(conv_inputs, conv_state).split((queries.shape[-1], keys.shape[-1]), dim=-1)
-        queries = _unit(rearrange(queries, "b t (h d) -> b h t d", h=self.heads))
-        keys = _unit(rearrange(keys, "b t (g d) -> b g t d", g=self.num_kv_heads))
+        queries = unit(rearrange(queries, "b t (h d) -> b h t d", h=self.heads))
+        keys = unit(rearrange(keys, "b t (g d) -> b g t d", g=self.num_kv_heads))
         values = rearrange(values, "b t (g d) -> b g t d", g=self.num_kv_heads)
         return queries, torch.stack((keys, values.to(keys)), dim=-2), conv_inputs
 
@@ -284,31 +279,10 @@ class KNNAttention(_KeepsPast):
         new XL memory, if any. A convolution starts at zero here; the model carries its state.
         """
         num_keys = x.shape[1] + (0 if xl_memory is None else xl_memory.shape[2])
-        bias = _causal_bias(rel_pos_bias, x.shape[1], num_keys, x.device)
+        bias = causal_bias(rel_pos_bias, x.shape[1], num_keys, x.device)
         look_up = None if knn_memory is None else knn_memory.look_up
         attended = self.attend(x, bias=bias, past=xl_memory, look_up=look_up)
         new_xl_memory, discarded = self._roll(xl_memory, attended.pairs)
         if knn_memory is not None and add_knn_memory and discarded.shape[2] > 0:
             knn_memory.add(discarded)
         return attended.out, new_xl_memory
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Vectors of length 1 along the last axis; in half precision the tiny epsilon of the norm would vanish."""
-    return F.normalize(_at_least_float32(x), dim=-1).to(x.dtype)
-
-
-def _grouped_products(queries: Tensor, keys: Tensor) -> Tensor:
-    """queries (B, H, T, D), keys (B, G, S, D) -> inner products (B, H, T, S); H / G query heads share a key head."""
-    grouped = rearrange(queries, "b (g r) t d -> b g (r t) d", g=keys.shape[1])
-    return rearrange(grouped @ keys.mT, "b g (r t) s -> b (g r) t s", t=queries.shape[2])
-
-
-def _grouped_sums(weights: Tensor, values: Tensor) -> Tensor:
-    """weights (B, H, T, S), values (B, G, S, D) -> weighted sums (B, H, T, D)."""
-    grouped = rearrange(weights.to(values.dtype), "b (g r) t s -> b g (r t) s", g=values.shape[1])
-    return rearrange(grouped @ values, "b g (r t) d -> b (g r) t d", t=weights.shape[2])

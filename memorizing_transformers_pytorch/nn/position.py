@@ -35,6 +35,7 @@ class RelativePositionBias(nn.Module):
         self.num_buckets = num_buckets
         self.max_distance = max_distance
         self.relative_attention_bias = nn.Embedding(num_buckets, heads)
+        nn.init.normal_(self.relative_attention_bias.weight, std=0.02)  # at 1, chance would outweigh content
 
     def buckets(self, distances: Tensor) -> Tensor:
         """Distances (...) of at least 0 -> their buckets (...)."""

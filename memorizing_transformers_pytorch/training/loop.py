@@ -50,7 +50,10 @@ class TrainingConfig:
 
 
 class Step(NamedTuple):
-    """What one step did. loss: nats per token. tokens: trained on so far. entries: in the memory of each row, on average."""
+    """What one step did.
+
+    loss: nats per token. tokens: trained on so far. entries: in the memory of a row, on average.
+    """
 
     number: int
     loss: float
@@ -59,8 +62,10 @@ class Step(NamedTuple):
 
 
 def train(model: MemorizingTransformer, stream: DocumentStream, config: TrainingConfig) -> Iterator[Step]:
-    """Train the model in place; yields after each step. Raises FloatingPointError, naming the step, when the loss is not
-    finite; the model is then as it was before that step."""
+    """Train the model in place; yields after each step.
+
+    Raises FloatingPointError, naming the step, when the loss is not finite; the model is then as before that step.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )

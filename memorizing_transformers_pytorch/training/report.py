@@ -25,7 +25,7 @@ class Validation(NamedTuple):
 
 
 def loss_table(losses: Mapping[str, Tensor]) -> str:
-    """Losses (documents, positions) of each mode as a table: mean, perplexity, and in how many documents "off" is beaten."""
+    """Losses (documents, positions) of each mode as a table: mean, perplexity, and how often "off" is beaten."""
     lines = [f"{'':32}{'loss':>8}{'perplexity':>12}{'better than off in':>22}"]
     documents = losses["off"].shape[0]
     for mode, loss in losses.items():

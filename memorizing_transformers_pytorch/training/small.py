@@ -33,9 +33,7 @@ from memorizing_transformers_pytorch.training.report import Validation, loss_tab
 
 @dataclass(frozen=True, kw_only=True)
 class SmallRun:
-    """Train a small model on Python's standard library, test it on unseen packages, and let it write.
-
-    Raises ValueError for sizes below 1."""
+    """Train a small model on Python's standard library, test it on unseen packages, and let it write."""
 
     output: Path = Path("runs/small")
     """Folder of the run; if it exists, the next free name (small-2, ...) is taken."""
@@ -68,7 +66,8 @@ class SmallRun:
     seed: int = 0
     """Of the weights, of the order of documents, and of the sample."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for sizes below 1. (Not when it is made: the command line has its own say in that.)"""
         sizes = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int" and f.name != "seed"
         }
@@ -102,8 +101,11 @@ class SmallRun:
 
 
 def run(options: SmallRun) -> Path:
-    """Train, validate, write and report; returns the folder with everything. Raises ValueError for a corpus without a
-    held-out document long enough."""
+    """Train, validate, write and report; returns the folder with everything.
+
+    Raises ValueError for options that make no sense, or a corpus without two held-out documents that are long enough.
+    """
+    options.check()
     torch.manual_seed(options.seed)
     training, held_out = split_by_name(standard_library(options.corpus))
     tokenizer = BPETokenizer.train((document.text for document in training), options.num_tokens)

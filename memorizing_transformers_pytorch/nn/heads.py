@@ -1,0 +1,48 @@
+"""Products of queries, keys and values by head: what both kinds of attention are made of.
+
+Shapes: B rows, H query heads, G key/value heads, T queries, P past keys, S = P + T keys, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from memorizing_transformers_pytorch.nn.position import INVISIBLE, causal_distances
+
+
+def join_past(past: Tensor | None, pairs: Tensor) -> Tensor:
+    """The pairs (B, G, P, 2, D) of the past, detached, and those of this segment, as one (B, G, S, 2, D)."""
+    return pairs if past is None else torch.cat((past.detach().to(pairs), pairs), dim=2)
+
+
+def causal_bias(rel_pos_bias: Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """The bias (1, H, T, S), or none, with -inf for keys ahead of the query."""
+    ahead = causal_distances(num_queries, num_keys, device).unsqueeze(1) == INVISIBLE
+    bias = torch.zeros(1, device=device) if rel_pos_bias is None else rel_pos_bias
+    return bias.masked_fill(ahead, -math.inf)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1 along the last axis; in half precision the tiny epsilon of the norm would vanish."""
+    return F.normalize(at_least_float32(x), dim=-1).to(x.dtype)
+
+
+def grouped_products(queries: Tensor, keys: Tensor) -> Tensor:
+    """queries (B, H, T, D), keys (B, G, S, D) -> inner products (B, H, T, S); H / G query heads share a key head."""
+    grouped = rearrange(queries, "b (g r) t d -> b g (r t) d", g=keys.shape[1])
+    return rearrange(grouped @ keys.mT, "b g (r t) s -> b (g r) t s", t=queries.shape[2])
+
+
+def grouped_sums(weights: Tensor, values: Tensor) -> Tensor:
+    """weights (B, H, T, S), values (B, G, S, D) -> weighted sums (B, H, T, D)."""
+    grouped = rearrange(weights.to(values.dtype), "b (g r) t s -> b g (r t) s", g=values.shape[1])
+    return rearrange(grouped @ values, "b g (r t) d -> b (g r) t d", t=weights.shape[2])
