@@ -269,7 +269,7 @@ class KNNMemory:
         slots, scores, mask = self.retrieve(queries, topk)
         if hidden_rows is not None:
             mask = mask & ~hidden_rows.to(mask.device).view(-1, *(1,) * (mask.ndim - 1))
-        for_backward = torch.is_grad_enabled() and queries.requires_grad
+        for_backward = torch.is_grad_enabled()
         return Lookup(self.store, Retrieved(slots, scores, mask), for_backward=for_backward)
 
     def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ class _KeepsPast(nn.Module):
         out_bias: bool,
     ) -> None:
         super().__init__()
-        if heads % num_kv_heads != 0:
+        if num_kv_heads < 1 or heads % num_kv_heads != 0:
             raise ValueError(f"expected heads to be a multiple of num_kv_heads={num_kv_heads}, got {heads}")
         self.heads = heads
         self.num_kv_heads = num_kv_heads
@@ -186,6 +186,8 @@ class KNNAttention(_KeepsPast):
             raise ValueError(f"expected combine to be 'softmax' or 'gate', got {combine!r}")
         if qk_init not in ("independent", "induction"):
             raise ValueError(f"expected qk_init to be 'independent' or 'induction', got {qk_init!r}")
+        if short_conv < 0:
+            raise ValueError(f"expected short_conv to be at least 0, got {short_conv}")
         self.num_retrieved_memories = num_retrieved_memories
         self.scale = nn.Parameter(torch.full((heads, 1, 1), math.log(attn_scale_init)))
         self.gate = nn.Parameter(torch.zeros(heads, 1, 1)) if combine == "gate" else None

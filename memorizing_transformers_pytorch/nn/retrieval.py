@@ -14,7 +14,7 @@ Shapes: B rows, H query heads, T queries, K retrieved, D head width, N slots in 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,7 @@ def retrieved_logits(queries: Tensor, lookup: Lookup) -> Tensor:
 
     In float32 (float64 for float64 queries). Where the mask is False the logit is 0 and must be masked by the caller.
     """
-    logits: Tensor = _RetrievedLogits.apply(queries, lookup)  # type: ignore[no-untyped-call]
-    return logits
+    return _apply(_RetrievedLogits, queries, lookup)
 
 
 def retrieved_values(weights: Tensor, lookup: Lookup) -> Tensor:
@@ -51,8 +50,15 @@ def retrieved_values(weights: Tensor, lookup: Lookup) -> Tensor:
 
     Where the mask is False the weight must be 0.
     """
-    sums: Tensor = _RetrievedValues.apply(weights, lookup)  # type: ignore[no-untyped-call]
-    return sums
+    return _apply(_RetrievedValues, weights, lookup)
+
+
+def _apply(function: type[torch.autograd.Function], numbers: Tensor, lookup: Lookup) -> Tensor:
+    # A compiler would trace backward together with forward, and miss what the lookup keeps in between.
+    apply: Any = function.apply
+    if torch.compiler.is_compiling():
+        apply = torch.compiler.disable(apply)  # type: ignore[no-untyped-call]
+    return cast(Tensor, apply(numbers, lookup))
 
 
 class _RetrievedLogits(torch.autograd.Function):
@@ -91,31 +97,39 @@ def _within(numbers: Tensor, table: Table) -> Tensor:
 
 def weighted_sums(weights: Tensor, table: Tensor, slots: Tensor) -> Tensor:
     """weights (..., K), table (N, D), slots (..., K) -> (..., D) in the dtype and on the device of the weights."""
-    scaled, peak = _fit_dtype(weights, table)
-    bags = slots.reshape(-1, slots.shape[-1]).to(table.device)
+    table, slots = _at_precision(table, slots.to(table.device), weights.dtype)
+    scaled, total = _fit_dtype(weights, table)
+    bags = slots.reshape(-1, slots.shape[-1])
     sums = F.embedding_bag(bags, table, per_sample_weights=scaled.reshape(bags.shape), mode="sum")
-    return sums.view(*slots.shape[:-1], -1).to(weights) * peak
+    return sums.view(*slots.shape[:-1], -1).to(weights) * total
 
 
 def sampled_inner_products(vectors: Tensor, table: Tensor, slots: Tensor) -> Tensor:
     """vectors (..., D), table (N, D), slots (..., K) -> (..., K) in the dtype and on the device of the vectors."""
-    scaled, peak = _fit_dtype(vectors, table)
+    table, slots = _at_precision(table, slots.to(table.device), vectors.dtype)
+    scaled, total = _fit_dtype(vectors, table)
     num_bags, bag_size = slots.shape[:-1].numel(), slots.shape[-1]
-    flat_slots = slots.reshape(-1).to(table.device)
     offsets = torch.arange(num_bags, device=table.device) * bag_size
     bag_of_slot = torch.arange(num_bags, device=table.device).repeat_interleave(bag_size)
     # This is how PyTorch itself differentiates embedding_bag by its per-sample weights; mode 0 is "sum".
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        scaled.reshape(num_bags, -1), table, flat_slots, offsets, bag_of_slot, 0, -1
+        scaled.reshape(num_bags, -1), table, slots.reshape(-1), offsets, bag_of_slot, 0, -1
     )
-    return products.view(slots.shape).to(vectors) * peak  # type: ignore[no-any-return]
+    return products.view(slots.shape).to(vectors) * total  # type: ignore[no-any-return]
+
+
+def _at_precision(table: Tensor, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For float64 numbers, the entries that occur (each once) in float64, and the slots within them."""
+    if dtype != torch.float64 or table.dtype == torch.float64:
+        return table, slots
+    used, slots = slots.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    return table[used].double(), slots
 
 
 def _fit_dtype(numbers: Tensor, table: Tensor) -> tuple[Tensor, Tensor | float]:
-    """The numbers (..., n) in the dtype of the table, scaled to at most 1 where that has a narrower range."""
-    if numbers.dtype == table.dtype:
-        return numbers.to(table.device), 1.0
-    if table.dtype == torch.float64 or (numbers.dtype != torch.float64 and table.dtype == torch.float32):
+    """The numbers (..., n) in the dtype of the table; where that has a narrower range, scaled so that their absolute
+    values add up to 1: no sum is then larger than the largest number in the table."""
+    if numbers.dtype == table.dtype or table.dtype in (torch.float32, torch.float64):
         return numbers.to(table), 1.0
-    peak = numbers.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(numbers.dtype).tiny)
-    return (numbers / peak).to(table), peak
+    total = numbers.abs().sum(dim=-1, keepdim=True).clamp_min(torch.finfo(numbers.dtype).tiny)
+    return (numbers / total).to(table), total

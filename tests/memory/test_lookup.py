@@ -1,0 +1,203 @@
+"""A lookup keeps the keys and values it found, however many entries take their place."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import faiss
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from memorizing_transformers_pytorch.memory import KNNMemory, Lookup
+
+DIM, CAPACITY, ROWS, TOPK = 3, 7, 2, 4
+by_kv_heads = pytest.mark.parametrize("kv_heads", [1, 3])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny searches would spend their time waiting for idle threads."""
+    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(threads[0])
+    faiss.omp_set_num_threads(threads[1])
+
+
+def add(memory: KNNMemory, count: int, *, share: float = 1.0) -> None:
+    """Add entries to the rows in scope, about this share of them without a mask."""
+    rows = len(memory.scoped_indices)
+    memory.add(torch.randn(rows, memory.num_kv_heads, count, 2, DIM), torch.rand(rows, count) < share)
+
+
+def add_to_last_row(memory: KNNMemory) -> None:
+    with memory.at_batch_indices([ROWS - 1]):
+        add(memory, 3)
+
+
+CHANGES: dict[str, Callable[[KNNMemory], None]] = {
+    "add none": lambda memory: add(memory, 0),
+    "add one": lambda memory: add(memory, 1),
+    "add some": lambda memory: add(memory, 5),
+    "add as many as fit": lambda memory: add(memory, CAPACITY),
+    "add more than fit": lambda memory: add(memory, 2 * CAPACITY + 3),
+    "add with mask": lambda memory: add(memory, 6, share=0.5),
+    "add to the last row": add_to_last_row,
+    "clear": lambda memory: memory.clear(),
+    "clear the first row": lambda memory: memory.clear(0),
+}
+
+
+class Pairs(NamedTuple):
+    keys: Tensor
+    values: Tensor
+
+
+class Snapshot(NamedTuple):
+    """A lookup and copies, made at the same time, of what it found."""
+
+    lookup: Lookup
+    pairs: Pairs
+
+
+def take_snapshot(memory: KNNMemory) -> Snapshot:
+    rows = len(memory.scoped_indices)
+    queries = torch.randn(rows, 2 * memory.num_kv_heads, 3, DIM, requires_grad=True)
+    key_values, _ = memory.search(queries, TOPK)
+    return Snapshot(memory.look_up(queries, TOPK), Pairs(*key_values.unbind(dim=-2)))
+
+
+def gathered(lookup: Lookup) -> Pairs:
+    """Keys and values of everything found, 0 elsewhere. Each must lie in exactly one table."""
+    keys, values = torch.zeros(*lookup.slots.shape, DIM), torch.zeros(*lookup.slots.shape, DIM)
+    times_found = torch.zeros_like(lookup.slots)
+    for table in lookup.tables():
+        here = lookup.mask if table.mask is None else lookup.mask & table.mask
+        keys[here], values[here] = table.keys[table.slots[here]].float(), table.values[table.slots[here]].float()
+        times_found += here
+    assert torch.equal(times_found, lookup.mask.long())
+    return Pairs(keys, values)
+
+
+def assert_kept(snapshot: Snapshot) -> None:
+    now = gathered(snapshot.lookup)
+    assert torch.equal(now.keys, snapshot.pairs.keys.float())
+    assert torch.equal(now.values, snapshot.pairs.values.float())
+
+
+@by_kv_heads
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_lookup_survives_a_change(kv_heads: int, change: Callable[[KNNMemory], None]) -> None:
+    memory = KNNMemory(DIM, CAPACITY, ROWS, num_kv_heads=kv_heads)
+    add(memory, CAPACITY)
+    snapshot = take_snapshot(memory)
+    change(memory)
+    assert_kept(snapshot)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["in RAM", "memory-mapped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@by_kv_heads
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(changes=st.lists(st.sampled_from(sorted(CHANGES)), max_size=9))
+def test_lookups_survive_any_changes(kv_heads: int, dtype: torch.dtype, mapped: bool, changes: list[str]) -> None:
+    """One lookup before each change, so that each must tell what it has seen from what came later."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = folder if mapped else None
+        memory = KNNMemory(DIM, CAPACITY, ROWS, num_kv_heads=kv_heads, dtype=dtype, directory=directory)
+        snapshots = []
+        for change in changes:
+            snapshots.append(take_snapshot(memory))
+            CHANGES[change](memory)
+        for snapshot in snapshots:
+            assert_kept(snapshot)
+        memory.cleanup()
+
+
+def test_entries_are_kept_while_the_ring_turns_many_times() -> None:
+    memory = KNNMemory(DIM, CAPACITY, ROWS)
+    add(memory, CAPACITY)
+    snapshot = take_snapshot(memory)
+    for _ in range(50):
+        add(memory, 3)
+        assert_kept(snapshot)
+
+
+def test_a_lookup_within_a_scope_is_about_its_rows() -> None:
+    memory = KNNMemory(DIM, CAPACITY, ROWS)
+    add(memory, CAPACITY)
+    with memory.at_batch_indices([1]):
+        snapshot = take_snapshot(memory)
+    add(memory, CAPACITY)
+    assert_kept(snapshot)
+
+
+def test_a_lookup_outlives_its_memory(tmp_path: Path) -> None:
+    memory = KNNMemory(DIM, CAPACITY, ROWS, directory=tmp_path)
+    add(memory, CAPACITY)
+    snapshot = take_snapshot(memory)
+    add(memory, 3)
+    memory.cleanup()
+    del memory
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    assert_kept(snapshot)
+
+
+def test_hidden_rows_find_nothing() -> None:
+    memory = KNNMemory(DIM, CAPACITY, ROWS, num_kv_heads=3)
+    add(memory, CAPACITY)
+    lookup = memory.look_up(torch.randn(ROWS, 3, 5, DIM), TOPK, hidden_rows=torch.tensor([True, False]))
+    assert lookup.mask.flatten(1).all(dim=1).tolist() == [False, True]
+    assert lookup.mask.flatten(1).any(dim=1).tolist() == [False, True]
+
+
+def test_hidden_rows_stay_hidden_after_they_are_overwritten() -> None:
+    memory = KNNMemory(DIM, CAPACITY, ROWS)
+    add(memory, CAPACITY)
+    queries = torch.randn(ROWS, 2, 3, DIM, requires_grad=True)
+    lookup = memory.look_up(queries, TOPK, hidden_rows=torch.tensor([True, False]))
+    add(memory, CAPACITY)
+    copies = lookup.tables()[1]
+    assert copies.mask is not None
+    assert copies.mask.flatten(1).any(dim=1).tolist() == [False, True]
+
+
+def test_nothing_is_copied_before_an_entry_is_overwritten() -> None:
+    memory = KNNMemory(DIM, CAPACITY, ROWS)
+    add(memory, 4)
+    lookup = take_snapshot(memory).lookup
+    add(memory, 3)
+    memory.clear()
+    (table,) = lookup.tables()
+    assert table.keys.data_ptr() == memory.store.keys.data_ptr()
+    assert table.mask is None
+
+
+@pytest.mark.parametrize(("grad", "requires_grad"), [(False, True), (True, False)])
+def test_without_a_backward_pass_to_come_nothing_is_registered(grad: bool, requires_grad: bool) -> None:
+    memory = KNNMemory(DIM, CAPACITY, ROWS)
+    add(memory, CAPACITY)
+    with torch.set_grad_enabled(grad):
+        lookup = memory.look_up(torch.randn(ROWS, 1, 3, DIM, requires_grad=requires_grad), TOPK)
+    assert lookup not in memory.store.readers
+    assert len(memory.store.readers) == 0
+
+
+def test_lookups_are_forgotten_when_they_are_collected() -> None:
+    memory = KNNMemory(DIM, CAPACITY, ROWS)
+    add(memory, CAPACITY)
+    first, second = take_snapshot(memory).lookup, take_snapshot(memory).lookup
+    assert set(memory.store.readers) == {first, second}
+    del first
+    gc.collect()
+    assert set(memory.store.readers) == {second}
