@@ -73,7 +73,8 @@ def _better_of(left: Best, right: Best, topk: int) -> Best:
 
 
 def _best_by_matmul(queries: Tensor, keys: Tensor, topk: int) -> Best:
-    return Best(*(queries @ keys.mT).topk(topk, dim=-1))
+    with torch.autocast(keys.device.type, enabled=False):
+        return Best(*(queries @ keys.mT).topk(topk, dim=-1))
 
 
 def _best_by_faiss(queries: Tensor, keys: Tensor, topk: int) -> Best:
@@ -82,6 +83,8 @@ def _best_by_faiss(queries: Tensor, keys: Tensor, topk: int) -> Best:
         for head_queries, head_keys in zip(queries.contiguous().numpy(), keys.numpy(), strict=True)
     ]
     scores, places = (torch.stack([torch.from_numpy(part) for part in parts]) for parts in zip(*found, strict=True))
+    if bool((places < 0).any()):  # faiss skips inner products that overflow to minus infinity
+        return _best_by_matmul(queries, keys, topk)
     return Best(scores, places)
 
 

@@ -8,18 +8,18 @@ Shapes: R rows in scope, H query heads, G key/value heads, N entries added, K re
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.index import make_index
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Retrieved
-from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN, Store
+from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN, StagedEntries, Store
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,16 +28,6 @@ STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def warn_once(message: str) -> None:
     """Warn about something that is accepted but has no effect; once per message and process."""
     warnings.warn(message, stacklevel=3)
-
-
-class StagedEntries(NamedTuple):
-    """Entries that have been checked and converted, and can be stored without fail."""
-
-    rows: list[int]
-    keys: Tensor
-    values: Tensor
-    origins: Tensor
-    mask: Tensor | None
 
 
 class KNNMemory:
@@ -143,7 +133,11 @@ class KNNMemory:
             self.scoped_indices = outer
 
     def _checked_rows(self, indices: Iterable[int]) -> list[int]:
-        rows = [int(index) for index in indices]
+        given = list(indices)
+        try:
+            rows = [operator.index(index) for index in given]
+        except TypeError:
+            raise ValueError(f"expected rows as integers, got {given}") from None
         if len(set(rows)) != len(rows) or not all(0 <= row < self.num_indices for row in rows):
             raise ValueError(f"expected distinct rows from 0 to {self.num_indices - 1}, got {rows}")
         return rows
@@ -153,14 +147,19 @@ class KNNMemory:
 
         Raises ValueError for rows that are out of range or outside the scope.
         """
+        self.store.clear(self.rows_to_clear(batch_indices))
+
+    def rows_to_clear(self, batch_indices: int | Iterable[int] | None = None) -> list[int]:
+        """Check which rows `clear` would empty, emptying none: several memories can so change all or none."""
+        _ = self.store  # refuses a closed memory
         if batch_indices is None:
             batch_indices = self.scoped_indices
-        elif isinstance(batch_indices, int):
+        elif not isinstance(batch_indices, Iterable):
             batch_indices = [batch_indices]
         rows = self._checked_rows(batch_indices)
         if not set(rows) <= set(self.scoped_indices):
             raise ValueError(f"expected rows of the scope {self.scoped_indices}, got {rows}")
-        self.store.clear(rows)
+        return rows
 
     # Writing
 
@@ -178,6 +177,7 @@ class KNNMemory:
 
     def stage(self, memories: Tensor, mask: Tensor | None = None, origins: Tensor | None = None) -> StagedEntries:
         """Check and convert what `add` would store, storing nothing: several memories can so change all or none."""
+        _ = self.store  # refuses a closed memory
         memories = self._checked_entries(memories)
         rows, _, count = memories.shape[:3]
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows, count)):
@@ -210,7 +210,7 @@ class KNNMemory:
 
     def commit(self, staged: StagedEntries) -> None:
         """Store what `stage` has checked."""
-        self.store.write(*staged)
+        self.store.write(staged)
 
     # Reading
 
@@ -270,7 +270,7 @@ class KNNMemory:
         if hidden_rows is not None:
             mask = mask & ~hidden_rows.to(mask.device).view(-1, *(1,) * (mask.ndim - 1))
         for_backward = torch.is_grad_enabled()
-        return Lookup(self.store, Retrieved(slots, scores, mask), for_backward=for_backward)
+        return Lookup(self.store, self.scoped_indices, Retrieved(slots, scores, mask), for_backward=for_backward)
 
     def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk).

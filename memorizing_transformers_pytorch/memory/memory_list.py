@@ -27,8 +27,12 @@ class KNNMemoryList(list[KNNMemory]):
     ) -> None:
         """Empty these rows of these memories; every row in scope and every memory unless said otherwise."""
         rows = list(batch_indices) if isinstance(batch_indices, Iterable) else batch_indices
-        for index in range(len(self)) if memory_indices is None else memory_indices:
-            self[index].clear(rows)
+        chosen = list(range(len(self)) if memory_indices is None else memory_indices)
+        if not all(0 <= index < len(self) for index in chosen):
+            raise ValueError(f"expected memories from 0 to {len(self) - 1}, got {chosen}")
+        to_clear = [(self[index], self[index].rows_to_clear(rows)) for index in chosen]
+        for memory, memory_rows in to_clear:
+            memory.clear(memory_rows)
 
     def add(self, pairs: Sequence[Tensor], mask: Tensor | None = None, origins: Tensor | None = None) -> None:
         """Add one tensor of entries to each memory: to all of them or, where one refuses, to none.

@@ -57,8 +57,9 @@ class Lookup:
     (`keep`), of those few entries and only while a graph is alive. So a backward pass is right however late it comes.
     """
 
-    def __init__(self, store: Store, retrieved: Retrieved, *, for_backward: bool) -> None:
+    def __init__(self, store: Store, rows: list[int], retrieved: Retrieved, *, for_backward: bool) -> None:
         self._store = store
+        self._rows = rows
         self._clock = store.clock
         self._kept: list[_Kept] = []
         self.slots, self.scores, self.mask = retrieved
@@ -67,6 +68,8 @@ class Lookup:
 
     def keep(self, row: int, places: slice) -> None:
         """Copy what these places of a row hold, if it was there when this lookup was made. Called by the store."""
+        if row not in self._rows:
+            return
         written = self._store.written[row, places]
         seen = ((written > 0) & (written <= self._clock)).nonzero().squeeze(-1) + places.start
         if seen.numel() > 0:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,19 @@ ORIGIN_FIELDS = 3  # document id, position in the document, token id
 UNKNOWN = -1
 
 _BYTES_AS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+
+class StagedEntries(NamedTuple):
+    """Entries that have been checked and converted, and can be stored without fail.
+
+    rows: n row numbers. keys, values: (n, G, N, D). origins: (n, N, 3). mask: (n, N), False for what not to store.
+    """
+
+    rows: list[int]
+    keys: Tensor
+    values: Tensor
+    origins: Tensor
+    mask: Tensor | None
 
 
 class Store:
@@ -69,13 +83,13 @@ class Store:
     def device(self) -> torch.device:
         return self.keys.device
 
-    def write(self, rows: list[int], keys: Tensor, values: Tensor, origins: Tensor, mask: Tensor | None) -> None:
-        """Put entries (rows, G, N, D), in order, over the oldest; skip those that are False in mask (rows, N)."""
+    def write(self, entries: StagedEntries) -> None:
+        """Put entries, in order, over the oldest of their rows."""
         self.clock += 1
-        for i, row in enumerate(rows):
-            chosen = slice(None) if mask is None else mask[i].nonzero().squeeze(-1)
-            row_keys, row_values, row_origins = keys[i][:, chosen], values[i][:, chosen], origins[i][chosen]
-            self._write_row(row, row_keys, row_values, row_origins)
+        for i, row in enumerate(entries.rows):
+            chosen = slice(None) if entries.mask is None else entries.mask[i].nonzero().squeeze(-1)
+            keys, values = entries.keys[i][:, chosen], entries.values[i][:, chosen]
+            self._write_row(row, keys, values, entries.origins[i][chosen])
 
     def _write_row(self, row: int, keys: Tensor, values: Tensor, origins: Tensor) -> None:
         count = keys.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from memorizing_transformers_pytorch import MemorizingTransformer
 from memorizing_transformers_pytorch.segment import XLMemories
 from tests.model.helpers import (
+    EVERYTHING,
     NUM_TOKENS,
     assert_same_contents,
     assert_same_gradients,
@@ -176,6 +178,16 @@ def test_memories_are_cleaned_up_also_after_an_exception() -> None:
         raise KeyError
     with pytest.raises(ValueError, match="expected an open memory, got one that cleanup"):
         _ = memories[0].store
+
+
+def test_memory_mapped_memories_give_the_same(tmp_path: Path) -> None:
+    tokens, results = random_tokens(2, 18), []
+    for directory in (None, str(tmp_path)):
+        torch.manual_seed(1)
+        model = tiny(**EVERYTHING, knn_memories_directory=directory)
+        with model.knn_memories_context(batch_size=2) as memories:
+            results.append(read(model, tokens, memories, segment_length=6).result)
+    assert torch.equal(*results)
 
 
 # Heads
