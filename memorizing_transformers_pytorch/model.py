@@ -172,7 +172,7 @@ class MemorizingTransformer(nn.Module):
         x: (B, T) token ids.
         knn_memories: one per memorizing layer, with B rows in scope; None for local attention only.
         xl_memories: what the call for the preceding segment returned; None at the beginning.
-        labels: (B, T) target ids; positions with -100 are not scored.
+        labels: (B, T) target ids, that of each position (not shifted here); positions with -100 are not scored.
         add_knn_memory: False leaves the memories as they are.
         mask: (B, T) bool, False for padding, anywhere in a row; without it a run of pad_id at the end of a row is
             padding. It is not attended to, stored or scored, nor is a label pad_id at the last token before it scored.

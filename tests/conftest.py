@@ -1,11 +1,19 @@
-"""What every test starts from: the same random numbers, and GPU tests only where there is one."""
+"""What every test starts from: the same random numbers, one thread, and GPU tests only where there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import faiss
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The tensors of tests are tiny, and threads that wait for each other on shared cores cost most of the time."""
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

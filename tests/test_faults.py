@@ -10,6 +10,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,6 @@ from torch import Tensor, nn
 
 import memorizing_transformers_pytorch
 from memorizing_transformers_pytorch import KNNMemory, MemorizingTransformer, ModelConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SOS, EOS = 1, 2
 
@@ -237,7 +233,10 @@ def test_b10_training_validates_on_validation_data(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(MemorizingTransformer, "forward", watched)
     sizes: dict[str, Any] = {"steps": 2, "batch_size": 2, "segments": 2, "segment_length": 8, "device": "cpu"}
     options = train.Options(enwik8=tmp_path, output=tmp_path / "model.safetensors", **sizes)
-    train.main(options, ModelConfig.preset("enwik8", dim=8, dim_head=4, heads=1, depth=2, memorizing_layers=1, xl_memory_layers=2))
+    train.main(
+        options,
+        ModelConfig.preset("enwik8", dim=8, dim_head=4, heads=1, depth=2, memorizing_layers=1, xl_memory_layers=2),
+    )
     assert seen == {True: {5}, False: {6}}
 
 

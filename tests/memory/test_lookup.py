@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import faiss
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,17 +18,6 @@ from memorizing_transformers_pytorch.memory import KNNMemory, Lookup
 
 DIM, CAPACITY, ROWS, TOPK = 3, 7, 2, 4
 by_kv_heads = pytest.mark.parametrize("kv_heads", [1, 3])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny searches would spend their time waiting for idle threads."""
-    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    yield
-    torch.set_num_threads(threads[0])
-    faiss.omp_set_num_threads(threads[1])
 
 
 def add(memory: KNNMemory, count: int, *, share: float = 1.0) -> None:

@@ -5,12 +5,10 @@ Shapes: R rows in scope, H query heads, G key/value heads, T queries, K retrieve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-import faiss
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -30,17 +28,6 @@ from memorizing_transformers_pytorch.memory.knn_memory import STORAGE_DTYPES
 
 DIM = 5
 COUNTS = st.integers(0, 4) | st.integers(0, 25)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny searches would spend their time waiting for idle threads."""
-    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    yield
-    torch.set_num_threads(threads[0])
-    faiss.omp_set_num_threads(threads[1])
 
 
 def contents(pairs: Tensor, origin: Tensor) -> tuple[object, ...]:

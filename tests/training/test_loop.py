@@ -25,7 +25,8 @@ def make_stream() -> DocumentStream:
 
 
 def run(model: MemorizingTransformer, **config: Any) -> list[Step]:
-    return list(train(model, make_stream(), TrainingConfig(**{"steps": 40, "warmup_steps": 5, "learning_rate": 1e-2, **config})))
+    defaults = {"steps": 40, "warmup_steps": 5, "learning_rate": 1e-2}
+    return list(train(model, make_stream(), TrainingConfig(**{**defaults, **config})))
 
 
 @pytest.mark.parametrize("changes", [{}, {"short_conv": 0}, {"xl_max_memories": 5}, {"memorizing_layers": ()}], ids=str)
