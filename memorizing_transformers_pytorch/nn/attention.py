@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.nn.heads import (
     at_least_float32,
-    causal_bias,
     grouped_products,
     grouped_sums,
     join_past,
+    local_bias,
     unit,
 )
-from memorizing_transformers_pytorch.nn.retrieval import Lookup, retrieved_logits, retrieved_values
+from memorizing_transformers_pytorch.nn.retrieval import Lookup, Memory, retrieved_logits, retrieved_values
 from memorizing_transformers_pytorch.nn.short_conv import ShortConv, induction_taps
 
 # The query heads of an induction start differ from the key projection by this share of their own random start.
@@ -41,14 +41,6 @@ class Attended(NamedTuple):
     out: Tensor
     pairs: Tensor
     conv_inputs: Tensor | None = None
-
-
-class Memory(Protocol):
-    """What a `KNNAttention` used on its own needs of a memory; `KNNMemory` has it."""
-
-    def look_up(self, queries: Tensor, topk: int) -> Lookup: ...
-
-    def add(self, memories: Tensor) -> None: ...
 
 
 class _KeepsPast(nn.Module):
@@ -76,6 +68,17 @@ class _KeepsPast(nn.Module):
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, 2 * num_kv_heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=out_bias)
+
+    def _local_bias(
+        self, x: Tensor, xl_memory: Tensor | None, rel_pos_bias: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """The bias of a layer used on its own. Raises ValueError for a mask that cannot be used."""
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
+            raise ValueError(f"expected a bool mask {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
+        if mask is not None and self.xl_max_memories > 0:
+            raise ValueError("expected no mask with xl_max_memories (only the model carries masks on), got one")
+        num_past = 0 if xl_memory is None else xl_memory.shape[2]
+        return local_bias(rel_pos_bias, mask, num_past, x.shape[1]).to(x.device)
 
     def _roll(self, xl_memory: Tensor | None, pairs: Tensor) -> tuple[Tensor | None, Tensor]:
         """The new XL memory, and the pairs that it no longer holds."""
@@ -130,14 +133,19 @@ class Attention(_KeepsPast):
         return Attended(self.to_out(rearrange(out, "b h t d -> b t (h d)")), pairs)
 
     def forward(
-        self, x: Tensor, *, xl_memory: Tensor | None = None, rel_pos_bias: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        xl_memory: Tensor | None = None,
+        rel_pos_bias: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The layer on its own: x (B, T, E), xl_memory (B, G, P, 2, D) -> out (B, T, E) and the new XL memory, if any.
 
         rel_pos_bias: (1, H, T, S), without a causal mask; keys ahead of a query are masked here.
+        mask: (B, T) bool, False for padding; not together with xl_max_memories.
         """
-        num_keys = x.shape[1] + (0 if xl_memory is None else xl_memory.shape[2])
-        bias = causal_bias(rel_pos_bias, x.shape[1], num_keys, x.device)
+        bias = self._local_bias(x, xl_memory, rel_pos_bias, mask)
         attended = self.attend(x, bias=bias, past=xl_memory)
         new_xl_memory, _ = self._roll(xl_memory, attended.pairs)
         return attended.out, new_xl_memory
@@ -274,17 +282,17 @@ class KNNAttention(_KeepsPast):
         xl_memory: Tensor | None = None,
         add_knn_memory: bool = True,
         rel_pos_bias: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The layer on its own: search the memory, attend, then store the pairs (with XL memory, those it discards).
 
-        x (B, T, E), xl_memory (B, G, P, 2, D), rel_pos_bias (1, H, T, S) without a causal mask -> out (B, T, E) and the
-        new XL memory, if any. A convolution starts at zero here; the model carries its state.
+        The arguments are those of `Attention.forward`; padding is not stored. A convolution starts at zero here; the
+        model carries its state.
         """
-        num_keys = x.shape[1] + (0 if xl_memory is None else xl_memory.shape[2])
-        bias = causal_bias(rel_pos_bias, x.shape[1], num_keys, x.device)
+        bias = self._local_bias(x, xl_memory, rel_pos_bias, mask)
         look_up = None if knn_memory is None else knn_memory.look_up
         attended = self.attend(x, bias=bias, past=xl_memory, look_up=look_up)
         new_xl_memory, discarded = self._roll(xl_memory, attended.pairs)
         if knn_memory is not None and add_knn_memory and discarded.shape[2] > 0:
-            knn_memory.add(discarded)
+            knn_memory.add(discarded, mask)
         return attended.out, new_xl_memory

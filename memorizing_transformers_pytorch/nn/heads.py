@@ -20,11 +20,18 @@ def join_past(past: Tensor | None, pairs: Tensor) -> Tensor:
     return pairs if past is None else torch.cat((past.detach().to(pairs), pairs), dim=2)
 
 
-def causal_bias(rel_pos_bias: Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """The bias (1, H, T, S), or none, with -inf for keys ahead of the query."""
-    ahead = causal_distances(num_queries, num_keys, device).unsqueeze(1) == INVISIBLE
+def local_bias(rel_pos_bias: Tensor | None, mask: Tensor | None, num_past: int, num_queries: int) -> Tensor:
+    """The bias (1, H, T, S), or none, with -inf for keys ahead of the query and where mask (B, T) is False.
+
+    A query always sees its own key, so that its weights stay defined on padding too.
+    """
+    device = mask.device if mask is not None else None if rel_pos_bias is None else rel_pos_bias.device
+    distances = causal_distances(num_queries, num_past + num_queries, device)
+    hidden = distances == INVISIBLE
+    if mask is not None:
+        hidden = hidden | (~F.pad(mask, (num_past, 0), value=True)[:, None] & (distances != 0))
     bias = torch.zeros(1, device=device) if rel_pos_bias is None else rel_pos_bias
-    return bias.masked_fill(ahead, -math.inf)
+    return bias.masked_fill(hidden.unsqueeze(1), -math.inf)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -37,6 +37,14 @@ class Lookup(Protocol):
     def tables(self) -> list[Table]: ...
 
 
+class Memory(Protocol):
+    """What a `KNNAttention` used on its own needs of a memory; `KNNMemory` has it."""
+
+    def look_up(self, queries: Tensor, topk: int) -> Lookup: ...
+
+    def add(self, memories: Tensor, mask: Tensor | None = None) -> None: ...
+
+
 def retrieved_logits(queries: Tensor, lookup: Lookup) -> Tensor:
     """queries (B, H, T, D), those of the lookup -> their inner products with the retrieved keys (B, H, T, K).
 

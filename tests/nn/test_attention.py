@@ -504,3 +504,30 @@ def test_a_block_with_a_memory_compiles_and_its_backward_may_come_late(combine: 
     memory, _ = make_memories((0, 3, 29), kv_heads=2)
     context = {"bias": reference.causal_bias(7, 7), "look_up": memory.look_up}
     assert_compiles(block, lambda: memory.add(random_pairs(ROWS, 2, 30)), **context)
+
+
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+@pytest.mark.parametrize(
+    "padding", [[False] * 2 + [True] * 5, [True] * 4 + [False] * 3, [True, False] * 3 + [True]], ids=str
+)
+def test_padding_is_neither_attended_to_nor_stored(kind: type[Attention | KNNAttention], padding: list[bool]) -> None:
+    layer, memory = kind(dim=12, heads=2, dim_head=5), KNNMemory(5, 20, 2)
+    arguments = {"knn_memory": memory} if kind is KNNAttention else {}
+    mask = torch.tensor([padding, [True] * 7])
+    x = torch.randn(2, 7, 12)
+    out, _ = layer(x, mask=mask, **arguments)
+    assert out.isfinite().all()
+    changed, _ = layer(x.where(mask.unsqueeze(-1), torch.randn(2, 7, 12)), mask=mask)
+    torch.testing.assert_close(out[mask], changed[mask])
+    alone, _ = layer(x[:1, mask[0]])
+    torch.testing.assert_close(out[:1, mask[0]], alone)
+    if arguments:
+        assert memory.num_entries == (sum(padding), 7)
+
+
+def test_a_mask_that_cannot_be_used_is_refused() -> None:
+    x = torch.randn(2, 7, 12)
+    with pytest.raises(ValueError, match=r"expected a bool mask \(2, 7\), got torch.int64 \(2, 7\)"):
+        Attention(dim=12)(x, mask=torch.ones(2, 7, dtype=torch.int64))
+    with pytest.raises(ValueError, match="expected no mask with xl_max_memories"):
+        KNNAttention(dim=12, xl_max_memories=3)(x, mask=torch.ones(2, 7, dtype=torch.bool))
