@@ -44,7 +44,7 @@ class Options:
     validate_every: int = 100
     """Steps between validations."""
     output: Path = Path("runs/enwik8.safetensors")
-    """Checkpoint, written at every validation."""
+    """Checkpoint, a new file, written anew at every validation."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     seed: int = 0
@@ -80,7 +80,9 @@ def validate(model: MemorizingTransformer, data: np.ndarray, options: Options) -
 
 
 def main(options: Options, config: ModelConfig) -> None:
-    """Train, and print the validation loss now and then."""
+    """Train, and print the validation loss now and then. Raises ValueError if the checkpoint would replace another."""
+    if options.output.exists():
+        raise ValueError(f"expected a new file for the checkpoint, got {str(options.output)!r}, which exists")
     data = read_enwik8(options.enwik8)
     torch.manual_seed(options.seed)
     places = np.random.default_rng(options.seed)

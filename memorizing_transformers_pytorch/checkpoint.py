@@ -45,6 +45,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Mem
     if _CONFIG_KEY not in metadata:
         raise ValueError(f"expected {_CONFIG_KEY!r} in the metadata of {str(path)!r}, got {sorted(metadata)}")
     model = MemorizingTransformer.from_config(ModelConfig.from_dict(json.loads(metadata[_CONFIG_KEY])))
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
     load_weights(model, weights)
     return model.to(device)
 

@@ -78,15 +78,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_dtype", str(self.memory_dtype).removeprefix("torch."))
-        object.__setattr__(self, "memorizing_layers", self._resolved_memorizing_layers())
-        object.__setattr__(self, "xl_memory_layers", self._resolved_xl_layers())
+        if self.knn_memories_directory is not None:
+            object.__setattr__(self, "knn_memories_directory", str(self.knn_memories_directory))
         if self.knn_attn_heads is None:
             object.__setattr__(self, "knn_attn_heads", self.heads)
         self._check_sizes()
-        self._check_choices()
         self._check_token_ids()
+        object.__setattr__(self, "memorizing_layers", self._resolved_memorizing_layers())
+        object.__setattr__(self, "xl_memory_layers", self._resolved_xl_layers())
         self._check_layers("memorizing_layers")
         self._check_layers("xl_memory_layers")
+        self._check_choices()
 
     def _resolved_memorizing_layers(self) -> tuple[int, ...]:
         if self.memorizing_layers is None:
@@ -124,7 +126,7 @@ class ModelConfig:
     def _check_token_ids(self) -> None:
         for name in _TOKEN_IDS:
             token_id = getattr(self, name)
-            if token_id is not None and not 0 <= token_id < self.num_tokens:
+            if token_id is not None and not (isinstance(token_id, int) and 0 <= token_id < self.num_tokens):
                 raise ValueError(f"expected {name} from 0 to {self.num_tokens - 1} or None, got {token_id}")
 
     def _check_layers(self, name: str) -> None:

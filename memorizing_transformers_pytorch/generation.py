@@ -5,7 +5,8 @@ Shapes: B rows, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import operator
+from collections.abc import Collection, Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -82,23 +83,19 @@ def stream(
     generator: torch.Generator | None = None,
     segment_length: int = 512,
     xl_memories: XLMemories | None = None,
-) -> Iterator[list[int | None]]:
+) -> Generator[list[int | None]]:
     """`generate`, token by token: yields the new token of each row, None for rows that have ended.
 
     Checks at once, reads when first asked for a token. When the iterator ends or is closed, the memories hold all that
     was read and written.
     """
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
-    rows = [list(map(int, row)) for row in prompt]
-    if not rows or min(len(row) for row in rows) == 0:
-        raise ValueError(
-            f"expected a prompt of at least 1 row and 1 token each, got {[len(row) for row in rows]} tokens"
-        )
+    rows = _rows_of(prompt)
     session = Session(model, memories, batch_size=len(rows), segment_length=segment_length, xl_memories=xl_memories)
     session.checked(rows)
     stops = {stop} if isinstance(stop, int) else set(stop or ())
 
-    def write() -> Iterator[list[int | None]]:
+    def write() -> Generator[list[int | None]]:
         pending = rows
         ended = [False] * len(rows)
         try:
@@ -121,11 +118,25 @@ def stream(
     return write()
 
 
+def _rows_of(prompt: Prompt) -> list[list[int]]:
+    """The prompt as lists, if it is a batch of at least one text, each of at least one token."""
+    rows = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+    if not all(isinstance(row, Sequence | Tensor) for row in rows):
+        raise ValueError(f"expected a prompt (rows, tokens), got {str(prompt)[:100]}")
+    lengths = [len(row) for row in rows]
+    if not rows or min(lengths) == 0:
+        raise ValueError(f"expected a prompt of at least 1 row and 1 token each, got {lengths} tokens")
+    try:
+        return [[operator.index(token) for token in row] for row in rows]
+    except TypeError:
+        raise ValueError(f"expected integer tokens in the prompt, got {str(prompt)[:100]}") from None
+
+
 def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"expected max_new_tokens to be at least 0, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"expected temperature to be at least 0, got {temperature}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"expected temperature to be at least 0 and finite, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"expected top_k to be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -138,7 +149,8 @@ def sample(
     """logits (B, V) -> one token of each row (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
     probabilities = logits.softmax(dim=-1)

@@ -185,6 +185,7 @@ class MemorizingTransformer(nn.Module):
         config = self.config
         segment = make_segment(x, mask, origins, config.pad_id)
         check_tokens(config, x, labels)
+        labels = None if labels is None else labels.long()
         memories = check_memories(config, knn_memories, batch_size=x.shape[0])
         state = check_state(config, xl_memories, self.initial_state(x.shape[0]))
         boundaries = find_boundaries(segment, config)
@@ -192,9 +193,9 @@ class MemorizingTransformer(nn.Module):
             state = state.cleared(boundaries.starts)
         look_ups = make_look_ups(config, memories, hidden_rows=boundaries.starts)
         hidden, attended = self.run_layers(segment.tokens, self._context(state, x.shape[1], look_ups))
-        state = hand_over(config, segment, boundaries, state, attended, memories if add_knn_memory else None)
         logits = self.to_logits(segment.unpack(hidden))
         result = logits if labels is None else self._loss(logits, labels, segment)
+        state = hand_over(config, segment, boundaries, state, attended, memories if add_knn_memory else None)
         return (result, state) if self.carries_state else result
 
     def _context(self, state: XLMemories, num_tokens: int, look_ups: Sequence[LookUp | None]) -> Context:

@@ -45,6 +45,7 @@ def make_segment(tokens: Tensor, mask: Tensor | None, origins: Tensor | None, pa
     """
     if tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point():
         raise ValueError(f"expected integer tokens (rows, at least 1), got {tokens.dtype} {tuple(tokens.shape)}")
+    tokens = tokens.long()
     if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape):
         raise ValueError(f"expected a bool mask {tuple(tokens.shape)}, got {mask.dtype} {tuple(mask.shape)}")
     if origins is None:

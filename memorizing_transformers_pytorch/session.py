@@ -206,10 +206,10 @@ class Session:
         ]
         boundaries = find_boundaries(segment, config)
         state = self.xl_memories.taken(chosen)
-        if self.memories is None:
+        if not self.memories:
             state = hand_over(config, segment, boundaries, state, attended, None)
         else:
-            scope = self.memories[0].scoped_indices if self.memories else rows
+            scope = self.memories[0].scoped_indices
             with self.memories.at_batch_indices([scope[row] for row in rows]):
                 state = hand_over(config, segment, boundaries, state, attended, self.memories)
         self.xl_memories = self.xl_memories.replaced(chosen, state)

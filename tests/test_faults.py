@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memorizing_transformers_pytorch
+import train
 from memorizing_transformers_pytorch import KNNMemory, MemorizingTransformer, ModelConfig
 
 SOS, EOS = 1, 2
@@ -220,7 +221,6 @@ def test_b9_shifting_memories_down_has_an_effect() -> None:
 
 def test_b10_training_validates_on_validation_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """train.py validated on the batch that it trained on. Here each byte tells which split it comes from."""
-    train = pytest.importorskip("train")
     seen: dict[bool, set[int]] = {True: set(), False: set()}
     forward = MemorizingTransformer.forward
 

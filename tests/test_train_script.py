@@ -51,6 +51,8 @@ def test_it_validates_on_validation_data_and_trains_on_training_data(
     printed = capsys.readouterr().out
     assert printed.count("validation loss") == 2
     assert load_checkpoint(tmp_path / "model.safetensors").config == CONFIG
+    with pytest.raises(ValueError, match="expected a new file for the checkpoint"):
+        train.main(options(tmp_path), CONFIG)
 
 
 def test_every_step_begins_with_empty_memories_and_fills_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,7 +258,7 @@ class KNNMemory:
             raise ValueError(f"expected floating-point queries, got {queries.dtype}")
         if topk < 1:
             raise ValueError(f"expected topk to be at least 1, got {topk}")
-        if not bool(queries.isfinite().all()):
+        if not bool(queries.detach().isfinite().all()):
             raise ValueError("expected finite queries, got NaN or infinity")
 
     def look_up(self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None) -> Lookup:

@@ -39,8 +39,14 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Vectors of length 1 along the last axis; in half precision the tiny epsilon of the norm would vanish."""
-    return F.normalize(at_least_float32(x), dim=-1).to(x.dtype)
+    """Vectors of length 1 along the last axis, in float32 or better; (nearly) zero vectors stay as they are.
+
+    The first key of a document, with a convolution that looks at earlier tokens only, is zero: dividing it by a tiny
+    epsilon, as `F.normalize` does, would give it a gradient of 1e12.
+    """
+    wide = at_least_float32(x)
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / norm.masked_fill(norm < 1e-6, 1)).to(x.dtype)
 
 
 def grouped_products(queries: Tensor, keys: Tensor) -> Tensor:

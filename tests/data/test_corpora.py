@@ -70,7 +70,7 @@ def test_enwik8_is_split_in_order(tmp_path: Path, small_enwik8: bytes, zipped: b
 def test_anything_but_enwik8_is_refused(tmp_path: Path, small_enwik8: bytes) -> None:
     short = tmp_path / "short"
     short.write_bytes(small_enwik8[:-1])
-    with pytest.raises(ValueError, match="expected 1,000 bytes of enwik8 in .*, got 999"):
+    with pytest.raises(ValueError, match=r"expected 1,000 bytes of enwik8 in .*, got 999"):
         read_enwik8(short)
     with pytest.raises(ValueError, match="does not exist"):
         read_enwik8(tmp_path / "nothing")

@@ -75,6 +75,6 @@ def test_bad_input_is_refused() -> None:
         DocumentStream(make_documents([9]), rows=0, segment_length=5)
     with pytest.raises(ValueError, match="expected a document of at least 2 tokens"):
         DocumentStream(make_documents([1, 0]), rows=1, segment_length=5)
+    one, two = (DocumentStream(make_documents([9]), rows=rows, segment_length=5) for rows in (1, 2))
     with pytest.raises(ValueError, match="expected the state of 2 rows, got 1"):
-        one = DocumentStream(make_documents([9]), rows=1, segment_length=5)
-        DocumentStream(make_documents([9]), rows=2, segment_length=5).load_state_dict(one.state_dict())
+        two.load_state_dict(one.state_dict())

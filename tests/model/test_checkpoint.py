@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch import checkpoint
 from memorizing_transformers_pytorch.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from tests.model.helpers import EVERYTHING, read, refused, tiny, random_tokens, variants
+from tests.model.helpers import EVERYTHING, random_tokens, read, refused, tiny, variants
 
 
 @pytest.mark.parametrize("tied", [False, True])

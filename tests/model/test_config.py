@@ -46,12 +46,20 @@ def test_config_is_frozen_and_keyword_only() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig(**SMALLEST).dim = 9  # type: ignore[misc]
     with pytest.raises(TypeError):
-        ModelConfig(11, 8, 3)  # type: ignore[misc]
+        ModelConfig(11, 8, 3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
     ("given_layers", "depth", "resolved"),
-    [(None, 8, (4,)), (None, 1, (1,)), (None, 3, (1,)), (2, 3, (2,)), ((3, 1), 3, (1, 3)), ([2, 3], 3, (2, 3)), ((), 3, ())],
+    [
+        (None, 8, (4,)),
+        (None, 1, (1,)),
+        (None, 3, (1,)),
+        (2, 3, (2,)),
+        ((3, 1), 3, (1, 3)),
+        ([2, 3], 3, (2, 3)),
+        ((), 3, ()),
+    ],
 )
 def test_memorizing_layers_are_resolved(given_layers: Any, depth: int, resolved: tuple[int, ...]) -> None:
     config = ModelConfig(**{**SMALLEST, "depth": depth}, memorizing_layers=given_layers)
@@ -77,7 +85,10 @@ def test_xl_layers_are_resolved(fields: dict[str, Any], resolved: tuple[int, ...
     [
         *({name: 0} for name in ("num_tokens", "dim", "depth", "dim_head", "heads", "ff_mult")),
         *({name: 0} for name in ("knn_attn_heads", "num_kv_heads", "max_knn_memories", "num_retrieved_memories")),
-        *({name: -1} for name in ("xl_max_memories", "shift_knn_memories_down", "shift_xl_memories_down", "short_conv")),
+        *(
+            {name: -1}
+            for name in ("xl_max_memories", "shift_knn_memories_down", "shift_xl_memories_down", "short_conv")
+        ),
         {"dim": 8.0},
         {"depth": 2.5},
         {"dim": True},
@@ -273,7 +284,8 @@ def test_presets_have_the_size_that_they_promise(name: str, millions: int) -> No
 def test_presets_have_the_shapes_that_they_promise() -> None:
     def shape(name: str) -> tuple[Any, ...]:
         c = ModelConfig.preset(name)
-        return (c.num_tokens, c.dim, c.depth, c.heads, c.num_kv_heads, c.layers_with_memory, c.layers_with_xl, c.combine)
+        sizes = (c.num_tokens, c.dim, c.depth, c.heads, c.num_kv_heads)
+        return (*sizes, c.layers_with_memory, c.layers_with_xl, c.combine)
 
     assert shape("enwik8") == (256, 512, 8, 8, 1, (4,), (7, 8), "softmax")
     assert shape("paper-200m") == (32_000, 1024, 12, 8, 8, (9,), tuple(range(1, 13)), "gate")

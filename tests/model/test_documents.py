@@ -126,7 +126,11 @@ def test_state_of_a_row_is_cleared_with_its_memory() -> None:
     before, tokens = random_tokens(3, T), random_tokens(3, T)
     tokens[0, 4], tokens[1, 5] = SOS, EOS
     state = call(model, tokens, None, call(model, before).state).state
-    assert [real_tokens(state, row) for row in range(3)] == [tokens[0, 4:].tolist(), tokens[1, 6:].tolist(), tokens[2, 2:].tolist()]
+    assert [real_tokens(state, row) for row in range(3)] == [
+        tokens[0, 4:].tolist(),
+        tokens[1, 6:].tolist(),
+        tokens[2, 2:].tolist(),
+    ]
     assert [bool(state.conv_states[0][row, 0].any()) for row in range(3)] == [True, False, True]
 
 
@@ -173,7 +177,7 @@ def test_one_token_may_be_both_markers() -> None:
 
 
 def remembered(read: list[tuple[int, int]], kept_by_xl: int, capacity: int) -> list[tuple[int, int]]:
-    """The slow, obvious version: (position, token) pairs in the memory of a row after this text, read token by token."""
+    """The slow, obvious version: (position, token) pairs in the memory of a row, read token by token."""
     document: list[tuple[int, int]] = []
     for position, token in read:
         if token in (SOS, EOS):
@@ -226,9 +230,7 @@ class Document:
         if len(tokens) == 0:
             return torch.empty(0, NUM_TOKENS, dtype=torch.float64), 0.0
         mask = torch.ones(1, len(tokens), dtype=torch.bool)
-        logits, self.state = call(
-            self.model, tokens[None], self.memories, self.state, mask=mask, origins=origins[None]
-        )
+        logits, self.state = call(self.model, tokens[None], self.memories, self.state, mask=mask, origins=origins[None])
         return logits[0], F.cross_entropy(logits[0], labels, reduction="sum").item()
 
 
@@ -288,12 +290,19 @@ def test_padding_anywhere_changes_nothing_where_documents_begin_and_end(variant:
     check_padded(model, segments)
 
 
+def last_ordinary(tokens: Tensor) -> int:
+    """How many tokens are left when those of id 0 are taken off the end."""
+    return max((i + 1 for i, token in enumerate(tokens.tolist()) if token != 0), default=0)
+
+
 @variants
 def test_a_run_of_pad_id_at_the_end_is_padding_without_a_mask(variant: dict[str, Any]) -> None:
     model, segments = tiny(**variant, pad_id=0), []
     for counts in ([T, 3, 0], [2, T, 5], [6, 6, 6], [T, T, T]):
-        real = trailing(counts, T)
-        segments.append((random_tokens(3, T).masked_fill(~real, 0), real, None))
+        real, tokens = trailing(counts, T), random_tokens(3, T)
+        tokens[:, [0, 3]] = 0  # an ordinary token where others follow
+        real &= trailing([last_ordinary(row[:count]) for row, count in zip(tokens, counts, strict=True)], T)
+        segments.append((tokens.masked_fill(~real, 0), real, None))
     check_padded(model, segments)
 
 

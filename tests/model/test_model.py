@@ -130,10 +130,34 @@ def test_reading_only_gives_the_same_and_stores_nothing(variant: dict[str, Any])
 
 def test_memory_that_gives_back_everything_equals_a_longer_window() -> None:
     """Retrieved keys have no position; without a bias for local ones either, the two are the same attention."""
-    model, tokens = tiny(depth=1, memorizing_layers=1, num_retrieved_memories=30, max_knn_memories=30), random_tokens(2, 21)
+    model = tiny(depth=1, memorizing_layers=1, num_retrieved_memories=30, max_knn_memories=30)
+    tokens = random_tokens(2, 21)
     nn.init.zeros_(model.knn_rel_pos_bias.relative_attention_bias.weight)
     in_segments = read(model, tokens, model.create_knn_memories(batch_size=2), segment_length=5)
     torch.testing.assert_close(in_segments.result, model(tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_gradients_through_the_memory_are_those_through_a_window_whose_past_is_fixed(kv_heads: int) -> None:
+    """XL memory is such a window. Without position biases a memory that gives back everything is the same."""
+    fields: dict[str, Any] = {
+        "depth": 1,
+        "memorizing_layers": 1,
+        "num_retrieved_memories": 30,
+        "num_kv_heads": kv_heads,
+    }
+    first, second = random_tokens(2, 2, 9)
+    results = []
+    for xl_max_memories in (0, 30):
+        torch.manual_seed(1)
+        model = tiny(**fields, xl_max_memories=xl_max_memories)
+        nn.init.zeros_(model.knn_rel_pos_bias.relative_attention_bias.weight)
+        memories = None if xl_max_memories > 0 else model.create_knn_memories(batch_size=2)
+        state = call(model, first, memories).state
+        call(model, second, memories, state, labels=second).result.backward()
+        results.append({n: g for n, g in gradients(model).items() if "rel_pos_bias" not in n})
+    assert "layers.0.0.fn.scale" in results[0]
+    assert_same_gradients(*results)
 
 
 def test_stored_are_the_last_tokens_of_each_row() -> None:
@@ -333,7 +357,7 @@ def test_one_late_backward_gives_the_gradients_of_many_early_ones(
 
 @variants
 def test_gradient_checkpointing_changes_nothing_but_the_cost(variant: dict[str, Any]) -> None:
-    """At capacity, over several segments, with one backward at the end: layers are recomputed after the ring has turned."""
+    """At capacity, with one backward for several segments: layers are recomputed after the ring has turned."""
     segments = random_tokens(2, 36).split(9, 1)
     results = []
     for checkpointing in (False, True):

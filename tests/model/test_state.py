@@ -230,7 +230,9 @@ def test_taken_rows_go_on_as_they_would_have(variant: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("lengths", [([2, 1, 2], [4, 3]), ([6, 4, 5], [1, 2]), ([4, 4, 4], [4, 4])], ids=str)
 @stateful_variants
-def test_replaced_rows_go_on_from_the_other_state(variant: dict[str, Any], lengths: tuple[list[int], list[int]]) -> None:
+def test_replaced_rows_go_on_from_the_other_state(
+    variant: dict[str, Any], lengths: tuple[list[int], list[int]]
+) -> None:
     model = tiny(**variant)
     old, new, tokens = state_of(model, lengths[0]), state_of(model, lengths[1]), random_tokens(3, 7)
     rows = torch.tensor([2, 0])
