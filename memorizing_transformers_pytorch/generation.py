@@ -100,10 +100,8 @@ def stream(
         ended = [False] * len(rows)
         try:
             for _ in range(max_new_tokens):
-                texts, pending = (
-                    pending,
-                    [[] for _ in rows],
-                )  # so that nothing is read twice, should reading be broken off
+                texts = pending
+                pending = [[] for _ in rows]  # so that nothing is read twice, should reading be broken off
                 logits = session.read(texts)
                 chosen = sample(logits, temperature, top_k, top_p, generator).tolist()
                 pending = [[] if end else [token] for token, end in zip(chosen, ended, strict=True)]
