@@ -20,6 +20,7 @@ golden: .venv/ready  ## make tests/golden anew, by running the original package 
 	scripts/make_golden.sh
 
 .venv/ready: pyproject.toml constraints.txt
+	@echo "setting up .venv (some minutes, for torch)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot]' --group dev

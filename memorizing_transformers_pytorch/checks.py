@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.config import ModelConfig
+from memorizing_transformers_pytorch.config import IGNORE_INDEX, ModelConfig
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.segment import XLMemories
 
-IGNORE_INDEX = -100
+
+def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    """What is passed to the model lies where its weights do."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"expected {name} on {device}, got {tensor.device}")
 
 
 def check_tokens(config: ModelConfig, x: Tensor, labels: Tensor | None) -> None:
@@ -60,6 +66,7 @@ def check_state(config: ModelConfig, state: Sequence[Tensor] | None, initial: XL
         raise ValueError(f"expected xl_memories of (XL layers, convolutions) {expected}, got {got}")
     if state.length > config.num_kv_pairs_kept:
         raise ValueError(f"expected at most {config.num_kv_pairs_kept} pairs in xl_memories, got {state.length}")
+    check_devices(initial.origins.device, xl_memories=state.origins)
     batch = initial.origins.shape[0]
     if state.origins.shape[0] != batch:
         raise ValueError(f"expected xl_memories of {batch} rows, got {state.origins.shape[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,14 +32,15 @@ class Generate:
     """Tokens to write."""
     temperature: float = 0.6
     """Of sampling; 0 takes the likeliest token."""
-    segment_length: int = 512
-    """Local context; take that of training."""
+    segment_length: int | None = None
+    """Local context; that of the run unless given."""
     seed: int = 0
     """Of sampling."""
 
 
 def generate_text(options: Generate) -> None:
     """Read, then print the continuation as it is written."""
+    segment_length = options.segment_length or _segment_length_of(options.run)
     tokenizer = BPETokenizer.load(options.run / "tokenizer.json")
     model = load_checkpoint(options.run / "model.safetensors")
     if options.read is not None and not options.read.is_file():
@@ -58,7 +60,7 @@ def generate_text(options: Generate) -> None:
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             generator=torch.Generator().manual_seed(options.seed),
-            segment_length=options.segment_length,
+            segment_length=segment_length,
         ):
             written += [token for token in tokens if token is not None]
             whole = tokenizer.decode(written)
@@ -66,6 +68,13 @@ def generate_text(options: Generate) -> None:
                 print(whole[len(shown) :], end="", flush=True)
                 shown = whole
     print()
+
+
+def _segment_length_of(run: Path) -> int:
+    path = run / "options.json"
+    if not path.is_file():
+        raise ValueError(f"expected the folder of a run, got {str(run)!r}, which has no options.json (try: train)")
+    return int(json.loads(path.read_text(encoding="utf-8"))["segment_length"])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,6 +88,12 @@ def main(arguments: list[str] | None = None) -> None:
             generate_text(options)
         else:
             run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"memorizing-transformers: {error}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:
+        print(f"memorizing-transformers: {error}; try a smaller --learning-rate", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nmemorizing-transformers: interrupted; the model of the last validation is in the run", file=sys.stderr)
+        sys.exit(130)

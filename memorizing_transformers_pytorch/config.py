@@ -1,4 +1,4 @@
-"""ModelConfig: everything that decides the shape of a `MemorizingTransformer`. It refuses what makes no sense."""
+"""ModelConfig: everything that makes a `MemorizingTransformer` what it is. It refuses what makes no sense."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+IGNORE_INDEX = -100  # labels that are not scored
 DTYPES = ("float32", "bfloat16", "float16")
 
 _AT_LEAST_ONE = ("num_tokens", "dim", "depth", "dim_head", "heads", "ff_mult", "max_knn_memories")
@@ -18,7 +19,7 @@ _TOKEN_IDS = ("pad_id", "clear_memories_on_sos_token_id", "clear_memories_on_eos
 class ModelConfig:
     """The arguments of `MemorizingTransformer`, checked. Layers are numbered from 1.
 
-    Raises ValueError for values that make no sense or would have no effect.
+    Raises ValueError for values that make no sense.
     """
 
     num_tokens: int
@@ -110,7 +111,7 @@ class ModelConfig:
                 expected = f"{name} to be a multiple of num_kv_heads={self.num_kv_heads}"
                 raise ValueError(f"expected {expected}, got {getattr(self, name)}")
         for name in ("attn_dropout", "ff_dropout"):
-            if not 0 <= getattr(self, name) < 1:
+            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"expected {name} from 0 to below 1, got {getattr(self, name)}")
 
     def _check_choices(self) -> None:
@@ -131,7 +132,7 @@ class ModelConfig:
 
     def _check_layers(self, name: str) -> None:
         layers = getattr(self, name)
-        if len(set(layers)) != len(layers) or not all(1 <= layer <= self.depth for layer in layers):
+        if len(set(layers)) != len(layers) or not all(layer in range(1, self.depth + 1) for layer in layers):
             raise ValueError(f"expected {name} to be distinct layers from 1 to {self.depth}, got {layers}")
         object.__setattr__(self, name, tuple(sorted(layers)))
 
@@ -174,7 +175,7 @@ class ModelConfig:
 
 
 def _as_tuple(layers: Any) -> tuple[int, ...]:
-    return (layers,) if isinstance(layers, int) else tuple(layers)
+    return tuple(layers) if isinstance(layers, tuple | list) else (layers,)
 
 
 # Wu et al. 2022: one memorizing layer three quarters up (the 9th of 12), keys and values per head, the gate, k = 32,

@@ -38,7 +38,8 @@ def generate(
     prompt: (B, N) token ids, or a sequence of B sequences of any lengths, each at least 1; of any length, far beyond
         segment_length too: what leaves the local context enters the memories.
     memories: one per memorizing layer, with B rows in scope, empty or not; None for local attention only. Afterwards
-        they hold everything that was read and written.
+        they hold what was read and written, as far as their capacity goes (with XL memory: what that has discarded;
+        with a token that ends a document: what came after it).
     temperature: of sampling (at least 0); 0 takes the likeliest token. top_k: sample from the k likeliest tokens only.
     top_p: sample from the fewest tokens that together have this probability (Holtzman et al. 2020).
     stop: token id or ids after which a row ends. generator: makes sampling repeatable.
@@ -86,8 +87,8 @@ def stream(
 ) -> Generator[list[int | None]]:
     """`generate`, token by token: yields the new token of each row, None for rows that have ended.
 
-    Checks at once, reads when first asked for a token. When the iterator ends or is closed, the memories hold all that
-    was read and written.
+    Checks at once, reads when first asked for a token. When the iterator has ended or was closed (close it before the
+    memories), the memories hold what was read and written.
     """
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
     rows = _rows_of(prompt)
@@ -100,18 +101,19 @@ def stream(
         ended = [False] * len(rows)
         try:
             for _ in range(max_new_tokens):
-                texts = pending
-                pending = [[] for _ in rows]  # so that nothing is read twice, should reading be broken off
-                logits = session.read(texts)
-                chosen = sample(logits, temperature, top_k, top_p, generator).tolist()
+                chosen = sample(session.read(pending), temperature, top_k, top_p, generator).tolist()
                 pending = [[] if end else [token] for token, end in zip(chosen, ended, strict=True)]
                 yield [None if end else token for token, end in zip(chosen, ended, strict=True)]
                 ended = [end or token in stops for token, end in zip(chosen, ended, strict=True)]
                 if all(ended):
                     break
-        finally:
-            session.read(pending)
-            session.close()
+        except GeneratorExit:  # closed early: what was yielded is still to be remembered
+            if session.can_write:
+                session.read(pending)
+                session.close()
+            raise
+        session.read(pending)
+        session.close()
 
     return write()
 
@@ -156,4 +158,5 @@ def sample(
         ordered, order = probabilities.sort(dim=-1, descending=True)
         beyond = ordered.cumsum(dim=-1) - ordered >= top_p
         probabilities = probabilities.masked_fill(beyond.gather(-1, order.argsort(dim=-1)), 0)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    device = probabilities.device if generator is None else generator.device
+    return torch.multinomial(probabilities.to(device), 1, generator=generator).squeeze(-1).to(logits.device)

@@ -5,19 +5,25 @@ Shapes: B rows, T tokens, G key/value heads, K retrieved, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, Lookup
-from memorizing_transformers_pytorch.nn.attention import Attended
+from memorizing_transformers_pytorch.nn.retrieval import LookUp
 from memorizing_transformers_pytorch.segment import Boundaries, Segment, XLMemories, roll, roll_convolution
 
-LookUp = Callable[[Tensor, int], Lookup]
 Item = TypeVar("Item")
+
+
+class Written(NamedTuple):
+    """What a segment leaves: the pairs of each layer (B, G, T, 2, D), the inputs of each convolution (B, T, C)."""
+
+    pairs: list[Tensor]
+    conv_inputs: list[Tensor]
 
 
 def shifted(items: Sequence[Item], places: int) -> list[Item]:
@@ -51,7 +57,7 @@ def hand_over(
     segment: Segment,
     boundaries: Boundaries,
     state: XLMemories,
-    attended: Sequence[Attended],
+    written: Written,
     memories: KNNMemoryList | None,
 ) -> XLMemories:
     """After a segment: clear rows whose document ended, store what leaves the local context, return the next state.
@@ -61,21 +67,19 @@ def hand_over(
     """
     ended = _either(boundaries.starts, boundaries.ends)
     past = state if ended is None else state.cleared(ended)
-    xl_pairs = [attended[number - 1].pairs for number in config.layers_with_xl]
+    xl_pairs = [written.pairs[number - 1] for number in config.layers_with_xl]
     new, discarded = roll(past, xl_pairs, segment.origins, boundaries.survives, config.num_kv_pairs_kept)
-    writing = [attended[number - 1] for number in config.layers_with_memory]
-    conv_inputs = [layer.conv_inputs for layer in writing if layer.conv_inputs is not None]
     new.conv_states = [
         roll_convolution(old, inputs, boundaries.survives)
-        for old, inputs in zip(past.conv_states, conv_inputs, strict=True)
+        for old, inputs in zip(past.conv_states, written.conv_inputs, strict=True)
     ]
     if memories:
         leaving = dict(zip(config.layers_with_xl, discarded.pairs, strict=True))
         staged = [
             memory.stage(leaving[number], discarded.mask, discarded.origins)
             if number in leaving
-            else memory.stage(layer.pairs, boundaries.survives, segment.origins)
-            for memory, layer, number in zip(memories, writing, config.layers_with_memory, strict=True)
+            else memory.stage(written.pairs[number - 1], boundaries.survives, segment.origins)
+            for memory, number in zip(memories, config.layers_with_memory, strict=True)
         ]
         if ended is not None:
             memories.clear_memory(torch.tensor(memories[0].scoped_indices)[ended.cpu()].tolist())

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memorizing_transformers_pytorch.checks import IGNORE_INDEX, check_memories, check_state, check_tokens
-from memorizing_transformers_pytorch.config import ModelConfig
-from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
-from memorizing_transformers_pytorch.memory.knn_memory import warn_once
-from memorizing_transformers_pytorch.memory_step import LookUp, hand_over, make_look_ups, shifted
+from memorizing_transformers_pytorch.checks import check_devices, check_memories, check_state, check_tokens
+from memorizing_transformers_pytorch.config import IGNORE_INDEX, ModelConfig
+from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, warn_once
+from memorizing_transformers_pytorch.memory_step import Written, hand_over, make_look_ups, shifted
 from memorizing_transformers_pytorch.nn.attention import Attended, Attention, KNNAttention
 from memorizing_transformers_pytorch.nn.blocks import AttentionBlock, FeedForward, FeedForwardBlock
 from memorizing_transformers_pytorch.nn.position import RelativePositionBias
+from memorizing_transformers_pytorch.nn.retrieval import LookUp
 from memorizing_transformers_pytorch.segment import Segment, XLMemories, find_boundaries, make_segment
 
 
@@ -60,6 +60,9 @@ class MemorizingTransformer(nn.Module):
         self.knn_rel_pos_bias = RelativePositionBias(config.dim_head**0.5, cast(int, config.knn_attn_heads))
         self.layers = nn.ModuleList(self._make_layer(number) for number in range(1, config.depth + 1))
         self.to_logits = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, config.num_tokens))
+        # Kept under their names for checkpoints, but not trained where no layer uses them.
+        self.rel_pos_bias.requires_grad_(len(config.layers_with_memory) < config.depth)
+        self.knn_rel_pos_bias.requires_grad_(len(config.layers_with_memory) > 0)
         if config.tie_embeddings:
             nn.init.normal_(self.token_emb.weight, std=config.dim**-0.5)
             cast(nn.Linear, self.to_logits[1]).weight = self.token_emb.weight
@@ -183,6 +186,7 @@ class MemorizingTransformer(nn.Module):
         changes, for shapes, token ids, memories or state that do not fit.
         """
         config = self.config
+        check_devices(self.device, x=x, labels=labels, mask=mask, origins=origins)
         segment = make_segment(x, mask, origins, config.pad_id)
         check_tokens(config, x, labels)
         labels = None if labels is None else labels.long()
@@ -192,10 +196,10 @@ class MemorizingTransformer(nn.Module):
         if boundaries.starts is not None:
             state = state.cleared(boundaries.starts)
         look_ups = make_look_ups(config, memories, hidden_rows=boundaries.starts)
-        hidden, attended = self.run_layers(segment.tokens, self._context(state, x.shape[1], look_ups))
+        hidden, written = self.run_layers(segment.tokens, self._context(state, x.shape[1], look_ups))
         logits = self.to_logits(segment.unpack(hidden))
         result = logits if labels is None else self._loss(logits, labels, segment)
-        state = hand_over(config, segment, boundaries, state, attended, memories if add_knn_memory else None)
+        state = hand_over(config, segment, boundaries, state, written, memories if add_knn_memory else None)
         return (result, state) if self.carries_state else result
 
     def _context(self, state: XLMemories, num_tokens: int, look_ups: Sequence[LookUp | None]) -> Context:
@@ -209,11 +213,11 @@ class MemorizingTransformer(nn.Module):
             conv_states=state.conv_states or [None] * len(self.config.layers_with_memory),
         )
 
-    def run_layers(self, tokens: Tensor, context: Context) -> tuple[Tensor, list[Attended]]:
-        """tokens (B, T) -> hidden states (B, T, E), and what each attention layer computed. Nothing is stored."""
+    def run_layers(self, tokens: Tensor, context: Context) -> tuple[Tensor, Written]:
+        """tokens (B, T) -> hidden states (B, T, E), and what is to be stored. Nothing is stored."""
         config = self.config
         biases: dict[tuple[bool, bool], Tensor] = {}
-        attended: list[Attended] = []
+        written = Written([], [])
         x = self.token_emb(tokens)
         for number, past in enumerate(context.pasts, start=1):
             memorizing, has_xl = number in config.layers_with_memory, number in config.layers_with_xl
@@ -224,9 +228,11 @@ class MemorizingTransformer(nn.Module):
             if memorizing:
                 i = config.layers_with_memory.index(number)
                 arguments |= {"look_up": context.look_ups[i], "conv_state": context.conv_states[i]}
-            x, layer_attended = self._run_layer(self.layers[number - 1], x, arguments)
-            attended.append(layer_attended)
-        return x, attended
+            x, attended = self._run_layer(self.layers[number - 1], x, arguments)
+            written.pairs.append(attended.pairs)
+            if attended.conv_inputs is not None:
+                written.conv_inputs.append(attended.conv_inputs)
+        return x, written
 
     def _run_layer(self, layer: Any, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Attended]:
         def run(x: Tensor) -> tuple[Tensor, Attended]:

@@ -10,14 +10,14 @@ Shapes: B rows, T tokens, P past pairs, G key/value heads, D head width, W width
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing_transformers_pytorch.config import ModelConfig
-from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN
+from memorizing_transformers_pytorch.memory import ORIGIN_FIELDS, UNKNOWN
 from memorizing_transformers_pytorch.nn.position import INVISIBLE, causal_distances
 
 
@@ -80,35 +80,37 @@ class Boundaries(NamedTuple):
 
 def find_boundaries(segment: Segment, config: ModelConfig) -> Boundaries:
     """A document begins with SOS and ends with EOS: of each row only what follows the last of either survives."""
-    sos_id, eos_id = config.clear_memories_on_sos_token_id, config.clear_memories_on_eos_token_id
-    tokens, survives = segment.tokens, segment.mask
-    real = torch.ones_like(tokens, dtype=torch.bool) if survives is None else survives
-    starts = ends = None
-    if sos_id is not None:
-        at = (tokens == sos_id) & real
-        starts = at.any(dim=-1)
-        after = at.flip(-1).cumsum(dim=-1).flip(-1) - at.int() == 0  # no later marker
-        survives = _both(survives, after)
-    if eos_id is not None:
-        at = (tokens == eos_id) & real
-        ends = at.any(dim=-1)
-        after = at.flip(-1).cumsum(dim=-1).flip(-1) == 0  # neither here nor later
-        survives = _both(survives, after)
-    return Boundaries(_none_if_no_row(starts), _none_if_no_row(ends), survives)
+    starts = _where(segment, config.clear_memories_on_sos_token_id)
+    ends = _where(segment, config.clear_memories_on_eos_token_id)
+    survives = segment.mask
+    if starts is not None:
+        later = starts.flip(-1).cumsum(dim=-1).flip(-1) - starts.int()
+        survives = _both(survives, later == 0)
+    if ends is not None:
+        here_or_later = ends.flip(-1).cumsum(dim=-1).flip(-1)
+        survives = _both(survives, here_or_later == 0)
+    starts, ends = (None if at is None else at.any(dim=-1) for at in (starts, ends))
+    return Boundaries(starts, ends, survives)
+
+
+def _where(segment: Segment, token_id: int | None) -> Tensor | None:
+    """Where (B, T) this token stands; None if nowhere."""
+    if token_id is None:
+        return None
+    at = segment.tokens == token_id
+    if segment.mask is not None:
+        at = at & segment.mask
+    return at if bool(at.any()) else None
 
 
 def _both(left: Tensor | None, right: Tensor) -> Tensor:
     return right if left is None else left & right
 
 
-def _none_if_no_row(rows: Tensor | None) -> Tensor | None:
-    return None if rows is None or not bool(rows.any()) else rows
-
-
-class XLMemories(list[Tensor]):
+class XLMemories(Sequence[Tensor]):
     """What a segment hands to the next: Transformer-XL memory, and the state of the short convolutions.
 
-    A list with the pairs (B, G, P, 2, D) of each layer with XL memory, oldest first, and besides
+    A sequence of the pairs (B, G, P, 2, D) of each layer with XL memory, oldest first, and besides
     mask: (B, P) bool, False where a row has no pair (always to the left of those that it has); None if it has all.
     origins: (B, P, 3) int64, where the pairs come from.
     conv_states: for each memorizing layer with a convolution, its last W - 1 inputs (B, W - 1, C).
@@ -117,22 +119,40 @@ class XLMemories(list[Tensor]):
     def __init__(
         self, pairs: Iterable[Tensor], *, origins: Tensor, mask: Tensor | None, conv_states: Sequence[Tensor] = ()
     ) -> None:
-        super().__init__(pairs)
+        self._pairs = list(pairs)
         self.origins = origins
         self.mask = mask
         self.conv_states = list(conv_states)
 
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        return self._pairs[index]
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
     @property
     def length(self) -> int:
+        """P, the pairs that each layer holds of each row (some of them masked)."""
         return self.origins.shape[1]
 
     def cleared(self, rows: Tensor | Iterable[int]) -> XLMemories:
         """The same for all rows but these, which start anew. rows: (B,) bool, or row numbers."""
         batch = self.origins.shape[0]
-        if not isinstance(rows, Tensor):
-            numbers = list(rows)
-            if not all(0 <= row < batch for row in numbers):
+        if isinstance(rows, Tensor) and rows.dtype == torch.bool:
+            if rows.shape != (batch,):
+                raise ValueError(f"expected a bool for each of {batch} rows, got {tuple(rows.shape)}")
+        else:
+            numbers = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+            if not all(row in range(batch) for row in numbers):
                 raise ValueError(f"expected rows from 0 to {batch - 1}, got {numbers}")
+            if not numbers:
+                return self
             rows = torch.tensor([row in numbers for row in range(batch)], device=self.origins.device)
         keep = ~rows
         mask = self._full_mask() & keep[:, None]

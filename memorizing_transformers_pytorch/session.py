@@ -7,8 +7,9 @@ discards the memory, and the row starts its next segment. So every logit equals 
 
     for segment in text.split(segment_length): logits, xl_memories = model(segment, memories, xl_memories)
 
-whichever portions the text comes in, and however uneven the rows are. (One exception: where the model itself writes a
-token that clears the memory at its segment's start, the tokens before it were written with that memory.)
+whichever portions the text comes in, and however uneven the rows are. (One exception: a token that clears the memory at
+the start of its segment, SOS, hides it from that whole segment. Where it comes in a later portion than other tokens of
+its segment, those have been read with the memory already.)
 
 Shapes: B rows, T new tokens, L segment length, P past pairs, G key/value heads, D head width, C channels.
 """
@@ -22,11 +23,9 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.checks import check_memories, check_state, check_tokens
-from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.memory.store import UNKNOWN
-from memorizing_transformers_pytorch.memory_step import hand_over, make_look_ups, shifted
+from memorizing_transformers_pytorch.memory import UNKNOWN, KNNMemory
+from memorizing_transformers_pytorch.memory_step import Written, hand_over, make_look_ups, shifted
 from memorizing_transformers_pytorch.model import Context, MemorizingTransformer
-from memorizing_transformers_pytorch.nn.attention import Attended
 from memorizing_transformers_pytorch.nn.position import INVISIBLE
 from memorizing_transformers_pytorch.segment import Segment, XLMemories, find_boundaries
 
@@ -111,6 +110,11 @@ class Session:
                 self._advance(portions)
         return self.logits
 
+    @property
+    def can_write(self) -> bool:
+        """Whether the memories, if any, are still open."""
+        return not any(memory.is_closed for memory in self.memories or ())
+
     @torch.no_grad()
     def close(self) -> XLMemories:
         """Hand over what the open segments hold, so that the memories know all that was read. Returns the state."""
@@ -130,15 +134,15 @@ class Session:
             (positions.new_full(positions.shape, UNKNOWN), positions, tokens[rows, columns]), -1
         )
 
-        hidden, attended = self.model.run_layers(tokens, self._context(place, counts))
-        for buffer, layer in zip(self._open.pairs, attended, strict=True):
-            buffer.transpose(1, 2)[at] = layer.pairs.transpose(1, 2)[rows, columns].to(buffer)
-        conv_inputs = [layer.conv_inputs for layer in attended if layer.conv_inputs is not None]
-        for buffer, inputs in zip(self._open.conv_inputs, conv_inputs, strict=True):
+        hidden, written = self.model.run_layers(tokens, self._context(place, counts))
+        for buffer, pairs in zip(self._open.pairs, written.pairs, strict=True):
+            buffer.transpose(1, 2)[at] = pairs.transpose(1, 2)[rows, columns].to(buffer)
+        for buffer, inputs in zip(self._open.conv_inputs, written.conv_inputs, strict=True):
             buffer[at] = inputs[rows, columns].to(buffer)
         self._open.filled.add_(counts)
         moved = counts.nonzero().squeeze(-1)
-        self.logits[moved] = self.model.to_logits(hidden[moved, counts[moved] - 1]).to(self.logits)
+        logits = self.model.to_logits(hidden[moved, counts[moved] - 1])
+        self.logits = self.logits.index_copy(0, moved, logits.to(self.logits))
 
     def _context(self, place: Tensor, counts: Tensor) -> Context:
         """What new tokens at `place` (B, T) of their open segments see: XL memory, the open segment, and each other."""
@@ -195,23 +199,18 @@ class Session:
         config, chosen = self.model.config, torch.tensor(rows, device=self.model.device)
         segment = self._segment(chosen, self._open.filled[chosen])
         length = segment.tokens.shape[1]
-        conv_inputs = dict(zip(config.layers_with_memory, self._open.conv_inputs, strict=False))
-        attended = [
-            Attended(
-                out=segment.tokens,
-                pairs=pairs[chosen, :, :length],
-                conv_inputs=conv_inputs[number][chosen, :length] if number in conv_inputs else None,
-            )
-            for number, pairs in enumerate(self._open.pairs, start=1)
-        ]
+        written = Written(
+            [pairs[chosen, :, :length] for pairs in self._open.pairs],
+            [inputs[chosen, :length] for inputs in self._open.conv_inputs],
+        )
         boundaries = find_boundaries(segment, config)
         state = self.xl_memories.taken(chosen)
         if not self.memories:
-            state = hand_over(config, segment, boundaries, state, attended, None)
+            state = hand_over(config, segment, boundaries, state, written, None)
         else:
             scope = self.memories[0].scoped_indices
             with self.memories.at_batch_indices([scope[row] for row in rows]):
-                state = hand_over(config, segment, boundaries, state, attended, self.memories)
+                state = hand_over(config, segment, boundaries, state, written, self.memories)
         self.xl_memories = self.xl_memories.replaced(chosen, state)
         self._read_before[chosen] += self._open.filled[chosen]
         self._open.filled[chosen] = 0

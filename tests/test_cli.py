@@ -11,7 +11,18 @@ from memorizing_transformers_pytorch.cli import main
 from memorizing_transformers_pytorch.data.corpora import split_by_name, standard_library
 
 TINY = ["--steps", "6", "--rows", "2", "--segment-length", "16", "--num-tokens", "300", "--dim", "16", "--depth", "2"]
-TINY += ["--max-knn-memories", "64", "--held-out-tokens", "48", "--validate-every", "3", "--sample-tokens", "5"]
+TINY += [
+    "--max-knn-memories",
+    "64",
+    "--held-out-tokens",
+    "48",
+    "--validate-every",
+    "3",
+    "--sample-tokens",
+    "5",
+    "--memory-share",
+    "0.2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +43,8 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_keeps_model_tokenizer_metrics_results_plot_and_sample(run: Path) -> None:
-    names = {"model.safetensors", "tokenizer.json", "metrics.jsonl", "results.json", "curves.png", "sample.txt"}
-    assert {path.name for path in run.iterdir()} == names
+    written = {"model.safetensors", "tokenizer.json", "options.json", "metrics.jsonl", "results.json"}
+    assert {path.name for path in run.iterdir()} == written | {"curves.png", "sample.txt"}
     results = json.loads((run / "results.json").read_text())
     assert set(results["loss"]) == {"off", "on", "other", "shuffled"}
     assert [validation["step"] for validation in results["validations"]] == [3, 5, 6]
@@ -57,7 +68,7 @@ def test_a_run_goes_on_writing_the_same_text_for_the_same_seed(
     run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["generate", str(run), "--read", str(corpus / "module1.py"), "--prompt", "def f"]
-    arguments += ["--max-new-tokens", "20", "--segment-length", "16", "--temperature", "1"]
+    arguments += ["--max-new-tokens", "20", "--temperature", "1"]
     written = []
     for seed in ("1", "1", "2"):
         main([*arguments, "--seed", seed])
@@ -71,7 +82,11 @@ def test_a_run_goes_on_writing_the_same_text_for_the_same_seed(
     [
         (["train", "--steps", "0"], "expected steps to be at least 1, got 0"),
         (["train", "--corpus", "nowhere"], "expected Python files in 'nowhere', got none"),
-        (["generate", "nowhere", "--prompt", "x"], "expected a tokenizer file, got 'nowhere/tokenizer.json'"),
+        (["train", "--learning-rate", "-1"], "expected learning_rate to be above 0, got -1.0"),
+        (
+            ["generate", "nowhere", "--prompt", "x"],
+            "expected the folder of a run, got 'nowhere'",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

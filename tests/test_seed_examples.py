@@ -1,4 +1,4 @@
-"""The examples of the original's README, as they are but for the number of tokens, and what it says in words."""
+"""The examples of the original's README, with fewer and no special tokens, and what it says in words."""
 
 from __future__ import annotations
 

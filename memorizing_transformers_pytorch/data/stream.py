@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.checks import IGNORE_INDEX
+from memorizing_transformers_pytorch.config import IGNORE_INDEX
 
 
 class Batch(NamedTuple):

@@ -1,7 +1,8 @@
 """What is remembered. Knows numbers, rows and slots; nothing of models or training."""
 
-from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
+from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory, warn_once
 from memorizing_transformers_pytorch.memory.memory_list import KNNMemoryList
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Retrieved
+from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN
 
-__all__ = ["KNNMemory", "KNNMemoryList", "Lookup", "Retrieved"]
+__all__ = ["ORIGIN_FIELDS", "UNKNOWN", "KNNMemory", "KNNMemoryList", "Lookup", "Retrieved", "warn_once"]

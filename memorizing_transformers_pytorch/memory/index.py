@@ -36,7 +36,10 @@ class Index(Protocol):
 
 
 class ExactIndex:
-    """Brute force: exactly the entries with the largest inner products, accumulated in float32 or better."""
+    """Brute force: exactly the entries with the largest inner products, accumulated in float32 or better.
+
+    (On a GPU as exact as `torch.set_float32_matmul_precision` allows.) 16-bit keys are converted a block at a time.
+    """
 
     def search(self, queries: Tensor, keys: Tensor, topk: int) -> Best:
         accumulate = torch.float64 if queries.dtype == torch.float64 else torch.float32

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -44,8 +45,8 @@ class KNNMemory:
     index: "exact", brute force over the stored keys.
     directory: keep the entries in memory-mapped files in a fresh folder below this one, instead of in RAM. The files
         are removed by `cleanup()`.
-    memmap_filename, multiprocessing: arguments of the original package. The first only chooses the directory here
-        (files get names of their own), the second has no effect; both say so once.
+    memmap_filename, multiprocessing: arguments of the original package. The first only chooses the directory (files
+        get names of their own), the second has no effect; both say so once.
 
     Raises ValueError for sizes below 1, another dtype, an unknown index, or a directory together with a GPU.
     """
@@ -114,8 +115,6 @@ class KNNMemory:
         """How many entries each row holds, of all rows."""
         return tuple(self.store.filled)
 
-    # Which rows
-
     @contextmanager
     def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemory]:
         """Inside, batches consist of just these rows, in this order, and no other row changes.
@@ -133,11 +132,10 @@ class KNNMemory:
             self.scoped_indices = outer
 
     def _checked_rows(self, indices: Iterable[int]) -> list[int]:
-        given = list(indices)
-        try:
-            rows = [operator.index(index) for index in given]
-        except TypeError:
-            raise ValueError(f"expected rows as integers, got {given}") from None
+        given = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+        if not all(isinstance(row, SupportsIndex) and not isinstance(row, bool) for row in given):
+            raise ValueError(f"expected rows as integers, got {given}")
+        rows = [operator.index(row) for row in given]
         if len(set(rows)) != len(rows) or not all(0 <= row < self.num_indices for row in rows):
             raise ValueError(f"expected distinct rows from 0 to {self.num_indices - 1}, got {rows}")
         return rows
@@ -288,6 +286,11 @@ class KNNMemory:
         if slots.numel() > 0 and not (int(slots.min()) >= 0 and int(slots.max()) < num_slots):
             raise ValueError(f"expected slots from 0 to {num_slots - 1}, got {int(slots.min())} to {int(slots.max())}")
         return self.store.origins_of(slots).to(slots.device)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `cleanup` has been called."""
+        return self._open_store is None
 
     def cleanup(self) -> None:
         """Close the memory and remove its files, if it has any. It cannot be used afterwards."""

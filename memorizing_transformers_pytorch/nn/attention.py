@@ -10,8 +10,7 @@ E model width. Pairs are (B, G, n, 2, D): keys at [..., 0, :], values at [..., 1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +25,11 @@ from memorizing_transformers_pytorch.nn.heads import (
     local_bias,
     unit,
 )
-from memorizing_transformers_pytorch.nn.retrieval import Lookup, Memory, retrieved_logits, retrieved_values
+from memorizing_transformers_pytorch.nn.retrieval import LookUp, Memory, retrieved_logits, retrieved_values
 from memorizing_transformers_pytorch.nn.short_conv import ShortConv, induction_taps
 
 # The query heads of an induction start differ from the key projection by this share of their own random start.
 INDUCTION_NOISE = 0.3
-
-LookUp = Callable[[Tensor, int], Lookup]
 
 
 class Attended(NamedTuple):
@@ -43,59 +40,10 @@ class Attended(NamedTuple):
     conv_inputs: Tensor | None = None
 
 
-class _KeepsPast(nn.Module):
-    """The projections of both kinds of attention, and what they keep of the past when used on their own."""
+class _AttentionBase(nn.Module):
+    """The projections of both kinds of attention, and their dealings with the past when used on their own."""
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        heads: int,
-        dim_head: int,
-        dropout: float,
-        xl_max_memories: int,
-        num_kv_heads: int,
-        out_bias: bool,
-    ) -> None:
-        super().__init__()
-        if num_kv_heads < 1 or heads % num_kv_heads != 0:
-            raise ValueError(f"expected heads to be a multiple of num_kv_heads={num_kv_heads}, got {heads}")
-        self.heads = heads
-        self.num_kv_heads = num_kv_heads
-        self.dim_head = dim_head
-        self.xl_max_memories = xl_max_memories
-        self.dropout = nn.Dropout(dropout)
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * num_kv_heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=out_bias)
-
-    def _local_bias(
-        self, x: Tensor, xl_memory: Tensor | None, rel_pos_bias: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """The bias of a layer used on its own. Raises ValueError for a mask that cannot be used."""
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-            raise ValueError(f"expected a bool mask {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
-        if mask is not None and self.xl_max_memories > 0:
-            raise ValueError("expected no mask with xl_max_memories (only the model carries masks on), got one")
-        num_past = 0 if xl_memory is None else xl_memory.shape[2]
-        return local_bias(rel_pos_bias, mask, num_past, x.shape[1]).to(x.device)
-
-    def _roll(self, xl_memory: Tensor | None, pairs: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The new XL memory, and the pairs that it no longer holds."""
-        pairs = join_past(xl_memory, pairs).detach()
-        if self.xl_max_memories == 0:
-            return None, pairs
-        kept = min(self.xl_max_memories, pairs.shape[2])
-        return pairs[:, :, pairs.shape[2] - kept :], pairs[:, :, : pairs.shape[2] - kept]
-
-
-class Attention(_KeepsPast):
-    """Causal attention over the segment and its past (Vaswani et al. 2017), with shared key/value heads (Shazeer 2019).
-
-    dim, heads, dim_head, dropout: widths E, H, D and the dropout of attention weights.
-    xl_max_memories: how many of the last pairs `forward` gives back as Transformer-XL memory.
-    num_kv_heads: key/value heads G, a divisor of heads; 1 is multi-query attention.
-    """
+    out_bias: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -107,15 +55,49 @@ class Attention(_KeepsPast):
         xl_max_memories: int = 0,
         num_kv_heads: int = 1,
     ) -> None:
-        super().__init__(
-            dim=dim,
-            heads=heads,
-            dim_head=dim_head,
-            dropout=dropout,
-            xl_max_memories=xl_max_memories,
-            num_kv_heads=num_kv_heads,
-            out_bias=True,
-        )
+        super().__init__()
+        if num_kv_heads < 1 or heads % num_kv_heads != 0:
+            raise ValueError(f"expected heads to be a multiple of num_kv_heads={num_kv_heads}, got {heads}")
+        self.heads = heads
+        self.num_kv_heads = num_kv_heads
+        self.dim_head = dim_head
+        self.xl_max_memories = xl_max_memories
+        self.dropout = nn.Dropout(dropout)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * num_kv_heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=self.out_bias)
+
+    def _local_bias(
+        self, x: Tensor, xl_memory: Tensor | None, rel_pos_bias: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """The bias of a layer used on its own. Raises ValueError for a mask that cannot be used."""
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
+            raise ValueError(f"expected a bool mask {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
+        if mask is not None and self.xl_max_memories > 0:
+            raise ValueError("expected no mask with xl_max_memories (only the model carries masks on), got one")
+        num_past = 0 if xl_memory is None else xl_memory.shape[2]
+        expected = (x.shape[0], self.num_kv_heads, num_past, 2, self.dim_head)
+        if xl_memory is not None and (self.xl_max_memories == 0 or xl_memory.shape != expected):
+            got = f"{tuple(xl_memory.shape)} with {self.xl_max_memories}"
+            raise ValueError(f"expected xl_memory {expected} with xl_max_memories above 0, got {got}")
+        return local_bias(rel_pos_bias, mask, num_past, x.shape[1]).to(x.device)
+
+    def _roll(self, xl_memory: Tensor | None, pairs: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The new XL memory, and the pairs that it no longer holds."""
+        pairs = join_past(xl_memory, pairs).detach()
+        if self.xl_max_memories == 0:
+            return None, pairs
+        kept = min(self.xl_max_memories, pairs.shape[2])
+        return pairs[:, :, pairs.shape[2] - kept :], pairs[:, :, : pairs.shape[2] - kept]
+
+
+class Attention(_AttentionBase):
+    """Causal attention over the segment and its past (Vaswani et al. 2017), with shared key/value heads (Shazeer 2019).
+
+    dim, heads, dim_head, dropout: widths E, H, D and the dropout of attention weights.
+    xl_max_memories: how many of the last pairs `forward` gives back as Transformer-XL memory.
+    num_kv_heads: key/value heads G, a divisor of heads; 1 is multi-query attention.
+    """
 
     def attend(self, x: Tensor, *, bias: Tensor, past: Tensor | None = None) -> Attended:
         """x (B, T, E), bias (B or 1, H, T, S) with -inf for invisible keys, past (B, G, P, 2, D)."""
@@ -151,7 +133,7 @@ class Attention(_KeepsPast):
         return attended.out, new_xl_memory
 
 
-class KNNAttention(_KeepsPast):
+class KNNAttention(_AttentionBase):
     """Attention over the segment, its past, and the K best entries of a memory (Wu et al., ICLR 2022, section 3.1).
 
     Queries and keys are l2-normalised, with a learned temperature per head (Henry et al. 2020) that starts at
@@ -164,6 +146,8 @@ class KNNAttention(_KeepsPast):
     qk_init: "induction" starts the layer as an induction head (see `nn.short_conv`); it needs short_conv >= 2.
     The other arguments are those of `Attention`.
     """
+
+    out_bias = False
 
     def __init__(
         self,
@@ -188,7 +172,6 @@ class KNNAttention(_KeepsPast):
             dropout=dropout,
             xl_max_memories=xl_max_memories,
             num_kv_heads=num_kv_heads,
-            out_bias=False,
         )
         if combine not in ("softmax", "gate"):
             raise ValueError(f"expected combine to be 'softmax' or 'gate', got {combine!r}")
@@ -290,6 +273,8 @@ class KNNAttention(_KeepsPast):
         model carries its state.
         """
         bias = self._local_bias(x, xl_memory, rel_pos_bias, mask)
+        if mask is not None and self.short_conv is not None and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError("expected padding on the right only, with short_conv (the model packs rows), got others")
         look_up = None if knn_memory is None else knn_memory.look_up
         attended = self.attend(x, bias=bias, past=xl_memory, look_up=look_up)
         new_xl_memory, discarded = self._roll(xl_memory, attended.pairs)

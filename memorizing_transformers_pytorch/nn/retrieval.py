@@ -14,6 +14,7 @@ Shapes: B rows, H query heads, T queries, K retrieved, D head width, N slots in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -35,6 +36,10 @@ class Lookup(Protocol):
     mask: Tensor
 
     def tables(self) -> list[Table]: ...
+
+
+LookUp = Callable[[Tensor, int], Lookup]
+"""A search with queries (B, H, T, D) for so many entries each."""
 
 
 class Memory(Protocol):

@@ -87,7 +87,12 @@ def _memory_of(mode: str, memories: KNNMemoryList, generator: torch.Generator) -
 
 @contextmanager
 def shuffled_values(memory: KNNMemory, generator: torch.Generator) -> Iterator[None]:
-    """Inside, the values of each row of the memory are permuted among its entries; only for reading."""
+    """Inside, the values of each row of the memory are permuted among its entries; only for reading.
+
+    Raises RuntimeError if a backward pass may still need them.
+    """
+    if memory.store.readers:
+        raise RuntimeError("the values of this memory may still be needed by a backward pass: shuffle them later")
     values, filled = memory.store.values, memory.store.filled
     kept = [values[row, :, :count].clone() for row, count in enumerate(filled)]
     try:

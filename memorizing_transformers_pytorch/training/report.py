@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,12 @@ def loss_table(losses: Mapping[str, Tensor]) -> str:
     return "\n".join(lines)
 
 
+def check_plots_are_possible() -> None:
+    """Raises ValueError, with the remedy, if matplotlib is not installed: better before a training than after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("expected matplotlib for the plots: pip install 'memorizing_transformers_pytorch[plot]'")
+
+
 def plot_curves(
     validations: Sequence[Validation],
     losses: Mapping[str, Tensor],
@@ -43,18 +50,11 @@ def plot_curves(
     segment_length: int,
     path: Path,
 ) -> None:
-    """Held-out loss while training, and by position in the document, with the memory on and off, as a PNG.
+    """Held-out loss while training, and by position in the document, with the memory on and off, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    Raises ValueError if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "expected matplotlib for plots: pip install 'memorizing_transformers_pytorch[plot]'"
-        ) from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     training, position = figure.subplots(1, 2)
     colors = {"off": "tab:gray", "on": "tab:blue", "other": "tab:orange", "shuffled": "tab:red"}
@@ -65,13 +65,17 @@ def plot_curves(
     training.axvline(
         memory_from_step, color="black", linewidth=0.8, linestyle=":", label="memory used in training from here"
     )
-    training.set(xlabel="training step", ylabel="held-out loss (nats per token)", title="While training")
+    training.set(
+        xlabel="training step",
+        ylabel="held-out loss (nats per token)",
+        title="While training (first quarter of each document)",
+    )
     for mode, loss in losses.items():
         starts = range(0, loss.shape[1], segment_length)
         means = [loss[:, start : start + segment_length].mean().item() for start in starts]
         position.plot(starts, means, color=colors[mode], label=LABELS[mode])
-    position.set(xlabel="tokens of the document already read", title="By position in the document, at the end")
+    position.set(xlabel="tokens of the document already read", title="After training, by position in the document")
     for axes in (training, position):
-        axes.legend(fontsize=8)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2, fontsize=8, frameon=False)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -28,7 +28,12 @@ from memorizing_transformers_pytorch.generation import generate
 from memorizing_transformers_pytorch.model import MemorizingTransformer
 from memorizing_transformers_pytorch.training.evaluate import evaluate
 from memorizing_transformers_pytorch.training.loop import Step, TrainingConfig, train
-from memorizing_transformers_pytorch.training.report import Validation, loss_table, plot_curves
+from memorizing_transformers_pytorch.training.report import (
+    Validation,
+    check_plots_are_possible,
+    loss_table,
+    plot_curves,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +44,9 @@ class SmallRun:
     """Folder of the run; if it exists, the next free name (small-2, ...) is taken."""
     corpus: Path | None = None
     """A folder of Python files to use instead of the standard library."""
-    steps: int = 2_000
+    steps: int = 2_400
     """Training steps, each over one segment of every row."""
-    memory_share: float = 0.2
+    memory_share: float = 0.3
     """The last part of the steps, in which the memory is used."""
     rows: int = 4
     """Documents that are read side by side."""
@@ -67,7 +72,7 @@ class SmallRun:
     """Of the weights, of the order of documents, and of the sample."""
 
     def check(self) -> None:
-        """Raises ValueError for sizes below 1. (Not when it is made: the command line has its own say in that.)"""
+        """Raises ValueError for options that make no sense. (Not when they are made: the command line speaks then.)"""
         sizes = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int" and f.name != "seed"
         }
@@ -76,6 +81,12 @@ class SmallRun:
                 raise ValueError(f"expected {name} to be at least 1, got {size}")
         if not 0 <= self.memory_share <= 1:
             raise ValueError(f"expected memory_share from 0 to 1, got {self.memory_share}")
+        self.model_config()
+        self.training_config()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, with values that JSON can hold."""
+        return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(self).items()}
 
     def model_config(self) -> ModelConfig:
         return ModelConfig(
@@ -106,6 +117,7 @@ def run(options: SmallRun) -> Path:
     Raises ValueError for options that make no sense, or a corpus without two held-out documents that are long enough.
     """
     options.check()
+    check_plots_are_possible()
     torch.manual_seed(options.seed)
     training, held_out = split_by_name(standard_library(options.corpus))
     tokenizer = BPETokenizer.train((document.text for document in training), options.num_tokens)
@@ -116,11 +128,11 @@ def run(options: SmallRun) -> Path:
         raise ValueError(f"expected 2 held-out documents of over {options.held_out_tokens} tokens, got {len(held_out)}")
     folder = _new_folder(options.output)
     tokenizer.save(folder / "tokenizer.json")
+    _write_json(options.to_dict(), folder / "options.json")
     print(f"{len(training)} documents to train on, {len(held_out)} to test on; the run is kept in {folder}")
 
     model = MemorizingTransformer.from_config(options.model_config())
     validations = _train(model, _encode(tokenizer, training), _encode(tokenizer, held_out), options, folder)
-    save_checkpoint(model, folder / "model.safetensors")
     losses = evaluate(
         model,
         _encode(tokenizer, held_out),
@@ -131,6 +143,10 @@ def run(options: SmallRun) -> Path:
     _report(losses, validations, options, folder)
     _sample(model, tokenizer, held_out[0], options, folder)
     return folder
+
+
+def _write_json(content: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _encode(tokenizer: BPETokenizer, documents: Sequence[Document]) -> list[np.ndarray]:
@@ -165,6 +181,7 @@ def _train(
             note(step)
             _show(progress, step)
             if step.number % options.validate_every == 0 or step.number in (config.memory_from_step, config.steps):
+                save_checkpoint(model, folder / "model.safetensors")
                 validations.append(_validate(model, held_out, options, step.number))
                 note(validations[-1])
                 off, on = validations[-1].off, validations[-1].on
@@ -175,8 +192,8 @@ def _train(
 def _show(progress: Any, step: Step) -> None:
     """Loss, tokens per second and how full the memory is."""
     progress.update()
-    elapsed = max(progress.format_dict["elapsed"], 1e-9)
-    shown = {"loss": f"{step.loss:.3f}", "tokens/s": f"{step.tokens / elapsed:.0f}", "entries": f"{step.entries:.0f}"}
+    rate = (progress.format_dict["rate"] or 0) * step.tokens / step.number
+    shown = {"loss": f"{step.loss:.3f}", "tokens/s": f"{rate:.0f}", "entries": f"{step.entries:.0f}"}
     progress.set_postfix(shown, refresh=False)
 
 
@@ -189,14 +206,15 @@ def _validate(model: MemorizingTransformer, held_out: Sequence[np.ndarray], opti
 def _report(losses: dict[str, Tensor], validations: Sequence[Validation], options: SmallRun, folder: Path) -> None:
     documents, tokens = losses["off"].shape
     table = loss_table(losses)
-    print(f"\nHeld out: the first {tokens} tokens of {documents} documents, nats per token\n{table}\n")
+    print(f"\nHeld out: the first {tokens} tokens of {documents} documents, nats per token\n{table}")
+    share = f"{options.memory_share:.0%}"
+    print(f"The same weights in each line; they were trained with the memory for the last {share} of the steps.\n")
     results = {
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()},
         "loss": {mode: loss.mean().item() for mode, loss in losses.items()},
         "loss_by_document": {mode: loss.mean(dim=1).tolist() for mode, loss in losses.items()},
         "validations": [validation._asdict() for validation in validations],
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    _write_json(results, folder / "results.json")
     memory_from_step = options.training_config().memory_from_step
     plot_curves(validations, losses, memory_from_step, options.segment_length, folder / "curves.png")
     print(f"curves: {folder / 'curves.png'}\nmodel:  {folder / 'model.safetensors'}\n")
@@ -219,5 +237,5 @@ def _sample(
         )
     before, after = tokenizer.decode(read[-options.sample_tokens :]), tokenizer.decode(written)
     text = f"{before}\n>>>>>>>> from here on the model writes <<<<<<<<\n{after}"
-    (folder / "sample.txt").write_text(text)
+    (folder / "sample.txt").write_text(text, encoding="utf-8")
     print(f"{document.name}, held out; the model has read {len(read)} tokens of it:\n{'-' * 80}\n{text}\n{'-' * 80}")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing_transformers_pytorch import KNNMemoryList, MemorizingTransformer
-from memorizing_transformers_pytorch.checks import IGNORE_INDEX
+from memorizing_transformers_pytorch.config import IGNORE_INDEX
 from memorizing_transformers_pytorch.training.evaluate import shuffled_values
 
 VOCABULARY = 64

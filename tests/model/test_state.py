@@ -101,7 +101,7 @@ def test_a_layer_reads_the_xl_memory_shift_places_above(shift: int, planted: int
     first, second = random_tokens(2, 2, 6)
     _, state = model(first)
     plain = attention_outputs(model, lambda: model(second, None, state))
-    state[planted] = torch.randn_like(state[planted])
+    state[planted].normal_()
     changed = attention_outputs(model, lambda: model(second, None, state))
     assert first_difference(plain, changed) == (planted - shift) % 3
 
