@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -136,14 +136,9 @@ class MemorizingTransformer(nn.Module):
             for _ in config.layers_with_memory
         )
 
-    @contextmanager
-    def knn_memories_context(self, *, batch_size: int) -> Iterator[KNNMemoryList]:
-        """`create_knn_memories`, cleaned up at the end, also after an exception."""
-        knn_memories = self.create_knn_memories(batch_size=batch_size)
-        try:
-            yield knn_memories
-        finally:
-            knn_memories.cleanup()
+    def knn_memories_context(self, *, batch_size: int) -> AbstractContextManager[KNNMemoryList]:
+        """`create_knn_memories` for a `with` statement: cleaned up at the end, also after an exception."""
+        return self.create_knn_memories(batch_size=batch_size)
 
     def initial_state(self, batch_size: int) -> XLMemories:
         """What the first segment of a document starts from: no XL memory, and convolutions at zero."""

@@ -11,7 +11,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -31,7 +31,7 @@ def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-class KNNMemory:
+class KNNMemory(AbstractContextManager["KNNMemory"]):
     """A memory of (key, value) pairs for each row, searched by largest inner product (Wu et al., ICLR 2022, section 3).
 
     Each row keeps exactly the last `max_memories` entries added to it since it was last cleared.
@@ -44,7 +44,7 @@ class KNNMemory:
     device: where they lie; the CPU unless said otherwise.
     index: "exact", brute force over the stored keys.
     directory: keep the entries in memory-mapped files in a fresh folder below this one, instead of in RAM. The files
-        are removed by `cleanup()`.
+        are removed by `cleanup()`, or at the end of a `with` block.
     memmap_filename, multiprocessing: arguments of the original package. The first only chooses the directory (files
         get names of their own), the second has no effect; both say so once.
 
@@ -159,8 +159,6 @@ class KNNMemory:
             raise ValueError(f"expected rows of the scope {self.scoped_indices}, got {rows}")
         return rows
 
-    # Writing
-
     def add(self, memories: Tensor, mask: Tensor | None = None, origins: Tensor | None = None) -> None:
         """Store entries, oldest first, over the oldest of each row.
 
@@ -209,8 +207,6 @@ class KNNMemory:
     def commit(self, staged: StagedEntries) -> None:
         """Store what `stage` has checked."""
         self.store.write(staged)
-
-    # Reading
 
     def retrieve(self, queries: Tensor, topk: int) -> Retrieved:
         """The `topk` entries of its own row and head with the largest inner product, for each query.
@@ -297,3 +293,6 @@ class KNNMemory:
         if self._open_store is not None:
             self._open_store.close()
             self._open_store = None
+
+    def __exit__(self, *exception: object) -> None:
+        self.cleanup()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 
 
-class KNNMemoryList(list[KNNMemory]):
-    """The memories of a model, one per memorizing layer in order of depth."""
+class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
+    """The memories of a model, one per memorizing layer in order of depth. A `with` block ends with `cleanup()`."""
 
     @contextmanager
     def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemoryList]:
@@ -49,3 +49,6 @@ class KNNMemoryList(list[KNNMemory]):
         """Close every memory and remove its files."""
         for memory in self:
             memory.cleanup()
+
+    def __exit__(self, *exception: object) -> None:
+        self.cleanup()

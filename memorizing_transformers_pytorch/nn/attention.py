@@ -70,23 +70,22 @@ class _AttentionBase(nn.Module):
     def _local_bias(
         self, x: Tensor, xl_memory: Tensor | None, rel_pos_bias: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """The bias of a layer used on its own. Raises ValueError for a mask that cannot be used."""
+        """The bias of a layer used on its own. Raises ValueError for a mask or past that cannot be used."""
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
             raise ValueError(f"expected a bool mask {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
         if mask is not None and self.xl_max_memories > 0:
             raise ValueError("expected no mask with xl_max_memories (only the model carries masks on), got one")
         num_past = 0 if xl_memory is None else xl_memory.shape[2]
         expected = (x.shape[0], self.num_kv_heads, num_past, 2, self.dim_head)
-        if xl_memory is not None and (self.xl_max_memories == 0 or xl_memory.shape != expected):
-            got = f"{tuple(xl_memory.shape)} with {self.xl_max_memories}"
-            raise ValueError(f"expected xl_memory {expected} with xl_max_memories above 0, got {got}")
+        if xl_memory is not None and xl_memory.shape != expected:
+            raise ValueError(f"expected xl_memory {expected}, got {tuple(xl_memory.shape)}")
         return local_bias(rel_pos_bias, mask, num_past, x.shape[1]).to(x.device)
 
     def _roll(self, xl_memory: Tensor | None, pairs: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The new XL memory, and the pairs that it no longer holds."""
-        pairs = join_past(xl_memory, pairs).detach()
+        """The new XL memory, and the pairs that it no longer holds; without one, the pairs of this segment alone."""
         if self.xl_max_memories == 0:
-            return None, pairs
+            return None, pairs.detach()
+        pairs = join_past(xl_memory, pairs).detach()
         kept = min(self.xl_max_memories, pairs.shape[2])
         return pairs[:, :, pairs.shape[2] - kept :], pairs[:, :, : pairs.shape[2] - kept]
 

@@ -525,3 +525,13 @@ def test_memmap_filename_chooses_the_directory_with_one_warning(tmp_path: Path) 
     assert not filename.exists()
     for memory in memories:
         memory.cleanup()
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([False, True, False]), [False, True, False]], ids=["tensor", "list"])
+def test_a_mask_of_rows_is_not_taken_for_row_numbers(memory: KNNMemory, mask: Any) -> None:
+    before = memory.num_entries
+    with pytest.raises(ValueError, match=r"expected rows as integers, got \[False, True, False\]"):
+        memory.clear(mask)
+    with pytest.raises(ValueError, match="expected rows as integers"), memory.at_batch_indices(mask):
+        pass
+    assert memory.num_entries == before

@@ -146,3 +146,17 @@ def test_cleanup_removes_the_files_of_every_memory(tmp_path: Path) -> None:
     memories.cleanup()
     memories.cleanup()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_with_block_removes_the_files_also_after_an_exception(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"):
+        raise_inside(KNNMemory(DIM, CAPACITY, directory=tmp_path), tmp_path, folders=1)
+    with pytest.raises(RuntimeError, match="stop"):
+        raise_inside(KNNMemoryList(KNNMemory(DIM, CAPACITY, directory=tmp_path) for _ in range(3)), tmp_path, folders=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def raise_inside(memories: KNNMemory | KNNMemoryList, directory: Path, folders: int) -> None:
+    with memories:
+        assert len(list(directory.iterdir())) == folders
+        raise RuntimeError("stop")

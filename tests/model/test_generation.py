@@ -446,3 +446,35 @@ def test_a_session_begins_with_logits_of_0_and_reading_nothing_keeps_them() -> N
     assert not session.read([[], []]).any()
     assert session.read([[5], []])[0].any()
     assert not session.logits[1].any()
+
+
+def test_logits_that_were_returned_do_not_change_later() -> None:
+    model = tiny()
+    session = Session(model, None, batch_size=1, segment_length=7)
+    first = session.read([[5]])
+    kept = first.clone()
+    session.read([[6]])
+    assert torch.equal(first, kept)
+
+
+def test_a_stream_closed_after_its_memories_does_not_touch_them() -> None:
+    model = tiny()
+    with model.knn_memories_context(batch_size=1) as memories:
+        steps = stream(model, [[5, 6]], memories, max_new_tokens=9, segment_length=7)
+        next(steps)
+    steps.close()
+
+
+def test_an_error_while_writing_is_the_error_that_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    with model.knn_memories_context(batch_size=1) as memories:
+        steps = stream(model, [[5, 6]], memories, max_new_tokens=9, segment_length=7)
+        next(steps)
+
+        def fail(*args: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(model, "run_layers", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            next(steps)
+        assert memories[0].num_entries == (0,)

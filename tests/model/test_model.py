@@ -468,3 +468,22 @@ def test_segments_that_were_read_in_one_go_have_the_same_origins_as_those_in_par
     read(model, tokens, parts, segment_length=5)
     assert torch.equal(entries(whole[0], 0).origins[:, 1:], entries(parts[0], 0).origins[:, 1:])
     assert entries(whole[0], 0).origins[:, 0].unique().tolist() == [7]
+
+
+@pytest.mark.parametrize("layers", [(), 1, (1, 2), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("combine", ["softmax", "gate"])
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_every_parameter_that_is_trained_gets_a_gradient(layers: Any, combine: str, with_memory: bool) -> None:
+    """As DistributedDataParallel needs, whether or not a memory is passed and whatever it holds."""
+    model, tokens = tiny(memorizing_layers=layers, combine=combine), random_tokens(2, 9)
+    result = model(tokens, model.create_knn_memories(batch_size=2) if with_memory else None, labels=tokens)
+    (result[0] if model.carries_state else result).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_tensors_on_another_device_are_refused() -> None:
+    model, tokens = tiny(), random_tokens(2, 9)
+    with pytest.raises(ValueError, match="expected labels on cpu, got meta"):
+        model(tokens, labels=tokens.to("meta"))
+    with pytest.raises(ValueError, match="expected x on cpu, got meta"):
+        model(tokens.to("meta"))

@@ -254,3 +254,28 @@ def test_a_call_leaves_the_state_that_it_was_given_alone() -> None:
     state = state_of(model, [6, 3])
     first = continue_rows(model, state, tokens)
     assert torch.equal(first, continue_rows(model, state, tokens))
+
+
+@pytest.mark.parametrize("rows", [[1], torch.tensor([1]), torch.tensor([False, True, False]), range(1, 2)], ids=str)
+@stateful_variants
+def test_rows_to_be_cleared_may_be_numbers_or_a_mask(variant: dict[str, Any], rows: Any) -> None:
+    state = state_of(tiny(**variant), [4, 4, 4])
+    left, right = state.cleared(rows), state.cleared([1])
+    for one, other in zip(left.conv_states, right.conv_states, strict=True):
+        assert torch.equal(one, other)
+    assert left.mask is not None
+    assert right.mask is not None
+    assert torch.equal(left.mask, right.mask)
+    assert left.mask.dtype == torch.bool
+
+
+@stateful_variants
+def test_clearing_no_row_changes_nothing(variant: dict[str, Any]) -> None:
+    state = state_of(tiny(**variant), [4, 4, 4])
+    assert state.cleared([]) is state
+
+
+def test_a_mask_for_another_number_of_rows_is_refused() -> None:
+    state = state_of(tiny(xl_max_memories=4), [4, 4, 4])
+    with refused():
+        state.cleared(torch.tensor([True, False]))

@@ -531,3 +531,26 @@ def test_a_mask_that_cannot_be_used_is_refused() -> None:
         Attention(dim=12)(x, mask=torch.ones(2, 7, dtype=torch.int64))
     with pytest.raises(ValueError, match="expected no mask with xl_max_memories"):
         KNNAttention(dim=12, xl_max_memories=3)(x, mask=torch.ones(2, 7, dtype=torch.bool))
+
+
+def test_padding_that_a_convolution_would_see_is_refused() -> None:
+    layer, x = KNNAttention(dim=12, short_conv=3), torch.randn(1, 5, 12)
+    layer(x, mask=torch.tensor([[True, True, True, False, False]]))
+    with pytest.raises(ValueError, match="expected padding on the right only"):
+        layer(x, mask=torch.tensor([[False, True, True, True, True]]))
+
+
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+def test_xl_memory_that_does_not_fit_is_refused(kind: type[Attention | KNNAttention]) -> None:
+    x = torch.randn(2, 5, 12)
+    with pytest.raises(ValueError, match=r"expected xl_memory \(2, 1, 3, 2, 4\), got \(2, 1, 3, 2, 5\)"):
+        kind(dim=12, dim_head=4, xl_max_memories=3)(x, xl_memory=torch.randn(2, 1, 3, 2, 5))
+
+
+def test_a_past_that_the_layer_does_not_keep_is_seen_but_not_stored() -> None:
+    layer, x, past = KNNAttention(dim=12, dim_head=4), torch.randn(2, 5, 12), torch.randn(2, 1, 3, 2, 4)
+    with KNNMemory(4, max_memories=20, num_indices=2) as memory:
+        out, new_past = layer(x, xl_memory=past, knn_memory=memory)
+        assert new_past is None
+        assert not torch.equal(out, layer(x)[0])
+        assert memory.num_entries == (5, 5)
