@@ -81,32 +81,21 @@ class ModelConfig:
         object.__setattr__(self, "memory_dtype", str(self.memory_dtype).removeprefix("torch."))
         if self.knn_memories_directory is not None:
             object.__setattr__(self, "knn_memories_directory", str(self.knn_memories_directory))
-        if self.knn_attn_heads is None:
-            object.__setattr__(self, "knn_attn_heads", self.heads)
         self._check_sizes()
         self._check_token_ids()
-        object.__setattr__(self, "memorizing_layers", self._resolved_memorizing_layers())
-        object.__setattr__(self, "xl_memory_layers", self._resolved_xl_layers())
-        self._check_layers("memorizing_layers")
-        self._check_layers("xl_memory_layers")
+        for name in ("memorizing_layers", "xl_memory_layers"):
+            layers = getattr(self, name)
+            if layers is not None:
+                object.__setattr__(self, name, self._checked_layers(name, layers))
         self._check_choices()
 
-    def _resolved_memorizing_layers(self) -> tuple[int, ...]:
-        if self.memorizing_layers is None:
-            return (max(self.depth // 2, 1),)
-        return _as_tuple(self.memorizing_layers)
-
-    def _resolved_xl_layers(self) -> tuple[int, ...]:
-        if self.xl_memory_layers is None:
-            return tuple(range(1, self.depth + 1)) if self.xl_max_memories > 0 else ()
-        return _as_tuple(self.xl_memory_layers)
-
     def _check_sizes(self) -> None:
-        for name in (*_AT_LEAST_ONE, "knn_attn_heads", "num_kv_heads", "num_retrieved_memories", *_AT_LEAST_ZERO):
+        optional = () if self.knn_attn_heads is None else ("knn_attn_heads",)
+        for name in (*_AT_LEAST_ONE, *optional, "num_kv_heads", "num_retrieved_memories", *_AT_LEAST_ZERO):
             least, value = int(name not in _AT_LEAST_ZERO), getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"expected {name} to be an integer of at least {least}, got {value!r}")
-        for name in ("heads", "knn_attn_heads"):
+        for name in ("heads", *optional):
             if getattr(self, name) % self.num_kv_heads != 0:
                 expected = f"{name} to be a multiple of num_kv_heads={self.num_kv_heads}"
                 raise ValueError(f"expected {expected}, got {getattr(self, name)}")
@@ -121,7 +110,7 @@ class ModelConfig:
                 raise ValueError(f"expected {name} to be one of {allowed}, got {getattr(self, name)!r}")
         if self.qk_init == "induction" and self.short_conv < 2:
             raise ValueError(f"expected short_conv of at least 2 for qk_init='induction', got {self.short_conv}")
-        if self.xl_memory_layers and self.xl_max_memories == 0:
+        if self.xl_memory_layers not in (None, ()) and self.xl_max_memories == 0:
             raise ValueError(f"expected xl_max_memories above 0 for xl_memory_layers={self.xl_memory_layers}, got 0")
 
     def _check_token_ids(self) -> None:
@@ -130,21 +119,30 @@ class ModelConfig:
             if token_id is not None and not (isinstance(token_id, int) and 0 <= token_id < self.num_tokens):
                 raise ValueError(f"expected {name} from 0 to {self.num_tokens - 1} or None, got {token_id}")
 
-    def _check_layers(self, name: str) -> None:
-        layers = getattr(self, name)
-        if len(set(layers)) != len(layers) or not all(layer in range(1, self.depth + 1) for layer in layers):
-            raise ValueError(f"expected {name} to be distinct layers from 1 to {self.depth}, got {layers}")
-        object.__setattr__(self, name, tuple(sorted(layers)))
+    def _checked_layers(self, name: str, layers: int | tuple[int, ...]) -> tuple[int, ...]:
+        given = tuple(layers) if isinstance(layers, tuple | list) else (layers,)
+        if len(set(given)) != len(given) or not all(layer in range(1, self.depth + 1) for layer in given):
+            raise ValueError(f"expected {name} to be distinct layers from 1 to {self.depth}, got {given}")
+        return tuple(sorted(given))
 
     @property
     def layers_with_memory(self) -> tuple[int, ...]:
-        """`memorizing_layers`, resolved and in order."""
+        """`memorizing_layers`, in order; the middle one unless given."""
+        if self.memorizing_layers is None:
+            return (max(self.depth // 2, 1),)
         return cast(tuple[int, ...], self.memorizing_layers)
 
     @property
     def layers_with_xl(self) -> tuple[int, ...]:
-        """`xl_memory_layers`, resolved and in order."""
+        """`xl_memory_layers`, in order; with XL memory all of them unless given."""
+        if self.xl_memory_layers is None:
+            return tuple(range(1, self.depth + 1)) if self.xl_max_memories > 0 else ()
         return cast(tuple[int, ...], self.xl_memory_layers)
+
+    @property
+    def memory_heads(self) -> int:
+        """`knn_attn_heads`; as many as `heads` unless given."""
+        return self.heads if self.knn_attn_heads is None else self.knn_attn_heads
 
     @property
     def num_kv_pairs_kept(self) -> int:
@@ -172,10 +170,6 @@ class ModelConfig:
         if name not in PRESETS:
             raise ValueError(f"expected a preset among {sorted(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **changes})
-
-
-def _as_tuple(layers: Any) -> tuple[int, ...]:
-    return tuple(layers) if isinstance(layers, tuple | list) else (layers,)
 
 
 # Wu et al. 2022: one memorizing layer three quarters up (the 9th of 12), keys and values per head, the gate, k = 32,

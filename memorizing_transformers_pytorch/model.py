@@ -57,7 +57,7 @@ class MemorizingTransformer(nn.Module):
         self.config = config = ModelConfig.from_dict(fields)
         self.token_emb = nn.Embedding(config.num_tokens, config.dim)
         self.rel_pos_bias = RelativePositionBias(config.dim_head**0.5, config.heads)
-        self.knn_rel_pos_bias = RelativePositionBias(config.dim_head**0.5, cast(int, config.knn_attn_heads))
+        self.knn_rel_pos_bias = RelativePositionBias(config.dim_head**0.5, config.memory_heads)
         self.layers = nn.ModuleList(self._make_layer(number) for number in range(1, config.depth + 1))
         self.to_logits = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, config.num_tokens))
         # Kept under their names for checkpoints, but not trained where no layer uses them.
@@ -84,7 +84,7 @@ class MemorizingTransformer(nn.Module):
         attention: Attention | KNNAttention
         if number in config.layers_with_memory:
             attention = KNNAttention(
-                heads=cast(int, config.knn_attn_heads),
+                heads=config.memory_heads,
                 num_retrieved_memories=config.num_retrieved_memories,
                 combine=config.combine,
                 short_conv=config.short_conv,
@@ -144,7 +144,7 @@ class MemorizingTransformer(nn.Module):
         """What the first segment of a document starts from: no XL memory, and convolutions at zero."""
         config, device, dtype = self.config, self.device, self.token_emb.weight.dtype
         pairs = torch.zeros(batch_size, config.num_kv_heads, 0, 2, config.dim_head, device=device, dtype=dtype)
-        channels = (cast(int, config.knn_attn_heads) + config.num_kv_heads) * config.dim_head
+        channels = (config.memory_heads + config.num_kv_heads) * config.dim_head
         conv_state = torch.zeros(batch_size, max(config.short_conv - 1, 0), channels, device=device, dtype=dtype)
         return XLMemories(
             [pairs] * len(config.layers_with_xl),

@@ -24,11 +24,11 @@ def test_defaults_are_those_of_the_original() -> None:
     original = {
         "dim_head": 64,
         "heads": 8,
-        "knn_attn_heads": 8,
+        "memory_heads": 8,
         "attn_dropout": 0.0,
         "ff_mult": 4,
         "ff_dropout": 0.0,
-        "memorizing_layers": (4,),
+        "layers_with_memory": (4,),
         "max_knn_memories": 250_000,
         "num_retrieved_memories": 32,
         "clear_memories_on_sos_token_id": None,
@@ -36,10 +36,17 @@ def test_defaults_are_those_of_the_original() -> None:
         "shift_knn_memories_down": 0,
         "pad_id": 0,
         "xl_max_memories": 0,
-        "xl_memory_layers": (),
+        "layers_with_xl": (),
         "shift_xl_memories_down": 0,
     }
     assert {name: getattr(config, name) for name in original} == original
+
+
+def test_what_is_not_given_follows_what_is() -> None:
+    config = ModelConfig(num_tokens=256, dim=512, depth=8)
+    larger = dataclasses.replace(config, depth=12, heads=4, xl_max_memories=5)
+    assert (larger.layers_with_memory, larger.memory_heads, larger.layers_with_xl) == ((6,), 4, tuple(range(1, 13)))
+    assert ModelConfig.from_dict(larger.to_dict()) == larger
 
 
 def test_config_is_frozen_and_keyword_only() -> None:
