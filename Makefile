@@ -23,7 +23,7 @@ golden: .venv/ready  ## make tests/golden anew, by running the original package 
 	@echo "setting up .venv (some minutes, for torch)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]' --group dev
 	touch $@
 
 clean:
