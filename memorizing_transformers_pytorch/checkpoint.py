@@ -31,17 +31,21 @@ def save_checkpoint(model: MemorizingTransformer, path: str | Path) -> None:
     aside.replace(path)
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> MemorizingTransformer:
-    """The model that `save_checkpoint` wrote. Raises ValueError for a file that is missing or not such a checkpoint."""
-    path = Path(path)
-    if not path.is_file():
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ValueError for a file that is missing or not one."""
+    if not Path(path).is_file():
         raise ValueError(f"expected a checkpoint file, got {str(path)!r}, which does not exist")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        weights = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"expected a safetensors file, got {str(path)!r}: {error}") from error
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> MemorizingTransformer:
+    """The model that `save_checkpoint` wrote. Raises ValueError for a file that is missing or not such a checkpoint."""
+    weights = read_weights(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
     if _CONFIG_KEY not in metadata:
         raise ValueError(f"expected {_CONFIG_KEY!r} in the metadata of {str(path)!r}, got {sorted(metadata)}")
     model = MemorizingTransformer.from_config(ModelConfig.from_dict(json.loads(metadata[_CONFIG_KEY])))

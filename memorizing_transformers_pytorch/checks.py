@@ -34,6 +34,12 @@ def check_tokens(config: ModelConfig, x: Tensor, labels: Tensor | None) -> None:
         raise ValueError(f"expected labels from 0 to {last}, or {IGNORE_INDEX}, got {int(wrong[0])}")
 
 
+def check_rows(flags: Tensor | None, batch_size: int) -> None:
+    """A bool for each row, or None."""
+    if flags is not None and (flags.dtype != torch.bool or flags.shape != (batch_size,)):
+        raise ValueError(f"expected a bool for each of {batch_size} rows, got {flags.dtype} {tuple(flags.shape)}")
+
+
 def check_memories(config: ModelConfig, memories: Sequence[KNNMemory] | None, batch_size: int) -> KNNMemoryList | None:
     """One memory per memorizing layer, of the model's shapes and dtype, with as many rows in scope as the batch has."""
     if memories is None:
@@ -70,6 +76,9 @@ def check_state(config: ModelConfig, state: Sequence[Tensor] | None, initial: XL
     batch = initial.origins.shape[0]
     if state.origins.shape[0] != batch:
         raise ValueError(f"expected xl_memories of {batch} rows, got {state.origins.shape[0]}")
+    if state.mask is not None and (state.mask.dtype != torch.bool or state.mask.shape != state.origins.shape[:2]):
+        got_mask = f"{state.mask.dtype} {tuple(state.mask.shape)}"
+        raise ValueError(f"expected a bool mask {tuple(state.origins.shape[:2])} in xl_memories, got {got_mask}")
     for pairs, template in zip(state, initial, strict=True):
         shape = (*template.shape[:2], state.length, *template.shape[3:])
         if pairs.shape != shape:

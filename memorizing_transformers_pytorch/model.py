@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memorizing_transformers_pytorch.checks import check_devices, check_memories, check_state, check_tokens
+from memorizing_transformers_pytorch.checks import check_devices, check_memories, check_rows, check_state, check_tokens
 from memorizing_transformers_pytorch.config import IGNORE_INDEX, ModelConfig
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, warn_once
-from memorizing_transformers_pytorch.memory_step import Written, hand_over, make_look_ups, shifted
-from memorizing_transformers_pytorch.nn.attention import Attended, Attention, KNNAttention
+from memorizing_transformers_pytorch.memory_step import Written, hand_over, hidden_from_memory, make_look_ups, shifted
+from memorizing_transformers_pytorch.nn.attention import Attention, KNNAttention
 from memorizing_transformers_pytorch.nn.blocks import AttentionBlock, FeedForward, FeedForwardBlock
 from memorizing_transformers_pytorch.nn.position import RelativePositionBias
 from memorizing_transformers_pytorch.nn.retrieval import LookUp
@@ -32,6 +32,7 @@ class Context(NamedTuple):
     pasts: the past pairs (B, G, P, 2, D) of each layer, or None.
     distances, xl_distances: (1 or B, T, S), for layers without and with XL memory; see `nn.position`.
     look_ups, conv_states: how each memorizing layer searches, and the state of its convolution, or None.
+    documents: (B, T), that of each token, where convolutions must keep them apart; see `Boundaries`.
     """
 
     pasts: Sequence[Tensor | None]
@@ -39,6 +40,7 @@ class Context(NamedTuple):
     xl_distances: Tensor
     look_ups: Sequence[LookUp | None]
     conv_states: Sequence[Tensor | None]
+    documents: Tensor | None = None
 
 
 class MemorizingTransformer(nn.Module):
@@ -164,6 +166,9 @@ class MemorizingTransformer(nn.Module):
         add_knn_memory: bool = True,
         mask: Tensor | None = None,
         origins: Tensor | None = None,
+        *,
+        starts: Tensor | None = None,
+        hide_memory: Tensor | None = None,
     ) -> Any:
         """One segment of each row: search the memories, attend, then store the pairs of the segment.
 
@@ -175,37 +180,48 @@ class MemorizingTransformer(nn.Module):
         mask: (B, T) bool, False for padding, anywhere in a row; without it a run of pad_id at the end of a row is
             padding. It is not attended to, stored or scored, nor is a label pad_id at the last token before it scored.
         origins: (B, T, 3) integers stored with the entries: document id, position in the document, token id.
+        starts: (B, T) bool, tokens with which a document begins, also several in a row. A token sees nothing of another
+            document: no token of the segment, no state, and memory only if its own began in an earlier call. Of a row
+            with starts only the last document is kept, in memory and state; the rest is cleared. Those on padding
+            count for nothing.
+        hide_memory: (B,) bool, rows that find nothing in memory in this call. They are stored as ever.
 
         Returns logits (B, T, num_tokens), or with labels their mean cross-entropy in nats; and if the model carries
         state (XL memory or convolutions) a pair of that and the new `xl_memories`. Raises ValueError, before any memory
         changes, for shapes, token ids, memories or state that do not fit.
         """
         config = self.config
-        check_devices(self.device, x=x, labels=labels, mask=mask, origins=origins)
-        segment = make_segment(x, mask, origins, config.pad_id)
+        tensors = {"labels": labels, "mask": mask, "origins": origins, "starts": starts, "hide_memory": hide_memory}
+        check_devices(self.device, x=x, **tensors)
+        segment = make_segment(x, mask, origins, config.pad_id, starts)
         check_tokens(config, x, labels)
+        check_rows(hide_memory, batch_size=x.shape[0])
         labels = None if labels is None else labels.long()
         memories = check_memories(config, knn_memories, batch_size=x.shape[0])
         state = check_state(config, xl_memories, self.initial_state(x.shape[0]))
         boundaries = find_boundaries(segment, config)
         if boundaries.starts is not None:
             state = state.cleared(boundaries.starts)
-        look_ups = make_look_ups(config, memories, hidden_rows=boundaries.starts)
-        hidden, written = self.run_layers(segment.tokens, self._context(state, x.shape[1], look_ups))
+        look_ups = make_look_ups(config, memories, hidden_from_memory(boundaries, hide_memory))
+        context = self._context(state, x.shape[1], look_ups, boundaries.documents)
+        hidden, written = self.run_layers(segment.tokens, context)
         logits = self.to_logits(segment.unpack(hidden))
         result = logits if labels is None else self._loss(logits, labels, segment)
         state = hand_over(config, segment, boundaries, state, written, memories if add_knn_memory else None)
         return (result, state) if self.carries_state else result
 
-    def _context(self, state: XLMemories, num_tokens: int, look_ups: Sequence[LookUp | None]) -> Context:
+    def _context(
+        self, state: XLMemories, num_tokens: int, look_ups: Sequence[LookUp | None], documents: Tensor | None
+    ) -> Context:
         read = shifted(state, self.config.shift_xl_memories_down)
         past_of = dict(zip(self.config.layers_with_xl, read, strict=True)) if state.length > 0 else {}
         return Context(
             pasts=[past_of.get(number) for number in range(1, self.config.depth + 1)],
-            distances=state.distances(num_tokens, with_past=False),
-            xl_distances=state.distances(num_tokens, with_past=True),
+            distances=state.distances(num_tokens, documents, with_past=False),
+            xl_distances=state.distances(num_tokens, documents, with_past=True),
             look_ups=look_ups,
             conv_states=state.conv_states or [None] * len(self.config.layers_with_memory),
+            documents=documents,
         )
 
     def run_layers(self, tokens: Tensor, context: Context) -> tuple[Tensor, Written]:
@@ -223,20 +239,21 @@ class MemorizingTransformer(nn.Module):
             if memorizing:
                 i = config.layers_with_memory.index(number)
                 arguments |= {"look_up": context.look_ups[i], "conv_state": context.conv_states[i]}
-            x, attended = self._run_layer(self.layers[number - 1], x, arguments)
-            written.pairs.append(attended.pairs)
-            if attended.conv_inputs is not None:
-                written.conv_inputs.append(attended.conv_inputs)
+                arguments["documents"] = context.documents
+            x, pairs, conv_inputs = self._run_layer(self.layers[number - 1], x, arguments)
+            written.pairs.append(pairs)
+            if conv_inputs is not None:
+                written.conv_inputs.append(conv_inputs)
         return x, written
 
-    def _run_layer(self, layer: Any, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Attended]:
-        def run(x: Tensor) -> tuple[Tensor, Attended]:
+    def _run_layer(self, layer: Any, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             attention, feed_forward = layer
-            attended = attention(x, **arguments)
-            return feed_forward(attended.out), attended
+            out, pairs, conv_inputs = attention(x, **arguments)[:3]  # what it read is for hooks: let it go
+            return feed_forward(out), pairs, conv_inputs
 
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
-            return cast(tuple[Tensor, Attended], checkpoint(run, x, use_reentrant=False))
+            return cast(tuple[Tensor, Tensor, Tensor | None], checkpoint(run, x, use_reentrant=False))
         return run(x)
 
     def _loss(self, logits: Tensor, labels: Tensor, segment: Segment) -> Tensor:

@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, P past pairs, G key/value heads, D head width, W width
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, overload
 
 import torch
@@ -23,12 +23,14 @@ from memorizing_transformers_pytorch.nn.position import INVISIBLE, causal_distan
 
 class Segment(NamedTuple):
     """Tokens (B, T) packed to the left, their origins (B, T, 3), and for padded segments the mask (B, T) of real
-    tokens and the order (B, T) in which the packed ones stood."""
+    tokens and the order (B, T) in which the packed ones stood. starts (B, T): real tokens that begin a document, as
+    the caller knows; None if there are none."""
 
     tokens: Tensor
     origins: Tensor
     mask: Tensor | None
     order: Tensor | None
+    starts: Tensor | None = None
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Put (B, T, ...) back to where the tokens stood."""
@@ -37,29 +39,38 @@ class Segment(NamedTuple):
         return torch.take_along_dim(packed, _expand(self.order.argsort(dim=-1), packed, dim=1), dim=1)
 
 
-def make_segment(tokens: Tensor, mask: Tensor | None, origins: Tensor | None, pad_id: int | None) -> Segment:
-    """tokens (B, T), mask (B, T) bool, origins (B, T, 3) -> a Segment.
+def make_segment(
+    tokens: Tensor, mask: Tensor | None, origins: Tensor | None, pad_id: int | None, starts: Tensor | None = None
+) -> Segment:
+    """tokens (B, T), mask (B, T) bool, origins (B, T, 3), starts (B, T) bool -> a Segment.
 
-    Without a mask, a run of pad_id at the end of a row is padding. Without origins only the token is known.
+    Without a mask, a run of pad_id at the end of a row is padding. Without origins only the token is known. Starts on
+    padding are none.
     Raises ValueError for other shapes or dtypes, or an empty segment.
     """
     if tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point():
         raise ValueError(f"expected integer tokens (rows, at least 1), got {tokens.dtype} {tuple(tokens.shape)}")
     tokens = tokens.long()
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape):
-        raise ValueError(f"expected a bool mask {tuple(tokens.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+    for name, flags in (("mask", mask), ("starts", starts)):
+        if flags is not None and (flags.dtype != torch.bool or flags.shape != tokens.shape):
+            raise ValueError(f"expected bool {name} {tuple(tokens.shape)}, got {flags.dtype} {tuple(flags.shape)}")
     if origins is None:
         unknown = torch.full_like(tokens, UNKNOWN)
         origins = torch.stack((unknown, unknown, tokens), dim=-1)
     elif origins.is_floating_point() or origins.shape != (*tokens.shape, ORIGIN_FIELDS):
         expected = f"integer origins {(*tokens.shape, ORIGIN_FIELDS)}"
         raise ValueError(f"expected {expected}, got {origins.dtype} {tuple(origins.shape)}")
+    order = None
     if mask is None:
-        return Segment(tokens, origins, _before_trailing(tokens, pad_id), None)
-    if bool(mask.all()):
-        return Segment(tokens, origins, None, None)
-    order = mask.logical_not().int().argsort(dim=-1, stable=True)
-    return Segment(_reorder(tokens, order, 1), _reorder(origins, order, 1), _reorder(mask, order, 1), order)
+        mask = _before_trailing(tokens, pad_id)
+    elif bool(mask.all()):
+        mask = None
+    else:
+        order = mask.logical_not().int().argsort(dim=-1, stable=True)
+        tokens, origins, mask = (reorder(x, order, 1) for x in (tokens, origins, mask))
+    if starts is not None:
+        starts = _if_any(both(mask, reorder(starts, order, 1)))
+    return Segment(tokens, origins, mask, order, starts)
 
 
 def _before_trailing(tokens: Tensor, pad_id: int | None) -> Tensor | None:
@@ -71,40 +82,62 @@ def _before_trailing(tokens: Tensor, pad_id: int | None) -> Tensor | None:
 
 class Boundaries(NamedTuple):
     """Where documents begin and end. starts (B,), ends (B,): rows to be cleared before the search, and before
-    storing; survives (B, T): tokens to be kept, those of the last document in each row. None for all."""
+    storing; survives (B, T): tokens to be kept, those of the last document in each row. None for all.
+
+    documents (B, T): to which document each token belongs, where some begin within the segment: 0 for the one that
+    the past of the row belongs to. Tokens see their own only. None where all tokens of a row belong together.
+    """
 
     starts: Tensor | None
     ends: Tensor | None
     survives: Tensor | None
+    documents: Tensor | None = None
 
 
 def find_boundaries(segment: Segment, config: ModelConfig) -> Boundaries:
-    """A document begins with SOS and ends with EOS: of each row only what follows the last of either survives."""
+    """A document begins with SOS and ends with EOS: of each row only what follows the last of either survives.
+
+    It also begins where the caller says so (`segment.starts`), and these begin apart from what stands before.
+    """
     starts = _where(segment, config.clear_memories_on_sos_token_id)
     ends = _where(segment, config.clear_memories_on_eos_token_id)
     survives = segment.mask
     if starts is not None:
         later = starts.flip(-1).cumsum(dim=-1).flip(-1) - starts.int()
-        survives = _both(survives, later == 0)
+        survives = both(survives, later == 0)
     if ends is not None:
         here_or_later = ends.flip(-1).cumsum(dim=-1).flip(-1)
-        survives = _both(survives, here_or_later == 0)
+        survives = both(survives, here_or_later == 0)
     starts, ends = (None if at is None else at.any(dim=-1) for at in (starts, ends))
-    return Boundaries(starts, ends, survives)
+    if segment.starts is None:
+        return Boundaries(starts, ends, survives)
+    starts = either(starts, _if_any(segment.starts[:, 0]))
+    if not bool(segment.starts[:, 1:].any()):
+        return Boundaries(starts, ends, survives)
+    documents = segment.starts.cumsum(dim=-1)
+    last = documents[:, -1:]
+    return Boundaries(starts, either(ends, last.squeeze(-1) > 0), both(survives, documents == last), documents)
 
 
 def _where(segment: Segment, token_id: int | None) -> Tensor | None:
     """Where (B, T) this token stands; None if nowhere."""
-    if token_id is None:
-        return None
-    at = segment.tokens == token_id
-    if segment.mask is not None:
-        at = at & segment.mask
+    return None if token_id is None else _if_any(both(segment.mask, segment.tokens == token_id))
+
+
+def _if_any(at: Tensor) -> Tensor | None:
     return at if bool(at.any()) else None
 
 
-def _both(left: Tensor | None, right: Tensor) -> Tensor:
+def both(left: Tensor | None, right: Tensor) -> Tensor:
+    """left & right, where None is True everywhere."""
     return right if left is None else left & right
+
+
+def either(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """left | right, where None is False everywhere."""
+    if left is None or right is None:
+        return right if left is None else left
+    return left | right
 
 
 class XLMemories(Sequence[Tensor]):
@@ -140,6 +173,29 @@ class XLMemories(Sequence[Tensor]):
     def length(self) -> int:
         """P, the pairs that each layer holds of each row (some of them masked)."""
         return self.origins.shape[1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """pairs.0, ..., origins, mask (unless all are real) and conv_states.0, ..., as CPU tensors for safetensors."""
+        parts = {f"pairs.{i}": pairs for i, pairs in enumerate(self)}
+        parts |= {f"conv_states.{i}": conv_state for i, conv_state in enumerate(self.conv_states)}
+        parts |= {"origins": self.origins} | ({} if self.mask is None else {"mask": self.mask})
+        return {name: _copied(part, torch.device("cpu")) for name, part in parts.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> XLMemories:
+        """What `state_dict` has said, on this device. Raises ValueError for missing or unknown names, or no origins.
+
+        (Whether the shapes fit the model and each other is checked when it is passed to one.)
+        """
+        kinds, device = ("pairs", "conv_states"), torch.device(device)
+        numbered = [[f"{kind}.{i}" for i in range(sum(name.startswith(kind) for name in state))] for kind in kinds]
+        expected = sorted(sum(numbered, ["origins"]))
+        if sorted(state.keys() - {"mask"}) != expected or state["origins"].shape[2:] != (ORIGIN_FIELDS,):
+            got = {name: tuple(part.shape) for name, part in state.items()}
+            raise ValueError(f"expected origins (rows, pairs, {ORIGIN_FIELDS}) among {expected}, got {got}")
+        pairs, conv_states = ([_copied(state[name], device) for name in names] for names in numbered)
+        mask = _copied(state["mask"], device) if "mask" in state else None
+        return cls(pairs, origins=_copied(state["origins"], device), mask=mask, conv_states=conv_states)
 
     def cleared(self, rows: Tensor | Iterable[int]) -> XLMemories:
         """The same for all rows but these, which start anew. rows: (B,) bool, or row numbers."""
@@ -193,74 +249,37 @@ class XLMemories(Sequence[Tensor]):
             conv_states=self.conv_states,
         )
 
-    def distances(self, num_queries: int, *, with_past: bool) -> Tensor:
-        """(1 or B, T, S): how far each key lies behind each query of the next segment; see `nn.position`."""
+    def distances(self, num_queries: int, documents: Tensor | None = None, *, with_past: bool) -> Tensor:
+        """(1 or B, T, S): how far each key lies behind each query of the next segment; see `nn.position`.
+
+        documents: (B, T), that of each token, 0 for that of the past; keys of others are invisible. None for all one.
+        """
         past = self.length if with_past else 0
         distances = causal_distances(num_queries, past + num_queries, self.origins.device)
-        if past == 0 or self.mask is None:
-            return distances
-        own = self.mask.new_ones(self.mask.shape[0], num_queries)
-        return distances.where(torch.cat((self.mask, own), dim=1).unsqueeze(1), INVISIBLE)
+        if past > 0 and self.mask is not None:
+            own = self.mask.new_ones(self.mask.shape[0], num_queries)
+            distances = distances.where(torch.cat((self.mask, own), dim=1).unsqueeze(1), INVISIBLE)
+        if documents is not None:
+            same = F.pad(documents, (past, 0)).unsqueeze(1) == documents.unsqueeze(2)
+            distances = distances.where(same, INVISIBLE)
+        return distances
 
 
-class Discarded(NamedTuple):
-    """What XL memory no longer holds: pairs of each layer (B, G, n, 2, D), which are real (B, n), origins (B, n, 3)."""
-
-    pairs: list[Tensor]
-    mask: Tensor | None
-    origins: Tensor
-
-
-def roll(
-    past: XLMemories, pairs: Sequence[Tensor], origins: Tensor, survives: Tensor | None, capacity: int
-) -> tuple[XLMemories, Discarded]:
-    """Append the surviving pairs of a segment (B, G, T, 2, D) to those of the past; keep the last `capacity` of a row.
-
-    The state of the convolutions is not touched.
-    """
-    order = mask = None
-    if past.mask is not None or survives is not None:
-        batch, length = origins.shape[:2]
-        ones = origins.new_ones(batch, past.length + length, dtype=torch.bool)
-        held = ones[:, : past.length] if past.mask is None else past.mask
-        mask = torch.cat((held, ones[:, past.length :] if survives is None else survives), dim=1)
-        order = _right_aligning(mask)
-        mask = torch.take_along_dim(mask, order, dim=1)
-    joined = [
-        _reorder(torch.cat((old.to(new), new.detach()), dim=2), order, 2) for old, new in zip(past, pairs, strict=True)
-    ]
-    origins = _reorder(torch.cat((past.origins, origins), dim=1), order, 1)
-    kept = min(capacity, origins.shape[1])
-    cut = origins.shape[1] - kept
-    kept_mask, lost_mask = (None, None) if mask is None else (mask[:, cut:], mask[:, :cut])
-    state = XLMemories(
-        [x[:, :, cut:] for x in joined],
-        origins=origins[:, cut:],
-        mask=None if kept_mask is None or bool(kept_mask.all()) else kept_mask,
-        conv_states=past.conv_states,
-    )
-    return state, Discarded([x[:, :, :cut] for x in joined], lost_mask, origins[:, :cut])
-
-
-def roll_convolution(state: Tensor, inputs: Tensor, survives: Tensor | None) -> Tensor:
-    """The last W - 1 inputs of a convolution: state (B, W - 1, C), inputs (B, T, C) -> (B, W - 1, C), 0 where none."""
-    joined = torch.cat((state.to(inputs), inputs.detach()), dim=1)
-    if survives is not None:
-        mask = torch.cat((survives.new_ones(state.shape[:2]), survives), dim=1)
-        joined = _reorder(joined * mask.unsqueeze(-1), _right_aligning(mask), 1)
-    return joined[:, joined.shape[1] - state.shape[1] :]
+def _copied(x: Tensor, device: torch.device) -> Tensor:
+    return x.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def _put(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
     return x.index_copy(0, rows, new.to(x))
 
 
-def _right_aligning(mask: Tensor) -> Tensor:
+def right_aligning(mask: Tensor) -> Tensor:
     """The order (B, n) that moves what is True to the right, keeping its sequence."""
     return mask.int().argsort(dim=-1, stable=True)
 
 
-def _reorder(x: Tensor, order: Tensor | None, dim: int) -> Tensor:
+def reorder(x: Tensor, order: Tensor | None, dim: int) -> Tensor:
+    """x (B, ..., n, ...) with the axis `dim` in this order (B, n); None leaves it."""
     return x if order is None else torch.take_along_dim(x, _expand(order, x, dim), dim=dim)
 
 

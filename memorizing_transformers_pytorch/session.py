@@ -168,7 +168,7 @@ class Session:
             pasts=pasts,
             distances=own,
             xl_distances=torch.cat((xl, own), dim=2),
-            look_ups=make_look_ups(config, self.memories, hidden_rows=starts),
+            look_ups=make_look_ups(config, self.memories, hidden=starts),
             conv_states=self._conv_states(state) or [None] * len(config.layers_with_memory),
         )
 

@@ -1,65 +1,56 @@
-"""Documents: where the text comes from, and which of it is held out."""
+"""Where the documents come from: the corpus that a configuration names."""
 
 from __future__ import annotations
 
-import hashlib
-import sysconfig
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-# Tests, tables and generated text of the standard library; and what others installed into it.
-_NOT_LIBRARY = (
-    "test",
-    "tests",
-    "idlelib",
-    "encodings",
-    "lib2to3",
-    "pydoc_data",
-    "turtledemo",
-    "site-packages",
-    "__pycache__",
-)
+from memorizing_transformers_pytorch.data import enwik8, files
+from memorizing_transformers_pytorch.data.config import DataConfig
+from memorizing_transformers_pytorch.data.document import Corpus, Document
+from memorizing_transformers_pytorch.data.hub import HuggingFaceDataset
 
+
+class First:
+    """The first documents of a corpus."""
+
+    def __init__(self, corpus: Corpus, count: int) -> None:
+        self._corpus = corpus
+        self._count = count
+
+    def __iter__(self) -> Iterator[Document]:
+        return islice(self._corpus, self._count)
+
+    def fingerprint(self) -> str:
+        return f"{self._count} of {self._corpus.fingerprint()}"
+
+
+def open_corpus(config: DataConfig, progress: bool = False) -> Corpus:
+    """The corpus of `config.source`; what has to be downloaded is. Raises ValueError for anything that is none."""
+    corpus = _corpus(config, progress)
+    return corpus if config.max_documents is None else First(corpus, config.max_documents)
+
+
+def _corpus(config: DataConfig, progress: bool) -> Corpus:
+    kind, _, rest = config.source.partition(":")
+    if config.source == "stdlib":
+        return files.standard_library(config)
+    if config.source == "enwik8":
+        return enwik8.Enwik8(enwik8.download_enwik8(config.cache, progress))
+    if kind == "enwik8":
+        return enwik8.Enwik8(Path(rest))
+    if kind == "hf":
+        return HuggingFaceDataset(config)
+    return files.folder(config) if Path(config.source).is_dir() else files.matching(config)
+
+
+# TEMPORARY, for train.py
 ENWIK8_BYTES = 100_000_000
 ENWIK8_SPLIT = {"train": (0, 90_000_000), "valid": (90_000_000, 95_000_000), "test": (95_000_000, 100_000_000)}
-
-
-class Document(NamedTuple):
-    """A text that belongs together, read from its beginning to its end."""
-
-    name: str
-    text: str
-
-
-def standard_library(folder: str | Path | None = None) -> list[Document]:
-    """Python's own source, which is on every machine: a document for each top-level module or package, by name.
-
-    folder: another folder laid out like it. Raises ValueError if there is no Python file in it.
-    """
-    root = Path(folder or sysconfig.get_paths()["stdlib"])
-    texts: dict[str, list[str]] = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if not any(part in _NOT_LIBRARY for part in parts):
-            texts.setdefault(parts[0], []).append(path.read_text(encoding="utf-8", errors="replace"))
-    if not texts:
-        raise ValueError(f"expected Python files in {str(root)!r}, got none")
-    return [Document(name, "\n\n".join(parts)) for name, parts in sorted(texts.items())]
-
-
-def split_by_name(documents: Iterable[Document], held_out: float = 0.1) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents: each falls to one side by a hash of its name, whatever else there is."""
-    train: list[Document] = []
-    valid: list[Document] = []
-    for document in documents:
-        digest = hashlib.sha256(document.name.encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
-        (valid if share < held_out else train).append(document)
-    return train, valid
 
 
 def read_enwik8(path: str | Path) -> dict[str, np.ndarray]:

@@ -19,82 +19,153 @@ class Batch(NamedTuple):
     """One segment of each row.
 
     tokens, labels: (B, T) int64; the label is the next token of the document, -100 for its last token and padding.
-    mask: (B, T) bool, False for padding. origins: (B, T, 3): document, position, token.
-    starts: rows in which a document begins, whose memory and state must be cleared before this segment.
+    mask: (B, T) bool, False for padding. origins: (B, T, 3) int64: document, position, token.
+    starts: (B, T) bool, True for the first token of a document, where memory and state of the row must be cleared.
     """
 
     tokens: Tensor
     labels: Tensor
     mask: Tensor
     origins: Tensor
-    starts: list[int]
+    starts: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        tensors = [tensor.to(device) for tensor in (self.tokens, self.labels, self.mask, self.origins)]
-        return Batch(tensors[0], tensors[1], tensors[2], tensors[3], self.starts)
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+
+class _Piece(NamedTuple):
+    """Tokens of one document that lie in one row of a batch: where there, from where in the document, how many."""
+
+    row: int
+    column: int
+    document: int
+    position: int
+    length: int
 
 
 class DocumentStream(Iterator[Batch]):
     """An endless stream of batches over documents, in a new order each time all have been handed out.
 
-    documents: token ids of each. The segment that ends a document is padded. Raises ValueError for sizes below 1 or
-    no document of at least two tokens.
+    documents: token ids of each; those of fewer than 2 tokens are skipped. rows: of all processes together.
+    pack: fill the segment that ends a document with the next of that row, instead of padding.
+    only: the rows that this process hands out. Every process keeps account of all rows, which costs next to nothing: so
+    each document goes to one of them in each pass, as if one read all rows, and a state taken by one is that of all.
+    Raises ValueError for sizes below 1, more rows than documents, or rows that are none.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray], *, rows: int, segment_length: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        documents: Sequence[np.ndarray],
+        *,
+        rows: int,
+        segment_length: int,
+        seed: int = 0,
+        pack: bool = False,
+        only: range | None = None,
+    ) -> None:
         if rows < 1 or segment_length < 1:
             raise ValueError(f"expected rows and segment_length of at least 1, got {rows} and {segment_length}")
+        self._only = range(rows) if only is None else only
+        if not self._only or min(self._only) < 0 or max(self._only) >= rows:
+            raise ValueError(f"expected only to hold some of {rows} rows, got {self._only}")
         self._documents = documents
-        self._usable = [number for number, document in enumerate(documents) if len(document) > 1]
-        if not self._usable:
-            raise ValueError(f"expected a document of at least 2 tokens, got {len(documents)} shorter ones")
+        self._lengths = [len(document) for document in documents]
+        self._usable = [number for number, length in enumerate(self._lengths) if length > 1]
+        if rows > len(self._usable):
+            most = f"{len(self._usable)} rows, one for each document of at least 2 tokens"
+            raise ValueError(f"expected at most {most}, got {rows}")
         self._segment_length = segment_length
         self._seed = seed
-        self._epoch = 0
+        self._pack = pack
         self._taken = 0  # documents handed out in this epoch
         self._places = [[-1, 0] for _ in range(rows)]  # document and position of each row; -1 before its first
+        self._begin_epoch(0)
 
     @property
     def rows(self) -> int:
-        return len(self._places)
+        """How many rows this process hands out."""
+        return len(self._only)
 
     def __next__(self) -> Batch:
-        rows, length = self.rows, self._segment_length
-        tokens = np.zeros((rows, length), dtype=np.int64)
-        labels = np.full((rows, length), IGNORE_INDEX, dtype=np.int64)
-        origins = np.zeros((rows, length, 3), dtype=np.int64)
-        mask = np.zeros((rows, length), dtype=bool)
-        starts = []
-        for row, place in enumerate(self._places):
-            if place[0] < 0 or place[1] >= len(self._documents[place[0]]):
+        plan = [self._advance(row) for row in range(len(self._places))]
+        return self._batch([piece for row in self._only for piece in plan[row]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, for JSON: the same in all processes."""
+        return {
+            "seed": self._seed,
+            "documents": len(self._documents),
+            "epoch": self._epoch,
+            "taken": self._taken,
+            "places": [list(place) for place in self._places],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken. Raises ValueError for a state of another stream."""
+        ours = self.state_dict()
+        if state.keys() != ours.keys():
+            raise ValueError(f"expected a state of {', '.join(ours)}, got {', '.join(map(str, state)) or 'nothing'}")
+        for name in ("seed", "documents"):
+            if state[name] != ours[name]:
+                raise ValueError(f"expected the state of a stream with {name} {ours[name]}, got {state[name]}")
+        if len(state["places"]) != len(self._places):
+            raise ValueError(f"expected the state of {len(self._places)} rows, got {len(state['places'])}")
+        for number, position in state["places"]:
+            if number >= 0 and not (number < len(self._lengths) and 0 <= position <= self._lengths[number]):
+                raise ValueError(f"expected places within the documents, got position {position} of {number}")
+        if not 0 <= state["taken"] <= len(self._usable):
+            most = f"{len(self._usable)} documents taken of epoch {state['epoch']}"
+            raise ValueError(f"expected at most {most}, got {state['taken']}")
+        self._begin_epoch(state["epoch"])
+        self._taken = state["taken"]
+        self._places = [list(place) for place in state["places"]]
+
+    def _advance(self, row: int) -> list[_Piece]:
+        """What the row reads next, whether or not it is handed out here."""
+        place = self._places[row]
+        pieces: list[_Piece] = []
+        column = 0
+        while column < self._segment_length:
+            if place[0] < 0 or place[1] >= self._lengths[place[0]]:
+                if pieces and not self._pack:
+                    break
                 place[:] = [self._next_document(), 0]
-                starts.append(row)
-            number, position = place
-            text = self._documents[number][position : position + length + 1].astype(np.int64)
-            count = min(len(text), length)
-            tokens[row, :count], labels[row, : len(text) - 1] = text[:count], text[1:]
-            origins[row, :count] = np.stack(
-                (np.full(count, number), position + np.arange(count), text[:count]), axis=-1
-            )
-            mask[row, :count] = True
-            place[1] = position + count
-        numbers = [torch.from_numpy(array) for array in (tokens, labels, mask, origins)]
-        return Batch(numbers[0], numbers[1], numbers[2], numbers[3], starts)
+            count = min(self._segment_length - column, self._lengths[place[0]] - place[1])
+            pieces.append(_Piece(row, column, place[0], place[1], count))
+            place[1] += count
+            column += count
+        return pieces
 
     def _next_document(self) -> int:
         if self._taken == len(self._usable):
-            self._epoch, self._taken = self._epoch + 1, 0
-        order = np.random.default_rng((self._seed, self._epoch)).permutation(len(self._usable))
+            self._begin_epoch(self._epoch + 1)
+            self._taken = 0
         self._taken += 1
-        return self._usable[int(order[self._taken - 1])]
+        return self._usable[int(self._order[self._taken - 1])]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, for JSON."""
-        return {"epoch": self._epoch, "taken": self._taken, "places": [list(place) for place in self._places]}
+    def _begin_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._usable))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken. Raises ValueError for another number of rows."""
-        if len(state["places"]) != len(self._places):
-            raise ValueError(f"expected the state of {len(self._places)} rows, got {len(state['places'])}")
-        self._epoch, self._taken = state["epoch"], state["taken"]
-        self._places = [list(place) for place in state["places"]]
+    def _batch(self, pieces: list[_Piece]) -> Batch:
+        shape = (self.rows, self._segment_length)
+        tokens = np.zeros(shape, dtype=np.int64)
+        labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        lines = {row: line for line, row in enumerate(self._only)}
+        for piece in pieces:
+            text = self._documents[piece.document][piece.position : piece.position + piece.length + 1]
+            tokens[lines[piece.row], piece.column : piece.column + piece.length] = text[: piece.length]
+            labels[lines[piece.row], piece.column : piece.column + len(text) - 1] = text[1:]
+        mask = np.zeros(shape, dtype=bool)
+        origins = np.zeros((*shape, 3), dtype=np.int64)
+        starts = np.zeros(shape, dtype=bool)
+        line = np.array([lines[piece.row] for piece in pieces])
+        _, column, number, position, length = np.array(pieces).T
+        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        places = np.repeat(line, length), np.repeat(column, length) + within
+        mask[places] = True
+        starts[line, column] = position == 0
+        origins[places] = np.stack(
+            (np.repeat(number, length), np.repeat(position, length) + within, tokens[places]), axis=-1
+        )
+        return Batch(*map(torch.from_numpy, (tokens, labels, mask, origins, starts)))

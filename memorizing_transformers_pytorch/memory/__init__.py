@@ -1,8 +1,18 @@
 """What is remembered. Knows numbers, rows and slots; nothing of models or training."""
 
+from memorizing_transformers_pytorch.memory.checks import NonFiniteError
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory, warn_once
 from memorizing_transformers_pytorch.memory.memory_list import KNNMemoryList
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Retrieved
 from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN
 
-__all__ = ["ORIGIN_FIELDS", "UNKNOWN", "KNNMemory", "KNNMemoryList", "Lookup", "Retrieved", "warn_once"]
+__all__ = [
+    "ORIGIN_FIELDS",
+    "UNKNOWN",
+    "KNNMemory",
+    "KNNMemoryList",
+    "Lookup",
+    "NonFiniteError",
+    "Retrieved",
+    "warn_once",
+]

@@ -8,18 +8,19 @@ Shapes: R rows in scope, H query heads, G key/value heads, N entries added, K re
 from __future__ import annotations
 
 import functools
-import operator
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.checks import NonFiniteError, check_queries, checked_entries, checked_rows
 from memorizing_transformers_pytorch.memory.index import make_index
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Retrieved
+from memorizing_transformers_pytorch.memory.snapshot import restored, take_snapshot
 from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN, StagedEntries, Store
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +48,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         are removed by `cleanup()`, or at the end of a `with` block.
     memmap_filename, multiprocessing: arguments of the original package. The first only chooses the directory (files
         get names of their own), the second has no effect; both say so once.
+
+    `seconds_searching` adds up the time that look-ups took.
 
     Raises ValueError for sizes below 1, another dtype, an unknown index, or a directory together with a GPU.
     """
@@ -87,6 +90,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         self.dtype = dtype
         self.device = device
         self.scoped_indices = list(range(num_indices))
+        self.seconds_searching = 0.0
         self._index = make_index(index)
         self._open_store: Store | None = Store(
             rows=num_indices,
@@ -122,7 +126,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         Row numbers are always those of the whole memory: an inner scope replaces the outer one until it ends.
         Raises ValueError for rows that are out of range, repeated or none.
         """
-        rows = self._checked_rows(indices)
+        rows = checked_rows(indices, self.num_indices)
         if not rows:
             raise ValueError("expected at least one row in the scope, got none")
         outer, self.scoped_indices = self.scoped_indices, rows
@@ -130,15 +134,6 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
             yield self
         finally:
             self.scoped_indices = outer
-
-    def _checked_rows(self, indices: Iterable[int]) -> list[int]:
-        given = indices.tolist() if isinstance(indices, Tensor) else list(indices)
-        if not all(isinstance(row, SupportsIndex) and not isinstance(row, bool) for row in given):
-            raise ValueError(f"expected rows as integers, got {given}")
-        rows = [operator.index(row) for row in given]
-        if len(set(rows)) != len(rows) or not all(0 <= row < self.num_indices for row in rows):
-            raise ValueError(f"expected distinct rows from 0 to {self.num_indices - 1}, got {rows}")
-        return rows
 
     def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
         """Empty these rows (numbered as in the whole memory), or every row in scope.
@@ -154,7 +149,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
             batch_indices = self.scoped_indices
         elif not isinstance(batch_indices, Iterable):
             batch_indices = [batch_indices]
-        rows = self._checked_rows(batch_indices)
+        rows = checked_rows(batch_indices, self.num_indices)
         if not set(rows) <= set(self.scoped_indices):
             raise ValueError(f"expected rows of the scope {self.scoped_indices}, got {rows}")
         return rows
@@ -167,14 +162,14 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         origins: (R, N, 3) integers: document id, position in the document, token id; unknown (-1) unless given.
 
         Raises ValueError, before anything is stored, for other shapes, entries that are not floating-point numbers,
-        or entries that are not finite in the memory's dtype.
+        or (NonFiniteError) entries that are not finite in the memory's dtype.
         """
         self.commit(self.stage(memories, mask, origins))
 
     def stage(self, memories: Tensor, mask: Tensor | None = None, origins: Tensor | None = None) -> StagedEntries:
         """Check and convert what `add` would store, storing nothing: several memories can so change all or none."""
         _ = self.store  # refuses a closed memory
-        memories = self._checked_entries(memories)
+        memories = checked_entries(memories, len(self.scoped_indices), self.num_kv_heads, self.dim)
         rows, _, count = memories.shape[:3]
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows, count)):
             raise ValueError(f"expected a bool mask ({rows}, {count}), got {mask.dtype} {tuple(mask.shape)}")
@@ -186,23 +181,10 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         stored = memories.detach().to(self.device, self.dtype)
         checked = stored if mask is None else stored.masked_fill(~mask[:, None, :, None, None].to(self.device), 0)
         if not bool(checked.isfinite().all()):
-            raise ValueError(f"expected keys and values that are finite in {self.dtype}, got NaN or infinity")
+            raise NonFiniteError(f"expected keys and values that are finite in {self.dtype}, got NaN or infinity")
         keys, values = stored.unbind(dim=-2)
         mask = None if mask is None else mask.to(self.device)
         return StagedEntries(list(self.scoped_indices), keys, values, origins.to(self.device, torch.int64), mask)
-
-    def _checked_entries(self, memories: Tensor) -> Tensor:
-        """The entries as (R, G, N, 2, D)."""
-        if self.num_kv_heads == 1 and memories.ndim == 4:
-            memories = memories.unsqueeze(1)
-        rows = len(self.scoped_indices)
-        fits = memories.ndim == 5 and memories.shape[:2] == (rows, self.num_kv_heads)
-        if not fits or memories.shape[3:] != (2, self.dim):
-            expected = f"entries ({rows} rows, {self.num_kv_heads} key/value heads, any number, 2, {self.dim})"
-            raise ValueError(f"expected {expected}, got {tuple(memories.shape)}")
-        if not memories.is_floating_point():
-            raise ValueError(f"expected floating-point entries, got {memories.dtype}")
-        return memories
 
     def commit(self, staged: StagedEntries) -> None:
         """Store what `stage` has checked."""
@@ -213,9 +195,9 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
         queries: (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of G.
         Returns slots, scores and mask, each (R, ..., topk), on the device of the queries. Keys and values stay where
-        they are. Raises ValueError for other shapes, topk < 1, or queries that are not finite.
+        they are. Raises ValueError for other shapes or topk < 1, NonFiniteError for queries that are not finite.
         """
-        self._check_queries(queries, topk)
+        check_queries(queries, topk, len(self.scoped_indices), self.num_kv_heads, self.dim)
         grouped = queries.detach().to(self.device).reshape(queries.shape[0], self.num_kv_heads, -1, self.dim)
         score_dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
         shape = (*grouped.shape[:3], topk)
@@ -240,29 +222,18 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         scores[..., :found] = best.scores
         mask[..., :found] = True
 
-    def _check_queries(self, queries: Tensor, topk: int) -> None:
-        rows, heads = len(self.scoped_indices), self.num_kv_heads
-        fits = queries.ndim >= 2 and queries.shape[0] == rows and queries.shape[-1] == self.dim
-        if heads > 1:
-            fits = fits and queries.ndim >= 3 and queries.shape[1] % heads == 0
-        if not fits:
-            middle = "..." if heads == 1 else f"query heads as a multiple of {heads}, ..."
-            raise ValueError(f"expected queries ({rows} rows, {middle}, {self.dim}), got {tuple(queries.shape)}")
-        if not queries.is_floating_point():
-            raise ValueError(f"expected floating-point queries, got {queries.dtype}")
-        if topk < 1:
-            raise ValueError(f"expected topk to be at least 1, got {topk}")
-        if not bool(queries.detach().isfinite().all()):
-            raise ValueError("expected finite queries, got NaN or infinity")
-
     def look_up(self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None) -> Lookup:
         """`retrieve`, with the keys and values behind it: what an attention layer needs, and its backward pass later.
 
-        hidden_rows: (R,) bool; rows that shall find nothing.
+        hidden_rows: (R,) or, for queries (R, ..., T, D), (R, T) bool; rows or tokens that shall find nothing.
         """
+        began = time.perf_counter()
         slots, scores, mask = self.retrieve(queries, topk)
+        self.seconds_searching += time.perf_counter() - began
         if hidden_rows is not None:
-            mask = mask & ~hidden_rows.to(mask.device).view(-1, *(1,) * (mask.ndim - 1))
+            rows, *tokens = hidden_rows.shape
+            shape = (rows, *(1,) * (mask.ndim - 2 - len(tokens)), *tokens, 1)
+            mask = mask & ~hidden_rows.to(mask.device).view(shape)
         for_backward = torch.is_grad_enabled()
         return Lookup(self.store, self.scoped_indices, Retrieved(slots, scores, mask), for_backward=for_backward)
 
@@ -282,6 +253,35 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         if slots.numel() > 0 and not (int(slots.min()) >= 0 and int(slots.max()) < num_slots):
             raise ValueError(f"expected slots from 0 to {num_slots - 1}, got {int(slots.min())} to {int(slots.max())}")
         return self.store.origins_of(slots).to(slots.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What every row holds and what is overwritten next, as CPU tensors that safetensors takes; see `snapshot`."""
+        return take_snapshot(self.store)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Become the memory, of the same sizes and dtype, whose `state_dict` this is. Look-ups keep what they found.
+
+        Raises ValueError, and changes nothing, for a state that does not fit.
+        """
+        self.replace_store(restored(self.store, state))
+
+    def resize(self, max_memories: int) -> None:
+        """Change the capacity. Each row keeps its newest entries, in other slots; look-ups keep what they found.
+
+        Raises ValueError for a capacity below 1.
+        """
+        self.replace_store(self.resized_store(max_memories))
+
+    def resized_store(self, max_memories: int) -> Store:
+        """What `resize` would use from then on, changing nothing: several memories can so change all or none."""
+        if max_memories < 1:
+            raise ValueError(f"expected max_memories to be at least 1, got {max_memories}")
+        return self.store.resized(max_memories)
+
+    def replace_store(self, store: Store) -> None:
+        """Use this store from now on, and remove the files of the one before."""
+        self.store.close()
+        self._open_store, self.max_memories = store, store.capacity
 
     @property
     def is_closed(self) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
+from memorizing_transformers_pytorch.memory.snapshot import restored
 
 
 class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
@@ -44,6 +45,28 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         staged = [memory.stage(entries, mask, origins) for memory, entries in zip(self, pairs, strict=True)]
         for memory, entries in zip(self, staged, strict=True):
             memory.commit(entries)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """That of every memory; the names of the i-th begin with "i."."""
+        return {f"{i}.{name}": part for i, memory in enumerate(self) for name, part in memory.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore every memory or, where one does not fit, none; see `KNNMemory.load_state_dict`."""
+        states: dict[str, dict[str, Tensor]] = {str(i): {} for i in range(len(self))}
+        for name, part in state.items():
+            number, _, rest = name.partition(".")
+            if number not in states:
+                raise ValueError(f"expected the state of memories 0 to {len(self) - 1}, got {name!r}")
+            states[number][rest] = part
+        stores = [restored(memory.store, states[str(i)]) for i, memory in enumerate(self)]
+        for memory, store in zip(self, stores, strict=True):
+            memory.replace_store(store)
+
+    def resize(self, max_memories: int) -> None:
+        """Change the capacity of every memory or, where one refuses, of none; see `KNNMemory.resize`."""
+        stores = [memory.resized_store(max_memories) for memory in self]
+        for memory, store in zip(self, stores, strict=True):
+            memory.replace_store(store)
 
     def cleanup(self) -> None:
         """Close every memory and remove its files."""

@@ -44,8 +44,9 @@ class Store:
     """Entries of R rows in RAM, on a GPU, or (with a directory) in memory-mapped files of its own.
 
     keys, values: (R, G, M, D). origins: (R, M, 3) int64. written: (R, M) int64, the clock at which a place was
-    last written. filled: entries in each row. readers: lookups that must not lose what they have found. Files lie in a
-    fresh folder and are removed by `close`, or at the latest when the store is collected.
+    last written. filled: entries in each row. cursors: the place in each that is written next. readers: lookups that
+    must not lose what they have found. Files lie in a fresh folder and are removed by `close`, or at the latest when
+    the store is collected.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Store:
         self.filled = [0] * rows
         self.clock = 0
         self.readers: weakref.WeakSet[Lookup] = weakref.WeakSet()
-        self._cursors = [0] * rows
+        self.cursors = [0] * rows
         self._folder = None if directory is None else _fresh_folder(directory)
         self._remove_files = weakref.finalize(self, _remove_folder, self._folder)
 
@@ -93,7 +94,7 @@ class Store:
 
     def _write_row(self, row: int, keys: Tensor, values: Tensor, origins: Tensor) -> None:
         count = keys.shape[1]
-        cursor = (self._cursors[row] + max(count - self.capacity, 0)) % self.capacity
+        cursor = (self.cursors[row] + max(count - self.capacity, 0)) % self.capacity
         kept = min(count, self.capacity)
         start = count - kept
         while start < count:  # at most twice: up to the end of the ring, then from its beginning
@@ -106,12 +107,39 @@ class Store:
             self.origins[row, here] = origins[there]
             self.written[row, here] = self.clock
             start, cursor = start + run, (cursor + run) % self.capacity
-        self._cursors[row] = cursor
+        self.cursors[row] = cursor
         self.filled[row] = min(self.filled[row] + count, self.capacity)
 
     def clear(self, rows: list[int]) -> None:
         for row in rows:
-            self.filled[row] = self._cursors[row] = 0
+            self.filled[row] = self.cursors[row] = 0
+
+    def empty_like(self, capacity: int | None = None) -> Store:
+        """A new store of the same kind, with another capacity if given, in a folder of its own beside this one's."""
+        rows, kv_heads, own_capacity, dim = self.keys.shape
+        return Store(
+            rows=rows,
+            kv_heads=kv_heads,
+            capacity=own_capacity if capacity is None else capacity,
+            dim=dim,
+            dtype=self.keys.dtype,
+            device=self.device,
+            directory=None if self._folder is None else self._folder.parent,
+        )
+
+    def resized(self, capacity: int) -> Store:
+        """A new store with the newest entries of each row. This one stays as it is, and so do its lookups."""
+        new = self.empty_like(capacity)
+        new.clock = self.clock
+        for row, filled in enumerate(self.filled):
+            kept = min(filled, capacity)
+            places = (self.cursors[row] - kept + torch.arange(kept, device=self.device)) % self.capacity
+            new.keys[row, :, :kept] = self.keys[row][:, places]
+            new.values[row, :, :kept] = self.values[row][:, places]
+            new.origins[row, :kept] = self.origins[row][places]
+            new.written[row, :kept] = self.written[row][places]
+            new.filled[row], new.cursors[row] = kept, kept % capacity
+        return new
 
     def slot_base(self, row: int, kv_head: int) -> int:
         """The slot of place 0 in this row and head."""

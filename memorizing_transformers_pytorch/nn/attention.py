@@ -25,19 +25,30 @@ from memorizing_transformers_pytorch.nn.heads import (
     local_bias,
     unit,
 )
-from memorizing_transformers_pytorch.nn.retrieval import LookUp, Memory, retrieved_logits, retrieved_values
+from memorizing_transformers_pytorch.nn.retrieval import LookUp, Lookup, Memory, retrieved_logits, retrieved_values
 from memorizing_transformers_pytorch.nn.short_conv import ShortConv, induction_taps
 
 # The query heads of an induction start differ from the key projection by this share of their own random start.
 INDUCTION_NOISE = 0.3
 
 
+class Reading(NamedTuple):
+    """What a layer read in its memory, without gradient: queries (B, H, T, D), what each found, and the attention
+    weights (B, H, T, K) on that, after the gate and dropout. The model packs padded rows to the left first."""
+
+    queries: Tensor
+    lookup: Lookup
+    weights: Tensor
+
+
 class Attended(NamedTuple):
-    """out (B, T, E), the pairs of this segment (B, G, T, 2, D), and the inputs of the convolution (B, T, C) if any."""
+    """out (B, T, E), the pairs of this segment (B, G, T, 2, D), the inputs of the convolution (B, T, C) if any, and
+    what was read in the memory if one was searched (for forward hooks; nothing else uses it)."""
 
     out: Tensor
     pairs: Tensor
     conv_inputs: Tensor | None = None
+    reading: Reading | None = None
 
 
 class _AttentionBase(nn.Module):
@@ -206,9 +217,11 @@ class KNNAttention(_AttentionBase):
         past: Tensor | None = None,
         look_up: LookUp | None = None,
         conv_state: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Attended:
-        """As `Attention.attend`, with a search of the memory, and the state of the convolution (B, W - 1, C)."""
-        queries, pairs, conv_inputs = self._project(x, conv_state)
+        """As `Attention.attend`, with a search of the memory, and for the convolution its state (B, W - 1, C) and
+        documents (B, T), over whose borders it does not reach; bias and look_up must hide the others themselves."""
+        queries, pairs, conv_inputs = self._project(x, conv_state, documents)
         keys, values = join_past(past, pairs).unbind(dim=-2)
         lookup = None if look_up is None else look_up(queries, self.num_retrieved_memories)
         temperature = self.scale.exp()
@@ -220,20 +233,23 @@ class KNNAttention(_AttentionBase):
             memory_logits = memory_logits.masked_fill(~lookup.mask, torch.finfo(memory_logits.dtype).min)
             local_weights, memory_weights = self._weigh(local_logits, memory_logits, lookup.mask)
         out = grouped_sums(local_weights, values)
+        reading = None
         if lookup is not None and memory_weights is not None:
             out = out + retrieved_values(memory_weights, lookup)
+            reading = Reading(queries.detach(), lookup, memory_weights.detach())
         out = self.to_out(rearrange(out, "b h t d -> b t (h d)").to(x.dtype))
         if self.output_gate is not None:
             out = out * self.output_gate.tanh()
-        return Attended(out, pairs, conv_inputs)
+        return Attended(out, pairs, conv_inputs, reading)
 
-    def _project(self, x: Tensor, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _project(self, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Normalised queries (B, H, T, D), pairs (B, G, T, 2, D), and what went into the convolution, if any."""
         queries, (keys, values) = self.to_q(x), self.to_kv(x).chunk(2, dim=-1)
         conv_inputs = None
         if self.short_conv is not None:
             conv_inputs = torch.cat((queries, keys), dim=-1)
-            queries, keys = self.short_conv(conv_inputs, conv_state).split((queries.shape[-1], keys.shape[-1]), dim=-1)
+            convolved = self.short_conv(conv_inputs, *context)
+            queries, keys = convolved.split((queries.shape[-1], keys.shape[-1]), dim=-1)
         queries = unit(rearrange(queries, "b t (h d) -> b h t d", h=self.heads))
         keys = unit(rearrange(keys, "b t (g d) -> b g t d", g=self.num_kv_heads))
         values = rearrange(values, "b t (g d) -> b g t d", g=self.num_kv_heads)

@@ -27,11 +27,22 @@ class ShortConv(nn.Module):
         with torch.no_grad():
             self.weight[:, -1] = 1
 
-    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
-        """x (B, T, C), state (B, W - 1, C): the inputs before x, zeros if None -> (B, T, C)."""
+    def forward(self, x: Tensor, state: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """x (B, T, C), state (B, W - 1, C): the inputs before x, zeros if None -> (B, T, C).
+
+        documents: (B, T), that of each token, 0 for that of the state; sums leave out the others. None for all one.
+        """
         before = x.new_zeros(x.shape[0], self.width - 1, x.shape[2]) if state is None else state.to(x)
-        channels_first = torch.cat((before, x), dim=1).mT
-        return F.conv1d(channels_first, self.weight.unsqueeze(1), groups=self.weight.shape[0]).mT
+        inputs = torch.cat((before, x), dim=1)
+        if documents is None:
+            return F.conv1d(inputs.mT, self.weight.unsqueeze(1), groups=self.weight.shape[0]).mT
+        before_too = F.pad(documents, (self.width - 1, 0))
+        shifts = [slice(w, w + x.shape[1]) for w in range(self.width)]
+        taps = [
+            self.weight[:, w] * inputs[:, shift] * (before_too[:, shift] == documents).unsqueeze(-1)
+            for w, shift in enumerate(shifts)
+        ]
+        return sum(taps[1:], start=taps[0]).to(x.dtype)
 
 
 def induction_taps(width: int) -> tuple[Tensor, Tensor]:

@@ -1,31 +1,70 @@
-"""Loss on held-out documents with the memory on and off, and with memories that should be of no use.
+"""Loss on held-out documents, read whole and in order, by the size of the memory; and with memories of no use.
 
-Each document is read once, in order, a document per row. At every segment the same weights and the same kind of local
-context are scored in each of these modes; then the segment is stored.
+Several documents of about the same length are read side by side. Each segment is scored in every mode, with the same
+weights and the same kind of local context and XL memory: the modes differ in the memory alone, and carry a state each.
 
-off       no memory
-other     the memory of another document (that of the next row): is it the right text that helps, or any?
-shuffled  the document's own memory with its values permuted: are keys and values used together?
-on        the document's own memory
+off    no memory
+512    a memory of its own document with so many entries (any size), which then stores the segment
+other, shuffled, random keys    that of the size `controls_at`, but useless; see `controls`
 
 Shapes: B rows (documents), T tokens of a segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.model import MemorizingTransformer
 from memorizing_transformers_pytorch.segment import XLMemories
+from memorizing_transformers_pytorch.training.controls import CONTROLS, control
+from memorizing_transformers_pytorch.training.controls import shuffled_values as shuffled_values
 
-CONTROLS = ("other", "shuffled")
+Losses = dict[str, list[np.ndarray]]
+"""For each mode and document the losses (n - 1,) float32, in nats, of the tokens that follow the first of its n."""
+
+
+def mode_of(memory_size: int) -> str:
+    """What the mode with so many entries is called."""
+    return str(memory_size) if memory_size else "off"
+
+
+def mean_loss(losses: Sequence[np.ndarray]) -> float:
+    """The mean over all tokens of all documents, in nats."""
+    return float(np.concatenate(losses).mean(dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class _Modes:
+    """sizes: of the memories; the one of size `controls_at` is read by the controls too."""
+
+    sizes: tuple[int, ...]
+    controls_at: int | None
+    controls: tuple[str, ...]
+
+    def of(self, size: int) -> list[tuple[str, str | None]]:
+        """The modes that read the memory of this size, the last of which stores, and the control of each."""
+        return [(name, name) for name in self.controls if size == self.controls_at] + [(mode_of(size), None)]
+
+    @property
+    def names(self) -> list[str]:
+        return [*map(mode_of, self.sizes), *(self.controls if self.controls_at is not None else ())]
+
+    def within(self, num_tokens: int) -> _Modes:
+        """The same for documents of this length: memories that can hold all of it are all alike."""
+        sizes = tuple(dict.fromkeys(min(size, num_tokens) for size in self.sizes))
+        controls_at = None if self.controls_at is None else min(self.controls_at, num_tokens)
+        return _Modes(sizes, controls_at, self.controls)
 
 
 @torch.no_grad()
@@ -34,71 +73,144 @@ def evaluate(
     documents: Sequence[np.ndarray],
     *,
     segment_length: int,
-    max_tokens: int,
-    controls: bool = False,
+    memory_sizes: Sequence[int],
+    controls_at: int | None = None,
+    controls: Sequence[str] = CONTROLS,
+    rows: int = 8,
+    max_tokens: int | None = None,
     seed: int = 0,
-) -> dict[str, Tensor]:
-    """Losses in nats for each mode: (documents, max_tokens), of the tokens that follow the first of each document.
+    progress: bool = False,
+) -> Losses:
+    """The losses of each document in each mode: those of `memory_sizes` (0 is "off"), and the controls if asked for.
 
-    Documents must be longer than max_tokens, so that each row has as much to remember as the others. Raises ValueError
-    for shorter ones, or for controls with a single document.
+    documents: token ids (n,) of each, of any lengths; those of less than 2 tokens have no losses.
+    segment_length: local context; take that of training.
+    controls_at: the memory size, among `memory_sizes`, at which the controls are read; None for no controls.
+    rows: documents read side by side (at least 2, and so up to 3 for rows=2, for the memory of another one).
+    max_tokens: score no more than the first ones of each document.
+    seed: of shuffling and random keys. No other random numbers are drawn, and the model is left as it was.
+
+    Raises ValueError, before anything is read, for sizes that make no sense, no document of 2 tokens, or a control for
+    which there are too few documents.
     """
-    if not documents or min(len(document) for document in documents) <= max_tokens:
-        raise ValueError(f"expected documents of more than {max_tokens} tokens, got {[len(d) for d in documents]}")
-    if controls and len(documents) < 2:
-        raise ValueError("expected at least 2 documents for the memory of another one, got 1")
-    tokens = torch.from_numpy(np.stack([document[: max_tokens + 1] for document in documents]).astype(np.int64))
-    tokens = tokens.to(model.device)
-    modes = ("off", *(CONTROLS if controls else ()), "on")
-    states: dict[str, XLMemories | None] = dict.fromkeys(modes)
-    losses: dict[str, list[Tensor]] = {mode: [] for mode in modes}
+    modes = _Modes(tuple(memory_sizes), controls_at, tuple(controls))
+    texts = [document if max_tokens is None else document[: max_tokens + 1] for document in documents]
+    _check(model, modes, segment_length, rows, max_tokens)
+    batches = _batches([len(text) for text in texts], rows, at_least=2 if "other" in modes.names else 1)
+    losses: Losses = {name: [np.zeros(max(len(text) - 1, 0), np.float32) for text in texts] for name in modes.names}
     generator = torch.Generator().manual_seed(seed)
-    with model.evaluating(), model.knn_memories_context(batch_size=len(documents)) as memories:
-        for start in range(0, max_tokens, segment_length):
-            stop = min(start + segment_length, max_tokens)
-            for mode in modes:
-                with _memory_of(mode, memories, generator) as memory:
-                    loss, states[mode] = _score(model, tokens[:, start : stop + 1], memory, states[mode], mode == "on")
-                losses[mode].append(loss)
-    return {mode: torch.cat(parts, dim=1).cpu() for mode, parts in losses.items()}
+    total = sum(len(text) - 1 for text in texts if len(text) > 1)
+    with model.evaluating(), tqdm(total=total, unit=" tokens", unit_scale=True, disable=not progress) as bar:
+        for batch in batches:
+            read = _read_side_by_side(model, [texts[n] for n in batch], modes, segment_length, generator, bar)
+            for name, rows_read in read.items():
+                for number, of_row in zip(batch, rows_read, strict=True):
+                    losses[name][number][:] = of_row
+    return losses
+
+
+def _check(model: MemorizingTransformer, modes: _Modes, segment_length: int, rows: int, max_tokens: int | None) -> None:
+    for name, size in (("segment_length", segment_length), ("rows", rows), ("max_tokens", max_tokens)):
+        if size is not None and size < 1:
+            raise ValueError(f"expected {name} to be at least 1, got {size}")
+    if not modes.sizes or len(set(modes.sizes)) != len(modes.sizes) or min(modes.sizes) < 0:
+        raise ValueError(f"expected distinct memory sizes of at least 0, got {list(modes.sizes)}")
+    if max(modes.sizes) > 0 and not model.config.layers_with_memory:
+        raise ValueError(f"expected only memory size 0 for a model without memory, got {list(modes.sizes)}")
+    if modes.controls_at is not None and (modes.controls_at < 1 or modes.controls_at not in modes.sizes):
+        raise ValueError(f"expected controls_at among memory sizes {list(modes.sizes)}, got {modes.controls_at}")
+    if not set(modes.controls) <= set(CONTROLS):
+        raise ValueError(f"expected controls among {CONTROLS}, got {modes.controls}")
+
+
+def _batches(lengths: Sequence[int], rows: int, at_least: int) -> list[list[int]]:
+    """Numbers of documents to read side by side, the longest first; at least so many at once."""
+    order = sorted((n for n, length in enumerate(lengths) if length > 1), key=lambda n: -lengths[n])
+    if not order:
+        raise ValueError(f"expected documents of at least 2 tokens, got {len(lengths)} shorter ones")
+    if len(order) < at_least:
+        raise ValueError(f"expected at least {at_least} documents for the memory of another one, got {len(order)}")
+    count = min(math.ceil(len(order) / rows), len(order) // at_least)
+    return [part.tolist() for part in np.array_split(np.array(order), count)]
+
+
+class _Segment(NamedTuple):
+    """Of the rows that still have something to score: tokens, labels (B, T) int64 and mask (B, T) bool, on a device."""
+
+    tokens: Tensor
+    labels: Tensor
+    mask: Tensor
+    counts: list[int]
+
+
+def _segment(texts: Sequence[np.ndarray], start: int, length: int, device: torch.device) -> _Segment:
+    """The tokens from `start` that have a successor to predict, of the texts (longest first) that have any."""
+    pieces = [torch.from_numpy(text[start : start + length + 1].astype(np.int64)) for text in texts]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    tokens = torch.nn.utils.rnn.pad_sequence([piece[:-1] for piece in pieces], batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence([piece[1:] for piece in pieces], batch_first=True)
+    counts = [len(piece) - 1 for piece in pieces]
+    mask = torch.arange(tokens.shape[1]) < torch.tensor(counts)[:, None]
+    return _Segment(tokens.to(device), labels.to(device), mask.to(device), counts)
+
+
+def _read_side_by_side(
+    model: MemorizingTransformer,
+    texts: Sequence[np.ndarray],
+    modes: _Modes,
+    segment_length: int,
+    generator: torch.Generator,
+    bar: tqdm[NoReturn],
+) -> Losses:
+    """Read texts, the longest first, from beginning to end; a row whose text has ended takes no further part."""
+    needed = modes.within(len(texts[0]))
+    parts: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in texts] for name in needed.names}
+    states: dict[str, XLMemories | None] = dict.fromkeys(needed.names)
+    with ExitStack() as stack:
+        memories = {size: stack.enter_context(_memories(model, len(texts), size)) for size in needed.sizes if size}
+        for start in range(0, len(texts[0]) - 1, segment_length):
+            segment = _segment(texts, start, segment_length, model.device)
+            for size in needed.sizes:
+                for name, useless in needed.of(size):
+                    loss, states[name] = _score(model, segment, memories.get(size), useless, states[name], generator)
+                    for row, count in enumerate(segment.counts):
+                        parts[name][row].append(loss[row, :count])
+            bar.update(sum(segment.counts))
+    joined = {name: [np.concatenate(of_row) for of_row in rows] for name, rows in parts.items()}
+    alike = {mode_of(size): mode_of(min(size, len(texts[0]))) for size in modes.sizes}
+    return {name: joined[alike.get(name, name)] for name in modes.names}
 
 
 def _score(
-    model: MemorizingTransformer, tokens: Tensor, memory: KNNMemoryList | None, state: XLMemories | None, add: bool
-) -> tuple[Tensor, XLMemories | None]:
-    """tokens (B, T + 1) -> the loss of each but the first (B, T), and the state after the segment."""
-    mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-    result = model(tokens[:, :-1], memory, state, add_knn_memory=add, mask=mask)
-    logits, state = result if model.carries_state else (result, None)
-    return F.cross_entropy(logits.float().mT, tokens[:, 1:], reduction="none"), state
-
-
-@contextmanager
-def _memory_of(mode: str, memories: KNNMemoryList, generator: torch.Generator) -> Iterator[KNNMemoryList | None]:
+    model: MemorizingTransformer,
+    segment: _Segment,
+    memories: KNNMemoryList | None,
+    useless: str | None,
+    state: XLMemories | None,
+    generator: torch.Generator,
+) -> tuple[np.ndarray, XLMemories | None]:
+    """The loss of each label (B, T) and the state after the segment, which the right memory then holds."""
+    rows = range(len(segment.tokens))
+    if state is not None:
+        state = state.taken(torch.tensor(rows, device=model.device))
     with ExitStack() as stack:
-        if mode == "other":
-            rows = len(memories[0].scoped_indices) if memories else 0
-            stack.enter_context(memories.at_batch_indices([(row + 1) % rows for row in range(rows)]))
-        elif mode == "shuffled":
-            for memory in memories:
-                stack.enter_context(shuffled_values(memory, generator))
-        yield None if mode == "off" else memories
+        if memories is not None:
+            stack.enter_context(memories.at_batch_indices(rows))
+            stack.enter_context(control(useless, memories, generator))
+        result = model(segment.tokens, memories, state, add_knn_memory=useless is None, mask=segment.mask)
+    logits, state = result if model.carries_state else (result, None)
+    return F.cross_entropy(logits.float().mT, segment.labels, reduction="none").cpu().numpy(), state
 
 
-@contextmanager
-def shuffled_values(memory: KNNMemory, generator: torch.Generator) -> Iterator[None]:
-    """Inside, the values of each row of the memory are permuted among its entries; only for reading.
-
-    Raises RuntimeError if a backward pass may still need them.
-    """
-    if memory.store.readers:
-        raise RuntimeError("the values of this memory may still be needed by a backward pass: shuffle them later")
-    values, filled = memory.store.values, memory.store.filled
-    kept = [values[row, :, :count].clone() for row, count in enumerate(filled)]
-    try:
-        for row, count in enumerate(filled):
-            values[row, :, :count] = kept[row][:, torch.randperm(count, generator=generator)]
-        yield
-    finally:
-        for row, count in enumerate(filled):
-            values[row, :, :count] = kept[row]
+def _memories(model: MemorizingTransformer, batch_size: int, max_memories: int) -> KNNMemoryList:
+    return KNNMemoryList(
+        KNNMemory(
+            dim=model.config.dim_head,
+            max_memories=max_memories,
+            num_indices=batch_size,
+            num_kv_heads=model.config.num_kv_heads,
+            dtype=getattr(torch, model.config.memory_dtype),
+            device=model.device,
+        )
+        for _ in model.config.layers_with_memory
+    )

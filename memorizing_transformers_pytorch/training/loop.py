@@ -1,98 +1,219 @@
-"""The training loop: one segment of each row per step, memories carried from step to step and cleared per document.
+"""A training run from its configuration to its last checkpoint: train, validate, save, write down; go on after a stop.
 
-It knows nothing of where documents come from, nor of what is done with the record of a step.
+Each step is the trainer's; here is when the rest happens. Only the main process validates and writes what all share.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+import contextlib
+import datetime
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
-import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
 
-from memorizing_transformers_pytorch.data.stream import DocumentStream
-from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.checkpoint import load_weights, read_weights
+from memorizing_transformers_pytorch.data.prepare import Prepared, prepare
+from memorizing_transformers_pytorch.data.tokenizer import load_tokenizer
+from memorizing_transformers_pytorch.training import run as folders
+from memorizing_transformers_pytorch.training.checkpoint import (
+    AVERAGE,
+    MODEL,
+    checkpoints_of,
+    keep_only,
+    read_state,
+    restore,
+    write_checkpoint,
+)
+from memorizing_transformers_pytorch.training.config import RunConfig
+from memorizing_transformers_pytorch.training.evaluate import evaluate, mean_loss, mode_of
+from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish, stopping_on_signals
+from memorizing_transformers_pytorch.training.metrics import Metrics, ProgressBar, check_tensorboard_is_there
+from memorizing_transformers_pytorch.training.monitor import watching
+from memorizing_transformers_pytorch.training.trainer import Trainer
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How long and how fast. Raises ValueError for numbers that make no sense."""
-
-    steps: int
-    """Optimiser steps, each over one segment of every row."""
-    memory_from_step: int = 0
-    """Read and write the memories from this step on; train on the local context alone before (a young model has no use
-    for a memory, and it slows learning)."""
-    learning_rate: float = 2e-3
-    """Peak of the learning rate, after warm-up."""
-    warmup_steps: int = 50
-    """Steps of linear warm-up; a cosine decay to a tenth of the peak follows."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "memory_from_step", "warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"expected {name} to be at least 0, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"expected {name} to be above 0, got {getattr(self, name)}")
-
-    def learning_rate_at(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+PATIENCE = datetime.timedelta(hours=6)  # of processes that wait while the main one tokenises or validates
 
 
-class Step(NamedTuple):
-    """What one step did.
+def train(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train as configured and keep everything in `folder`; with `resume`, go on from its last checkpoint.
 
-    loss: nats per token. tokens: trained on so far. entries: in the memory of a row, on average.
+    Raises ValueError, before anything is written, for a configuration or text that makes no sense, a folder that exists
+    already, or one to resume that holds a run of another configuration. Raises FloatingPointError for a loss that is
+    not finite, CheckpointError where a checkpoint cannot be written, Interrupted after SIGINT or SIGTERM, when a
+    checkpoint has been written.
     """
+    config.check()
+    if resume:
+        folders.check_same(config, folder)
+    else:
+        folders.check_free(folder, overwrite=overwrite)
+    if config.training.tensorboard:
+        check_tensorboard_is_there()
+    accelerator = _make_accelerator(config)
+    with accelerator.main_process_first():
+        prepared = prepare(
+            config.data,
+            config.model.num_tokens,
+            progress=accelerator.is_main_process,
+            tokenizer=load_tokenizer(folder / folders.TOKENIZER) if resume else None,
+        )
+    trainer = Trainer(config, prepared.train, accelerator)
+    if resume:
+        loop = _Loop(trainer, prepared, folder, _go_on(trainer, prepared, folder))
+    else:
+        if config.init_from is not None:
+            load_weights(trainer.model, read_weights(_weights_of(config.init_from)))
+        if accelerator.is_main_process:
+            folders.begin(config, folder)
+            prepared.tokenizer.save(folder / folders.TOKENIZER)
+        loop = _Loop(trainer, prepared, folder, None)
+    with stopping_on_signals() as wish:
+        loop.run(wish)
+    return folder
 
-    number: int
-    loss: float
-    tokens: int
-    entries: float
 
-
-def train(model: MemorizingTransformer, stream: DocumentStream, config: TrainingConfig) -> Iterator[Step]:
-    """Train the model in place; yields after each step.
-
-    Raises FloatingPointError, naming the step, when the loss is not finite; the model is then as before that step.
-    """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
+def _make_accelerator(config: RunConfig) -> Accelerator:
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(
+        mixed_precision=config.training.precision, cpu=config.device == "cpu", kwargs_handlers=[patience]
     )
-    model.train()
-    tokens, xl_memories = 0, model.initial_state(stream.rows)
-    with model.knn_memories_context(batch_size=stream.rows) as memories:
-        for number in range(config.steps):
-            batch = next(stream).to(model.device)
-            memories.clear_memory(batch.starts)
-            xl_memories = xl_memories.cleared(batch.starts)
-            result = model(
-                batch.tokens,
-                memories if number >= config.memory_from_step else None,
-                xl_memories,
-                labels=batch.labels,
-                mask=batch.mask,
-                origins=batch.origins,
-            )
-            loss, xl_memories = result if model.carries_state else (result, xl_memories)
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the loss of step {number} is {loss.item()}")
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate_at(number)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            tokens += int(batch.mask.sum())
-            filled = memories[0].num_entries if memories else (0,)
-            yield Step(number + 1, loss.item(), tokens, sum(filled) / len(filled))
+
+
+def _weights_of(source: Path) -> Path:
+    """The weights of a run, or a file."""
+    if source.is_file():
+        return source
+    checkpoint = folders.checkpoint_of(source)
+    return checkpoint / (AVERAGE if (checkpoint / AVERAGE).is_file() else MODEL)
+
+
+def _go_on(trainer: Trainer, prepared: Prepared, folder: Path) -> dict[str, Any] | None:
+    """Let the trainer stand where the run stopped; the best validation so far. From the start if it never saved."""
+    found = checkpoints_of(folder)
+    if not found:
+        return None
+    was = read_state(found[-1])["text"]
+    if was != prepared.fingerprint:
+        raise ValueError(f"expected the text that {folder} began with ({was}), got another ({prepared.fingerprint})")
+    best: dict[str, Any] | None = restore(trainer, found[-1])["best"]
+    return best
+
+
+class _Loop:
+    """What happens around the steps. best: step and loss of the best validation so far."""
+
+    def __init__(self, trainer: Trainer, prepared: Prepared, folder: Path, best: dict[str, Any] | None) -> None:
+        self.trainer, self.prepared, self.folder, self.best = trainer, prepared, folder, best
+        self.config, self.settings = trainer.config, trainer.config.training
+        self.is_main = trainer.accelerator.is_main_process
+        self.metrics: Metrics | None = None
+        self.bar = ProgressBar(
+            step=trainer.progress.step,
+            steps=self.settings.steps,
+            bytes_per_token=prepared.train.total_bytes / max(prepared.train.num_tokens_total, 1),
+            capacity=trainer.config.model.max_knn_memories,
+            disable=not self.is_main,
+        )
+
+    def run(self, wish: Wish) -> None:
+        """The steps that are left. Raises as `train` says."""
+        with ExitStack() as stack:
+            stack.enter_context(self.bar)
+            if self.is_main:
+                tensorboard = self.folder / "tensorboard" if self.settings.tensorboard else None
+                metrics = Metrics(
+                    self.folder / folders.METRICS, step=self.trainer.progress.step, tensorboard=tensorboard
+                )
+                self.metrics = stack.enter_context(metrics)
+            if not checkpoints_of(self.folder):
+                self._save()  # so that even a run that is killed early can go on
+            while not self.trainer.finished:
+                self._step()
+                self._after_step(wish)
+
+    def _step(self) -> None:
+        trainer = self.trainer
+        logged = (
+            trainer.progress.step + 1
+        ) % self.settings.log_every == 0 and trainer.progress.memory_since is not None
+        tokens = trainer.progress.tokens
+        with watching(trainer.model, trainer.memories) if logged else contextlib.nullcontext() as seen:
+            try:
+                step = trainer.step()
+            except FloatingPointError as error:
+                last = checkpoints_of(self.folder)
+                good = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+                raise FloatingPointError(f"{error}; {good}") from None
+        record = self.bar.record(step, tokens)
+        if trainer.progress.skipped:
+            record["skipped"] = trainer.progress.skipped
+        if seen:
+            record["memory"] = seen
+        self._note(record)
+        self.bar.show(record, trainer.progress.smoothed_loss)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.note(record)
+
+    def _after_step(self, wish: Wish) -> None:
+        step, last = self.trainer.progress.step, self.trainer.finished
+        improved = False
+        if step % self.settings.validate_every == 0 or last:
+            improved = self._validate()
+        stop = self.trainer.agree(wish.signal is not None)
+        if improved or last or stop or step % self.settings.checkpoint_every == 0:
+            saved = self._save()
+            if stop and not last:
+                raise Interrupted(
+                    f"interrupted at step {step}; saved in {saved}; go on with --resume", wish.signal or 15
+                )
+
+    def _validate(self) -> bool:
+        """Validate; whether it is the best so far."""
+        losses = self._validation_losses() if self.is_main else {}
+        names = list(losses)
+        if not self.trainer.agree(bool(names)):
+            return False
+        loss = self.trainer.from_main(losses[names[-1]] if names else 0.0)
+        step = self.trainer.progress.step
+        if names:
+            self._note({"step": step, "validation": losses})
+            shown = ", ".join(f"{loss:.3f} {_words(name)}" for name, loss in losses.items())
+            self.bar.write(f"step {step:>6,}: validation loss {shown}")
+        if self.best is not None and loss >= self.best["loss"]:
+            return False
+        self.best = {"step": step, "loss": loss}
+        return True
+
+    def _validation_losses(self) -> dict[str, float]:
+        """With the memory off and, if the model has one, on; none without validation documents."""
+        documents = [document for document in self.prepared.valid if len(document) > 1]
+        documents = sorted(documents, key=len, reverse=True)[: self.settings.validation_documents]
+        if not documents:
+            return {}
+        model = self.trainer.best_model
+        size = self.config.entries_at(self.trainer.progress.step) if model.config.layers_with_memory else 0
+        sizes = sorted({0, size})
+        losses = evaluate(
+            model,
+            documents,
+            segment_length=self.settings.segment_length,
+            memory_sizes=sizes,
+            max_tokens=self.settings.validation_tokens,
+        )
+        return {mode_of(size): mean_loss(losses[mode_of(size)]) for size in sizes}
+
+    def _save(self) -> Path:
+        extra = {"best": self.best, "text": self.prepared.fingerprint}
+        saved = write_checkpoint(self.trainer, self.folder, extra)
+        if self.is_main:
+            best = set() if self.best is None else {f"step-{self.best['step']}"}
+            keep_only(self.folder, {saved.name} | best)
+        return saved
+
+
+def _words(mode: str) -> str:
+    return "with the memory off" if mode == "off" else f"with {int(mode):,} entries"

@@ -31,6 +31,14 @@ def add_to_last_row(memory: KNNMemory) -> None:
         add(memory, 3)
 
 
+def load(memory: KNNMemory) -> None:
+    """Become another memory of the same shape."""
+    sizes = {"num_kv_heads": memory.num_kv_heads, "dtype": memory.dtype}
+    other = KNNMemory(DIM, memory.max_memories, ROWS, **sizes)
+    add(other, 9, share=0.5)
+    memory.load_state_dict(other.state_dict())
+
+
 CHANGES: dict[str, Callable[[KNNMemory], None]] = {
     "add none": lambda memory: add(memory, 0),
     "add one": lambda memory: add(memory, 1),
@@ -41,6 +49,9 @@ CHANGES: dict[str, Callable[[KNNMemory], None]] = {
     "add to the last row": add_to_last_row,
     "clear": lambda memory: memory.clear(),
     "clear the first row": lambda memory: memory.clear(0),
+    "grow": lambda memory: memory.resize(CAPACITY + 4),
+    "shrink": lambda memory: memory.resize(CAPACITY - 2),
+    "load": load,
 }
 
 
@@ -149,6 +160,22 @@ def test_hidden_rows_find_nothing() -> None:
     assert lookup.mask.flatten(1).any(dim=1).tolist() == [False, True]
 
 
+@by_kv_heads
+@pytest.mark.parametrize("num_axes", [1, 2, 3])
+def test_hidden_tokens_find_nothing(kv_heads: int, num_axes: int) -> None:
+    """queries (R, T, D), (R, H, T, D) and (R, H, 2, T, D): hidden (R, T) are those of every head."""
+    if num_axes == 1 and kv_heads > 1:
+        pytest.skip("queries of several heads have an axis for them")
+    memory, hidden = KNNMemory(DIM, CAPACITY, ROWS, num_kv_heads=kv_heads), torch.rand(ROWS, 5) < 0.5
+    add(memory, CAPACITY)
+    axes = {1: (), 2: (kv_heads,), 3: (kv_heads, 2)}[num_axes]
+    lookup = memory.look_up(torch.randn(ROWS, *axes, 5, DIM), TOPK, hidden)
+    for row in range(ROWS):
+        for t in range(5):
+            found = lookup.mask[row, ..., t, :]
+            assert not found.any() if hidden[row, t] else found.all()
+
+
 def test_hidden_rows_stay_hidden_after_they_are_overwritten() -> None:
     memory = KNNMemory(DIM, CAPACITY, ROWS)
     add(memory, CAPACITY)
@@ -178,6 +205,16 @@ def test_without_a_backward_pass_to_come_nothing_is_registered() -> None:
         lookup = memory.look_up(torch.randn(ROWS, 1, 3, DIM, requires_grad=True), TOPK)
     assert lookup not in memory.store.readers
     assert len(memory.store.readers) == 0
+
+
+def test_time_spent_in_look_ups_adds_up() -> None:
+    memory, queries = KNNMemory(DIM, CAPACITY, ROWS), torch.randn(ROWS, 1, 3, DIM)
+    assert memory.seconds_searching == 0
+    times = []
+    for _ in range(3):
+        memory.look_up(queries, TOPK)
+        times.append(memory.seconds_searching)
+    assert 0 < times[0] < times[1] < times[2] < 10
 
 
 def test_lookups_are_forgotten_when_they_are_collected() -> None:

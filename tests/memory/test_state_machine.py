@@ -6,10 +6,11 @@ Shapes: R rows in scope, H query heads, G key/value heads, T queries, K retrieve
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -56,6 +57,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.random = torch.Generator().manual_seed(0)
         self.num_added = 0
         self.scopes: list[tuple[list[int], AbstractContextManager[KNNMemory]]] = []
+        self.saved: dict[int, tuple[bytes, list[list[Entry]]]] = {}  # by capacity
 
     def numbers(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.random)
@@ -109,6 +111,28 @@ class MemoryMachine(RuleBasedStateMachine):
         self.memory.clear(rows)
         for row in self.scope if rows is None else rows:
             self.lists[row] = []
+
+    @rule(capacity=st.sampled_from([1, 4, 5, 7, 11, 16]))
+    def resize(self, capacity: int) -> None:
+        """The newest entries of every row stay, whatever the scope; all get new slots."""
+        self.memory.resize(capacity)
+        self.capacity = capacity
+        self.lists = [[replace(entry, slots=()) for entry in entries[-capacity:]] for entries in self.lists]
+
+    @rule()
+    def save(self) -> None:
+        state = safetensors.torch.save(self.memory.state_dict())
+        self.saved[self.capacity] = (state, [[replace(entry) for entry in entries] for entries in self.lists])
+
+    @precondition(lambda self: self.capacity in self.saved)
+    @rule()
+    def load(self) -> None:
+        """Every entry is again in the slot where it was."""
+        state, lists = self.saved[self.capacity]
+        self.memory.load_state_dict(safetensors.torch.load(state))
+        self.lists = [[replace(entry) for entry in entries] for entries in lists]
+        again = self.memory.state_dict()
+        assert all(torch.equal(part, again[name]) for name, part in safetensors.torch.load(state).items())
 
     @rule(data=st.data())
     def enter_scope(self, data: st.DataObject) -> None:
@@ -177,6 +201,7 @@ class MemoryMachine(RuleBasedStateMachine):
         """The same entries with the same origins, in the slots in which they have been since they were added."""
         assert self.memory.scoped_indices == self.scope
         assert self.memory.num_entries == tuple(map(len, self.lists))
+        assert self.memory.max_memories == self.capacity
         with self.memory.at_batch_indices(range(len(self.lists))):
             queries = torch.zeros(len(self.lists), self.kv_heads, DIM)
             slots, _, _ = self.memory.retrieve(queries, self.capacity)

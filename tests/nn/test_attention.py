@@ -444,6 +444,42 @@ def test_local_attention_works_in_half_precision(dtype: torch.dtype, autocast: b
     assert relative_error(out.float(), expected) < 0.05
 
 
+# What was read
+
+
+@pytest.mark.parametrize("combine", ["softmax", "gate"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("past", [0, 3])
+def test_the_reading_holds_the_weights_of_what_was_retrieved(combine: str, kv_heads: int, past: int) -> None:
+    """Those of the obvious version, which add up to at most 1; none where a row has fewer entries."""
+    layer = make_layer(num_kv_heads=kv_heads, combine=combine)
+    memory, listed = make_memories((0, 3, 29), kv_heads=kv_heads)
+    x, before = torch.randn(ROWS, 7, DIM), random_pairs(ROWS, kv_heads, past) if past else None
+    bias = reference.causal_bias(7, past + 7)
+    attended = layer.attend(x, bias=bias, past=before, look_up=memory.look_up)
+    queries, _, weights = attended.reading
+
+    temperature, found = layer.scale.exp(), listed.search(queries, TOPK, kv_heads)
+    keys, _ = reference.join_pairs(before, attended.pairs, HEADS)
+    memory_logits = reference.gathered_logits(queries, found.keys) * temperature
+    memory_logits = memory_logits.masked_fill(~found.mask, -math.inf)
+    local_logits = queries @ keys.mT * temperature + bias
+    if combine == "gate":
+        expected = memory_logits.softmax(dim=-1).nan_to_num() * layer.gate.sigmoid()
+    else:
+        expected = torch.cat((memory_logits, local_logits), dim=-1).softmax(dim=-1)[..., :TOPK]
+    torch.testing.assert_close(weights, expected.detach())
+    assert bool((weights.sum(dim=-1) <= 1).all())
+    assert torch.equal(attended.reading.lookup.mask, found.mask)
+    assert not weights[~found.mask].any()
+
+
+def test_without_a_memory_there_is_no_reading() -> None:
+    x, bias = torch.randn(ROWS, 7, DIM), reference.causal_bias(7, 7)
+    for kind in (Attention, KNNAttention):
+        assert make_layer(kind).attend(x, bias=bias).reading is None
+
+
 # Refusals
 
 

@@ -48,6 +48,26 @@ def test_two_segments_with_carried_state_equal_one(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("borders", [[[4], [0]], [[1, 2, 3], []], [[0, 4, 5, 8], [8]]], ids=str)
+def test_a_convolution_over_packed_documents_equals_one_over_each(width: int, borders: list[list[int]]) -> None:
+    """Outputs and gradients; what stands before the first border goes on from the state."""
+    conv, x = random_conv(5, width), torch.randn(2, 9, 5, requires_grad=True)
+    state = torch.randn(2, width - 1, 5, requires_grad=True)
+    starts = torch.tensor([[t in row for t in range(9)] for row in borders])
+    packed = conv(x, state, starts.cumsum(dim=1))
+    expected = torch.zeros_like(packed)
+    for row, places in enumerate(borders):
+        for begin, end in zip([0, *places], [*places, 9], strict=True):
+            before = state[row : row + 1] if begin == 0 and 0 not in places else None
+            part = reference.causal_convolution(x[row : row + 1, begin:end], conv.weight, before)
+            expected[row, begin:end] = part[0]
+    torch.testing.assert_close(packed, expected)
+    weighting, inputs = torch.randn(packed.shape), (x, state, conv.weight)
+    both = [torch.autograd.grad((out * weighting).sum(), inputs, materialize_grads=True) for out in (packed, expected)]
+    torch.testing.assert_close(*both)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_gradients_of_the_convolution_are_right(width: int) -> None:
     conv = random_conv(3, width).double()
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,56 @@
+"""The command line: `memorizing-transformers train | evaluate | generate`. Bad input is one line, exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from memorizing_transformers_pytorch.training.checkpoint import CheckpointError
+from memorizing_transformers_pytorch.training.interrupts import Interrupted
+
+PROGRAM = "memorizing-transformers"
+
+COMMANDS = {
+    "train": "train a model with a memory on text of your own, or go on with a run",
+    "evaluate": "what the memory of a run is worth on held-out documents",
+    "generate": "read texts of any length, then continue them",
+}
+
+HELP = (
+    f"usage: {PROGRAM} COMMAND ...  (COMMAND --help tells its options)\n\nTransformers that remember.\n\n"
+    + "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
+)
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run the command that the arguments begin with. Raises ValueError for an unknown one."""
+    command, *rest = arguments
+    if command not in COMMANDS:
+        raise ValueError(f"expected a command among {', '.join(COMMANDS)}, got {command!r}")
+    importlib.import_module(f"{__name__}.{command}").main(rest, f"{PROGRAM} {command}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `memorizing-transformers`. Exit codes: 2 for bad input, 1 for a run that failed."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        sys.exit(0 if arguments else 2)
+    try:
+        run_command(arguments)
+    except FloatingPointError as error:
+        _fail(f"{error}; try a smaller --optimizer.learning-rate", 1)
+    except CheckpointError as error:
+        _fail(str(error), 1)
+    except Interrupted as error:
+        _fail(str(error), 128 + error.signal)
+    except (ValueError, OSError) as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

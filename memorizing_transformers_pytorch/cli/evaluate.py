@@ -1,0 +1,1 @@
+from memorizing_transformers_pytorch.cli_evaluate import *  # noqa

@@ -1,0 +1,135 @@
+"""`memorizing-transformers train`: a preset, over it a YAML file, over that flags; then what the run is worth."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from memorizing_transformers_pytorch.cli.evaluate import Evaluate, evaluate_run
+from memorizing_transformers_pytorch.data.prepare import prepare
+from memorizing_transformers_pytorch.generation import generate
+from memorizing_transformers_pytorch.training.config import RunConfig
+from memorizing_transformers_pytorch.training.loop import train
+from memorizing_transformers_pytorch.training.metrics import read_metrics
+from memorizing_transformers_pytorch.training.presets import RUN_PRESETS, run_preset
+from memorizing_transformers_pytorch.training.report import check_plots_are_possible, plot_training
+from memorizing_transformers_pytorch.training.run import METRICS, config_of, free_name, load_run
+from memorizing_transformers_pytorch.training.settings import from_plain, merged, read_yaml, to_plain
+
+SAMPLE_READS_TOKENS = 8_192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model with a memory, test what the memory is worth, and let it write."""
+
+    preset: str = "small"
+    """Where to start from: small, enwik8, paper-200m, paper-1b or paper-8b."""
+    config: Path | None = None
+    """A YAML file with fields of a run, laid over the preset. (Flags are laid over both.)"""
+    resume: bool = False
+    """Go on with the run in --output, exactly where its last checkpoint was written, with its own configuration."""
+    overwrite: bool = False
+    """Replace the run in --output."""
+    evaluate: bool = True
+    """At the end, evaluate on the held-out test documents, with controls."""
+    sample_tokens: int = 160
+    """Tokens to write at the end, continuing a held-out document; 0 for none."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    """The run."""
+
+
+def main(arguments: Sequence[str], program: str) -> None:
+    """Run `train` with these arguments. Raises what `training.loop.train` raises."""
+    train_and_report(parse(arguments, program))
+
+
+def parse(arguments: Sequence[str], program: str) -> Train:
+    """The arguments over what they start from: a preset and a file, or with --resume the run itself.
+
+    Raises ValueError for an unknown preset, a file or a run that cannot be read, or values that make no sense.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    first.add_argument("--preset")
+    first.add_argument("--config", type=Path)
+    first.add_argument("--output", type=Path)
+    first.add_argument("--resume", action="store_true")
+    given = vars(first.parse_known_args(list(arguments))[0])
+    if given.get("resume"):
+        if "output" not in given or "config" in given or "preset" in given:
+            raise ValueError(
+                "expected --resume with --output RUN (its configuration is in it) and without --preset and --config"
+            )
+        base = to_plain(config_of(given["output"]))
+    else:
+        base = merged({}, run_preset(given.get("preset", "small")))
+        if "config" in given:
+            base = merged(base, read_yaml(given["config"]))
+    default = Train(run=from_plain(base))
+    return tyro.cli(Train, args=list(arguments), default=default, prog=program)
+
+
+def train_and_report(options: Train) -> Path:
+    """Train, then (on the main process) plot, evaluate and write a sample; returns the folder of the run."""
+    if options.sample_tokens < 0:
+        raise ValueError(f"expected sample_tokens to be at least 0, got {options.sample_tokens}")
+    check_plots_are_possible()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    is_main = os.environ.get("RANK", "0") == "0"
+    folder = options.run.output or free_name(Path("runs") / options.preset)
+    config = dataclasses.replace(options.run, output=folder)
+    if is_main:
+        print(f"the run is kept in {folder}", flush=True)
+    train(config, folder, resume=options.resume, overwrite=options.overwrite)
+    if is_main:
+        plot_training(read_metrics(folder / METRICS), config.memory_from_step, folder / "metrics.png")
+        report(options, folder)
+    return folder
+
+
+def report(options: Train, folder: Path) -> None:
+    """Evaluate the run on its test documents and let it continue one of them, if it has any."""
+    run = load_run(folder)
+    test = prepare(run.config.data, run.tokenizer.num_tokens, tokenizer=run.tokenizer).test
+    documents = [n for n in range(len(test)) if len(test[n]) > 1]
+    if not documents:
+        print("no document was held out to evaluate on (--data.test)")
+        return
+    if options.evaluate:
+        evaluate_run(Evaluate(run=folder))
+    if options.sample_tokens > 0:
+        longest = max(documents, key=lambda n: len(test[n]))
+        print(sample(options.sample_tokens, folder, test.names[longest], test[longest].tolist()))
+
+
+def sample(count: int, folder: Path, name: str, tokens: list[int]) -> str:
+    """Read a held-out document far beyond the local context, and go on writing it; kept as sample.txt."""
+    run = load_run(folder)
+    read = tokens[:SAMPLE_READS_TOKENS]
+    with run.model.knn_memories_context(batch_size=1) as memories:
+        [written] = generate(
+            run.model,
+            [read],
+            memories,
+            max_new_tokens=count,
+            temperature=0.6,
+            generator=torch.Generator().manual_seed(run.config.seed),
+            segment_length=run.config.training.segment_length,
+        )
+    before, after = run.tokenizer.decode(read[-count:]), run.tokenizer.decode(written)
+    text = f"{before}\n>>>>>>>> from here on the model writes <<<<<<<<\n{after}"
+    (folder / "sample.txt").write_text(text, encoding="utf-8")
+    line = "-" * 80
+    return f"{name}, held out; the model has read {len(read)} tokens of it:\n{line}\n{text}\n{line}"
+
+
+__all__ = ["RUN_PRESETS", "Train", "main", "parse", "train_and_report"]

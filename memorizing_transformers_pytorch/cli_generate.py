@@ -1,0 +1,172 @@
+"""`memorizing-transformers generate RUN`: read texts of any length, then continue them."""
+
+from __future__ import annotations
+
+import functools
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
+from memorizing_transformers_pytorch.generation import stream
+from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.segment import XLMemories
+from memorizing_transformers_pytorch.session import Session
+from memorizing_transformers_pytorch.training.run import load_run
+
+STDIN = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a text with the model of a run, which reads with its memory whatever comes before."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    prompt: str = ""
+    """Text to continue; - reads it from standard input."""
+    read: tuple[str, ...] = ()
+    """Text files to read before the prompt, one after the other, of any length; - for standard input."""
+    max_new_tokens: int = 200
+    """Tokens to write."""
+    temperature: float = 0.6
+    """Of sampling; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Sample from so many of the likeliest tokens only."""
+    top_p: float | None = None
+    """Sample from the fewest tokens that together have this probability."""
+    stop: str | None = None
+    """End before this text."""
+    memory: bool = True
+    """Read and write with the memory, or on the local context alone."""
+    segment_length: int | None = None
+    """Local context; that of the run unless given."""
+    seed: int = 0
+    """Of sampling."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which weights of the run."""
+    device: str | None = None
+    """Such as cpu or cuda."""
+
+
+def generate_text(options: Generate) -> None:
+    """Read, with a progress bar, then print the continuation as it is written. Raises ValueError for bad input."""
+    before, prompt = read_input(options)
+    run = load_run(options.run, options.checkpoint, options.device)
+    segment_length = run.config.training.segment_length if options.segment_length is None else options.segment_length
+    tokens = run.tokenizer.encode(before + prompt)
+    if not tokens:
+        raise ValueError("expected a text to continue, by --read or --prompt, got none")
+    write = functools.partial(
+        stream,
+        run.model,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        generator=torch.Generator().manual_seed(options.seed),
+        segment_length=segment_length,
+    )
+    write([tokens])  # checks everything, and reads nothing yet: reading may take long
+    with run.model.knn_memories_context(batch_size=1) if options.memory else nullcontext() as memories:
+        rest, state = read_whole_segments(run.model, tokens, memories, segment_length)
+        written = (row[0] for row in write([rest], memories, xl_memories=state))
+        show(prompt)
+        for piece in until(options.stop, pieces(written, tokens, run.tokenizer)):
+            show(piece)
+        show("\n")
+
+
+def read_input(options: Generate) -> tuple[str, str]:
+    """What to read before the prompt, and the prompt. Raises ValueError for what is no text, or two uses of stdin."""
+    if [*options.read, options.prompt].count(STDIN) > 1:
+        raise ValueError("expected - (standard input) at most once, got it several times")
+    texts = [read_text(name) for name in options.read]
+    before = "".join(text if text.endswith("\n") else text + "\n" for text in texts[:-1]) + "".join(texts[-1:])
+    return before, read_text(STDIN) if options.prompt == STDIN else options.prompt
+
+
+def read_text(name: str) -> str:
+    """A file, or standard input, as text. Raises ValueError if there is none or it is not in UTF-8."""
+    if name != STDIN and not Path(name).is_file():
+        raise ValueError(f"expected a text file to read, got {name!r}, which is a folder or does not exist")
+    data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
+    where = "standard input" if name == STDIN else repr(name)
+    if b"\0" in data:
+        raise ValueError(f"expected text to read, got {where}, which is binary")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 in {where}, got byte {data[error.start]:#04x} at {error.start:,}") from None
+
+
+def read_whole_segments(
+    model: MemorizingTransformer, tokens: list[int], memories: KNNMemoryList | None, segment_length: int
+) -> tuple[list[int], XLMemories | None]:
+    """Read all segments that are full, but the last token, with a progress bar.
+
+    Returns the tokens that are left and the state to go on from; the rest falls into the same segments as ever.
+    """
+    count = (len(tokens) - 1) // segment_length * segment_length
+    if count == 0:
+        return tokens, None
+    session = Session(model, memories, batch_size=1, segment_length=segment_length)
+    with tqdm(total=len(tokens), desc="reading", unit=" tokens", unit_scale=True, file=sys.stderr) as bar:
+        for start in range(0, count, segment_length):
+            session.read([tokens[start : start + segment_length]])
+            bar.update(segment_length)
+        bar.update(len(tokens) - count)
+    return tokens[count:], session.close()
+
+
+def pieces(written: Iterator[int | None], before: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of tokens as they come, in whole characters; `before` are the tokens that they follow."""
+    context, pending = list(before[-1:]), list[int]()
+    for token in written:
+        if token is None:
+            continue
+        pending.append(token)
+        piece = _new_text(context, pending, tokenizer)
+        if piece and not piece.endswith("\N{REPLACEMENT CHARACTER}"):  # else wait for the rest of a character
+            yield piece
+            context, pending = pending, []
+    if pending:
+        yield _new_text(context, pending, tokenizer)
+
+
+def _new_text(context: list[int], pending: list[int], tokenizer: Tokenizer) -> str:
+    """What the pending tokens add to their context: some tokenizers write the first token of a text differently."""
+    return tokenizer.decode(context + pending)[len(tokenizer.decode(context)) :]
+
+
+def until(stop: str | None, texts: Iterator[str]) -> Iterator[str]:
+    """The texts up to where `stop` begins; what may be its beginning is held back."""
+    if not stop:
+        yield from texts
+        return
+    held = ""
+    for text in texts:
+        held += text
+        if stop in held:
+            yield held[: held.index(stop)]
+            return
+        begun = next((n for n in range(min(len(stop) - 1, len(held)), 0, -1) if stop.startswith(held[-n:])), 0)
+        yield held[: len(held) - begun]
+        held = held[len(held) - begun :]
+    yield held
+
+
+def show(text: str) -> None:
+    """Write to standard output at once; what its encoding does not know becomes a question mark."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    print(text, end="", flush=True)

@@ -1,0 +1,30 @@
+"""Bytes to text and back."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+
+def decode(data: bytes, where: str, errors: Literal["replace", "strict"]) -> str:
+    """UTF-8 to text. Raises ValueError that names the place for other bytes, if errors is strict."""
+    try:
+        return data.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{data[error.start]:02x} at offset {error.start:,}"
+        raise ValueError(f"expected UTF-8 in {where}, got {found}") from error
+
+
+def without_surrogates(text: str, where: str, errors: Literal["replace", "strict"]) -> str:
+    """The text, if it can be written as UTF-8; escapes of JSON can name halves of characters, which cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        if errors == "strict":
+            raise ValueError(f"expected UTF-8 in {where}, got {text[error.start]!r} at {error.start:,}") from error
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def text_bytes(text: str) -> bytes:
+    """The bytes of a text, with those that were no UTF-8 as they were read."""
+    return text.encode("utf-8", "surrogateescape")

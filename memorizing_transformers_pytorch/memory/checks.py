@@ -1,0 +1,56 @@
+"""Whether what is passed to a memory fits it; if not, ValueError that names what was expected and what came.
+
+Shapes: R rows in scope, H query heads, G key/value heads, N entries, D head width.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import SupportsIndex
+
+from torch import Tensor
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinity where numbers were expected: the numbers went wrong, not their shape."""
+
+
+def checked_rows(indices: Iterable[int], num_rows: int) -> list[int]:
+    """The rows as distinct integers below num_rows."""
+    given = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+    if not all(isinstance(row, SupportsIndex) and not isinstance(row, bool) for row in given):
+        raise ValueError(f"expected rows as integers, got {given}")
+    rows = [operator.index(row) for row in given]
+    if len(set(rows)) != len(rows) or not all(0 <= row < num_rows for row in rows):
+        raise ValueError(f"expected distinct rows from 0 to {num_rows - 1}, got {rows}")
+    return rows
+
+
+def checked_entries(memories: Tensor, rows: int, heads: int, dim: int) -> Tensor:
+    """The entries, of `heads` key/value heads, as (R, G, N, 2, D)."""
+    if heads == 1 and memories.ndim == 4:
+        memories = memories.unsqueeze(1)
+    fits = memories.ndim == 5 and memories.shape[:2] == (rows, heads)
+    if not fits or memories.shape[3:] != (2, dim):
+        expected = f"entries ({rows} rows, {heads} key/value heads, any number, 2, {dim})"
+        raise ValueError(f"expected {expected}, got {tuple(memories.shape)}")
+    if not memories.is_floating_point():
+        raise ValueError(f"expected floating-point entries, got {memories.dtype}")
+    return memories
+
+
+def check_queries(queries: Tensor, topk: int, rows: int, heads: int, dim: int) -> None:
+    """queries (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of `heads`; topk >= 1."""
+    fits = queries.ndim >= 2 and queries.shape[0] == rows and queries.shape[-1] == dim
+    if heads > 1:
+        fits = fits and queries.ndim >= 3 and queries.shape[1] % heads == 0
+    if not fits:
+        middle = "..." if heads == 1 else f"query heads as a multiple of {heads}, ..."
+        raise ValueError(f"expected queries ({rows} rows, {middle}, {dim}), got {tuple(queries.shape)}")
+    if not queries.is_floating_point():
+        raise ValueError(f"expected floating-point queries, got {queries.dtype}")
+    if topk < 1:
+        raise ValueError(f"expected topk to be at least 1, got {topk}")
+    if not bool(queries.detach().isfinite().all()):
+        raise NonFiniteError("expected finite queries, got NaN or infinity")

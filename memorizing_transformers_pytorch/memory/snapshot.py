@@ -1,0 +1,82 @@
+"""The ring of every row as tensors on the CPU, and back: exactly what is remembered, and what is overwritten next.
+
+Shapes: R rows, G key/value heads, N entries of all rows one after the other (each in its places), D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from memorizing_transformers_pytorch.memory.checks import NonFiniteError
+from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, Store
+
+
+def take_snapshot(store: Store) -> dict[str, Tensor]:
+    """keys, values (G, N, D), origins (N, 3), written (N,), filled (R,), cursors (R,), clock () and capacity ()."""
+    rows = list(enumerate(store.filled))
+    return {
+        "keys": torch.cat([store.keys[row, :, :filled].cpu() for row, filled in rows], dim=1),
+        "values": torch.cat([store.values[row, :, :filled].cpu() for row, filled in rows], dim=1),
+        "origins": torch.cat([store.origins[row, :filled].cpu() for row, filled in rows]),
+        "written": torch.cat([store.written[row, :filled].cpu() for row, filled in rows]),
+        "filled": torch.tensor(store.filled),
+        "cursors": torch.tensor(store.cursors),
+        "clock": torch.tensor(store.clock),
+        "capacity": torch.tensor(store.capacity),
+    }
+
+
+def restored(like: Store, snapshot: Mapping[str, Tensor]) -> Store:
+    """A new store, of the same kind as `like`, that holds what a snapshot says.
+
+    Raises ValueError for snapshots of another shape, dtype or capacity, or that no memory can have made.
+    """
+    _check_parts(like, snapshot)
+    _check_numbers(like, snapshot)
+    new = like.empty_like()
+    new.clock = int(snapshot["clock"])
+    new.filled, new.cursors = snapshot["filled"].tolist(), snapshot["cursors"].tolist()
+    for name, dim in (("keys", 1), ("values", 1), ("origins", 0), ("written", 0)):
+        whole: Tensor = getattr(new, name)
+        for row, part in enumerate(snapshot[name].split_with_sizes(new.filled, dim)):
+            whole[row].narrow(dim, 0, part.shape[dim]).copy_(part)
+    return new
+
+
+def _check_parts(like: Store, snapshot: Mapping[str, Tensor]) -> None:
+    rows, heads, _, width = like.keys.shape
+    count = int(snapshot["filled"].sum()) if "filled" in snapshot else 0
+    pairs, number = (like.keys.dtype, (heads, count, width)), (torch.int64, ())
+    expected = {
+        "keys": pairs,
+        "values": pairs,
+        "origins": (torch.int64, (count, ORIGIN_FIELDS)),
+        "written": (torch.int64, (count,)),
+        "filled": (torch.int64, (rows,)),
+        "cursors": (torch.int64, (rows,)),
+        "clock": number,
+        "capacity": number,
+    }
+    got = {name: (part.dtype, tuple(part.shape)) for name, part in snapshot.items()}
+    for name in [*expected, *got]:
+        if expected.get(name) != got.get(name):
+            raise ValueError(f"expected {name!r} of a memory's state as {expected.get(name)}, got {got.get(name)}")
+
+
+def _check_numbers(like: Store, snapshot: Mapping[str, Tensor]) -> None:
+    capacity, clock, written = int(snapshot["capacity"]), int(snapshot["clock"]), snapshot["written"]
+    if capacity != like.capacity:
+        raise ValueError(f"expected the state of a memory with capacity {like.capacity}, got {capacity}")
+    for filled, cursor in zip(snapshot["filled"].tolist(), snapshot["cursors"].tolist(), strict=True):
+        cursor_fits = 0 <= cursor < capacity if filled == capacity else cursor == filled
+        if not 0 <= filled <= capacity or not cursor_fits:
+            raise ValueError(f"expected rows of up to {capacity} entries in turn, got {filled}, the next at {cursor}")
+    if not bool(((written > 0) & (written <= clock)).all()):
+        raise ValueError(
+            f"expected entries written from 1 to {clock}, got {int(written.min())} to {int(written.max())}"
+        )
+    if not all(bool(snapshot[name].isfinite().all()) for name in ("keys", "values")):
+        raise NonFiniteError("expected finite keys and values in a memory's state, got NaN or infinity")

@@ -1,0 +1,181 @@
+"""Checkpoints of a training run, from which it goes on exactly: weights, optimiser, place in the data, memories.
+
+A checkpoint is a folder `checkpoints/step-N` of safetensors files and one JSON file; nothing is pickled. It is written
+under another name, brought to the disk (fsync) and then renamed: a folder of that name is complete, whatever happened.
+
+    model.safetensors       weights, with the configuration of the model
+    average.safetensors     their moving average, if one is kept
+    optimizer.safetensors   the tensors of the optimiser
+    process-R.safetensors   what process R alone has: memories, state of its rows, random numbers
+    state.json              everything else; the number of processes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from memorizing_transformers_pytorch.checkpoint import load_weights, read_weights, save_checkpoint
+from memorizing_transformers_pytorch.training.trainer import Trainer
+
+MODEL, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those written before are intact."""
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def write_checkpoint(trainer: Trainer, run: Path, extra: dict[str, Any]) -> Path:
+    """Write a checkpoint of where the trainer stands; every process calls this. `extra` is kept in state.json.
+
+    Raises CheckpointError, which names the last good checkpoint, where it cannot be written.
+    """
+    main = trainer.accelerator.is_main_process
+    folder = run / "checkpoints" / f"step-{trainer.progress.step}"
+    aside = folder.with_name(f".{folder.name}.incomplete")
+    failure = _failure_of(lambda: _make_anew(aside)) if main else None
+    if not trainer.agree(failure is not None):  # which is also where the processes wait for each other
+        failure = _failure_of(lambda: _write_parts(trainer, aside, extra))
+    if trainer.agree(failure is not None):
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+        good = checkpoints_of(run)
+        intact = f"the last good one is {good[-1]}" if good else "there is none before it"
+        raise CheckpointError(f"could not write {folder}: {failure or 'another process failed'}; {intact}")
+    if main:
+        _publish(aside, folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def _failure_of(action: Callable[[], None]) -> str | None:
+    """Why an action could not write; None if it could."""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    return None
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_parts(trainer: Trainer, aside: Path, extra: dict[str, Any]) -> None:
+    rank = trainer.accelerator.process_index
+    save_file(_on_cpu(trainer.own_state()), aside / f"process-{rank}.safetensors")
+    if not trainer.accelerator.is_main_process:
+        return
+    save_checkpoint(trainer.model, aside / MODEL)
+    if trainer.average is not None:
+        save_checkpoint(trainer.best_model, aside / AVERAGE)
+    tensors, rest = _optimizer_parts(trainer)
+    save_file(tensors, aside / OPTIMIZER)
+    state = {"processes": trainer.accelerator.num_processes, "optimizer": rest, **trainer.shared_state(), **extra}
+    (aside / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def _publish(aside: Path, folder: Path) -> None:
+    """Bring everything to the disk, then give it its name."""
+    for path in [*aside.iterdir(), aside]:
+        _fsync(path)
+    if folder.exists():  # the same step, written before an interruption
+        shutil.rmtree(folder)
+    aside.rename(folder)
+    _fsync(folder.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _optimizer_parts(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of the optimiser as tensors by name, and the rest for JSON."""
+    state = trainer.optimizer.state_dict()
+    tensors = {f"{number}.{name}": value for number, values in state["state"].items() for name, value in values.items()}
+    scaler = trainer.accelerator.scaler
+    return _on_cpu(tensors), {
+        "groups": state["param_groups"],
+        "average_updates": 0 if trainer.average is None else int(trainer.average.n_averaged),
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint. Raises ValueError where there is none."""
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a checkpoint, got {str(checkpoint)!r}: {error}") from None
+    return state
+
+
+def restore(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
+    """Let a trainer of the same configuration stand where the checkpoint was written; returns its state.json.
+
+    Raises ValueError for a checkpoint that is damaged, or of another number of processes.
+    """
+    state, accelerator = read_state(checkpoint), trainer.accelerator
+    if state["processes"] != accelerator.num_processes:
+        raise ValueError(
+            f"expected {state['processes']} processes, as {checkpoint} has, got {accelerator.num_processes}"
+        )
+    with _naming(checkpoint):
+        load_weights(trainer.model, read_weights(checkpoint / MODEL))
+        if trainer.average is not None:
+            load_weights(trainer.best_model, read_weights(checkpoint / AVERAGE))
+            trainer.average.n_averaged.fill_(state["optimizer"]["average_updates"])
+        _load_optimizer(trainer, load_file(checkpoint / OPTIMIZER), state["optimizer"])
+        trainer.load_shared_state(state)
+        trainer.load_own_state(load_file(checkpoint / f"process-{accelerator.process_index}.safetensors"))
+    return state
+
+
+@contextmanager
+def _naming(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, KeyError, FileNotFoundError) as error:
+        raise ValueError(f"expected a whole checkpoint, got {str(checkpoint)!r}: {error}") from error
+
+
+def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, field = name.split(".", 1)
+        states.setdefault(int(number), {})[field] = tensor
+    trainer.optimizer.load_state_dict({"state": states, "param_groups": rest["groups"]})
+    if trainer.accelerator.scaler is not None and rest["scaler"] is not None:
+        trainer.accelerator.scaler.load_state_dict(rest["scaler"])
+
+
+def keep_only(run: Path, kept: set[str]) -> None:
+    """Remove the checkpoints that are not among these names, and what interrupted writes have left."""
+    folder = run / "checkpoints"
+    for path in [*folder.glob(".step-*"), *checkpoints_of(run)]:
+        if path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,90 @@
+"""Memories that should be of no use: is it really the right memory, and what is in it, that helps?
+
+other        the memory of another document, read as far: is it the right text that helps, or any?
+shuffled     the document's own memory with its values permuted: are keys and values used together?
+random keys  the document's own memory with keys of random direction: does it matter which entries are found?
+
+Inside a `with` block the memories are so, for reading only; afterwards they are bit for bit what they were.
+
+Shapes: R rows in scope, G key/value heads, N entries of a row, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
+
+CONTROLS = ("other", "shuffled", "random keys")
+
+
+@contextmanager
+def control(name: str | None, memories: KNNMemoryList, generator: torch.Generator) -> Iterator[KNNMemoryList]:
+    """The memories, with the rows in scope, as this control has them; None for the right ones.
+
+    generator: on the CPU; of permutations and random keys. Raises ValueError for the memory of another document where
+    there is no other row.
+    """
+    with ExitStack() as stack:
+        if name == "other" and memories:
+            rows = other_rows(memories[0].scoped_indices, memories[0].num_indices)
+            stack.enter_context(memories.at_batch_indices(rows))
+        elif name is not None:
+            disturb = {"shuffled": shuffled_values, "random keys": random_keys}[name]
+            for memory in memories:
+                stack.enter_context(disturb(memory, generator))
+        yield memories
+
+
+def other_rows(rows: list[int], num_rows: int) -> list[int]:
+    """For each of these rows another one: the next of them, or for a single row any other of all `num_rows`."""
+    if num_rows < 2:
+        raise ValueError(f"expected at least 2 documents for the memory of another one, got {num_rows}")
+    return [*rows[1:], rows[0]] if len(rows) > 1 else [(rows[0] + 1) % num_rows]
+
+
+def shuffled_values(memory: KNNMemory, generator: torch.Generator) -> AbstractContextManager[None]:
+    """Inside, the values of each row in scope are permuted among its entries, all heads alike; only for reading.
+
+    Raises RuntimeError if a backward pass may still need them.
+    """
+
+    def permuted(values: Tensor) -> Tensor:
+        return values[:, torch.randperm(values.shape[1], generator=generator).to(values.device)]
+
+    return _replaced(memory, memory.store.values, permuted)
+
+
+def random_keys(memory: KNNMemory, generator: torch.Generator) -> AbstractContextManager[None]:
+    """Inside, the keys of each row in scope have random directions, and the lengths they had; only for reading.
+
+    Raises RuntimeError if a backward pass may still need them.
+    """
+
+    def turned(keys: Tensor) -> Tensor:
+        directions = F.normalize(torch.randn(keys.shape, generator=generator), dim=-1).to(keys.device)
+        lengths: Tensor = keys.float().norm(dim=-1, keepdim=True)
+        return directions.mul(lengths)
+
+    return _replaced(memory, memory.store.keys, turned)
+
+
+@contextmanager
+def _replaced(memory: KNNMemory, table: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the entries (G, N, D) of each row in scope of the table (rows, G, M, D) are changed so."""
+    if memory.store.readers:
+        raise RuntimeError("the entries of this memory may still be needed by a backward pass: change them later")
+    entries = [table[row, :, : memory.store.filled[row]] for row in memory.scoped_indices]
+    kept = [view.clone() for view in entries]
+    try:
+        for view, before in zip(entries, kept, strict=True):
+            view.copy_(change(before))
+        yield
+    finally:
+        for view, before in zip(entries, kept, strict=True):
+            view.copy_(before)

@@ -1,0 +1,187 @@
+"""The losses of an evaluation in numbers: means, what the memory changes, and how sure that is. Knows no files.
+
+Shapes: C modes, N documents, P ranges of positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from memorizing_transformers_pytorch.training.bootstrap import Interval, drawn_means, interval
+from memorizing_transformers_pytorch.training.controls import CONTROLS
+from memorizing_transformers_pytorch.training.evaluate import Losses, mode_of
+
+FIRST_POSITIONS = 16  # tokens in the first range of positions; from there ranges grow by the square root of two
+
+
+class Estimate(NamedTuple):
+    """A number for these documents, and the 95% interval of it for documents like them (None for one document)."""
+
+    value: float
+    interval: Interval | None
+
+
+class ModeSummary(NamedTuple):
+    """loss: nats per token. perplexity: per token. bits_per_byte: None if the bytes are not known.
+
+    change: of perplexity against memory off, as a share; negative is better. better_documents: how many of them have a
+    lower loss than with memory off.
+    """
+
+    loss: Estimate
+    perplexity: Estimate
+    bits_per_byte: float | None
+    change: Estimate
+    better_documents: int
+
+
+class Positions(NamedTuple):
+    """Mean loss by position in the document: of the tokens edges[i] to edges[i + 1] - 1 after the first one.
+
+    edges (P + 1,). documents, tokens (P,): how many have such positions. losses: of each mode (P,).
+    """
+
+    edges: list[int]
+    documents: list[int]
+    tokens: list[int]
+    losses: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """names, tokens (scored), document_losses: of each document. controls: loss above that of the right memory, which
+    is the one with `controls_at` entries."""
+
+    names: list[str]
+    tokens: list[int]
+    modes: dict[str, ModeSummary]
+    controls_at: int | None
+    controls: dict[str, Estimate]
+    positions: Positions
+    document_losses: dict[str, list[float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, with values that JSON can hold."""
+        return {
+            "modes": {
+                name: {key: _plain(value) for key, value in mode._asdict().items()} for name, mode in self.modes.items()
+            },
+            "controls_at": self.controls_at,
+            "controls": {
+                name: {"loss_above_right_memory": _plain(difference), "verdict": verdict(difference)}
+                for name, difference in self.controls.items()
+            },
+            "positions": self.positions._asdict(),
+            "documents": [
+                {"name": name, "tokens": tokens, "loss": {m: of[n] for m, of in self.document_losses.items()}}
+                for n, (name, tokens) in enumerate(zip(self.names, self.tokens, strict=True))
+            ],
+        }
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Estimate):
+        return value
+    return {"value": value.value, "interval": None if value.interval is None else list(value.interval)}
+
+
+def verdict(difference: Estimate) -> str:
+    """Whether a loss is above another: "worse" if all of the interval is, "not worse" if not, "unknown" without one."""
+    if difference.interval is None:
+        return "unknown"
+    return "worse" if difference.interval.low > 0 else "not worse"
+
+
+def summarise(
+    losses: Losses,
+    *,
+    names: Sequence[str],
+    num_bytes: Sequence[int] | None = None,
+    controls_at: int | None = None,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Summary:
+    """losses: as `evaluate` returns them, with "off" among the modes. names, num_bytes (UTF-8): of each document.
+
+    Documents without losses are left out. Raises ValueError for other numbers of names or bytes than documents, or
+    without "off".
+    """
+    if "off" not in losses:
+        raise ValueError(f"expected 'off' among the modes, got {list(losses)}")
+    if len(names) != len(losses["off"]) or (num_bytes is not None and len(num_bytes) != len(names)):
+        got = (len(names), len(names if num_bytes is None else num_bytes))
+        raise ValueError(f"expected names and bytes of {len(losses['off'])} documents, got {got}")
+    used = [n for n, loss in enumerate(losses["off"]) if len(loss) > 0]
+    losses = {mode: [of_mode[n] for n in used] for mode, of_mode in losses.items()}
+    counts = np.array([len(loss) for loss in losses["off"]])
+    sums = np.array([[loss.sum(dtype=np.float64) for loss in of_mode] for of_mode in losses.values()])
+    total_bytes = None if num_bytes is None else sum(int(num_bytes[n]) for n in used)
+    drawn = drawn_means(sums, counts, draws=draws, seed=seed)
+    means = _Means(dict(zip(losses, sums.sum(axis=1) / counts.sum(), strict=True)), drawn)
+    by_document = dict(zip(losses, sums / counts, strict=True))
+    return Summary(
+        names=[names[n] for n in used],
+        tokens=counts.tolist(),
+        modes={mode: _summary_of(mode, means, by_document, counts, total_bytes) for mode in losses},
+        controls_at=controls_at,
+        controls={name: means.difference(name, mode_of(controls_at or 0)) for name in CONTROLS if name in losses},
+        positions=by_position(losses),
+        document_losses={mode: of_mode.tolist() for mode, of_mode in by_document.items()},
+    )
+
+
+class _Means(NamedTuple):
+    """The mean loss of each mode, and those of each draw (C, S)."""
+
+    values: dict[str, float]
+    drawn: np.ndarray | None
+
+    def draws_of(self, mode: str) -> np.ndarray | None:
+        return None if self.drawn is None else self.drawn[list(self.values).index(mode)]
+
+    def difference(self, mode: str, other: str) -> Estimate:
+        draws, other_draws = self.draws_of(mode), self.draws_of(other)
+        drawn = None if draws is None or other_draws is None else draws - other_draws
+        return Estimate(float(self.values[mode] - self.values[other]), interval(drawn))
+
+
+def _summary_of(
+    mode: str, means: _Means, by_document: Mapping[str, np.ndarray], counts: np.ndarray, total_bytes: int | None
+) -> ModeSummary:
+    loss = Estimate(float(means.values[mode]), interval(means.draws_of(mode)))
+    bits = loss.value * float(counts.sum()) / math.log(2)
+    return ModeSummary(
+        loss=loss,
+        perplexity=_mapped(np.exp, loss),
+        bits_per_byte=None if not total_bytes else bits / total_bytes,
+        change=_mapped(np.expm1, means.difference(mode, "off")),
+        better_documents=int((by_document[mode] < by_document["off"]).sum()),
+    )
+
+
+def _mapped(function: Any, estimate: Estimate) -> Estimate:
+    """The estimate of an increasing function: percentiles go where their values go."""
+    found = estimate.interval
+    ends = None if found is None else Interval(float(function(found.low)), float(function(found.high)))
+    return Estimate(float(function(estimate.value)), ends)
+
+
+def by_position(losses: Losses) -> Positions:
+    """Mean loss of each mode in ranges of positions that grow."""
+    longest = max(len(loss) for loss in losses["off"])
+    edges = [0]
+    while edges[-1] < longest:
+        edges.append(min(round(FIRST_POSITIONS * 2 ** ((len(edges) - 1) / 2)), longest))
+    ends = [np.minimum(edges, len(loss)) for loss in losses["off"]]
+    counts = np.array([np.diff(end) for end in ends])
+    means = {}
+    for mode, of_mode in losses.items():
+        totals = [np.concatenate(([0.0], np.cumsum(loss, dtype=np.float64))) for loss in of_mode]
+        sums = np.array([np.diff(total[end]) for total, end in zip(totals, ends, strict=True)])
+        means[mode] = (sums.sum(axis=0) / counts.sum(axis=0)).tolist()
+    return Positions(edges, (counts > 0).sum(axis=0).tolist(), counts.sum(axis=0).tolist(), means)

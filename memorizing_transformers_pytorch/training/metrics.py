@@ -1,0 +1,130 @@
+"""What a run writes down as it goes: a line of JSON for each step and validation, TensorBoard, a progress bar."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from memorizing_transformers_pytorch.training.trainer import Step
+
+Record = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a run. A last line that was cut off (by a kill, a full disk) is left out."""
+    if not path.is_file():
+        return []
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]
+
+
+def check_tensorboard_is_there() -> None:
+    """Raises ValueError, with the remedy, if TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("expected tensorboard: pip install 'memorizing_transformers_pytorch[tensorboard]'")
+
+
+class Metrics(AbstractContextManager["Metrics"]):
+    """The metrics of a run from a step on; what an interrupted run wrote about later steps is left out.
+
+    path: of the JSON lines. tensorboard: a folder for TensorBoard, or None.
+    """
+
+    def __init__(self, path: Path, *, step: int, tensorboard: Path | None = None) -> None:
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        aside = path.with_suffix(".incomplete")
+        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        aside.replace(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._writer: Any = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Write a record, which has at least a "step". Infinite numbers and NaN become null."""
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        if self._writer is not None:
+            for name, value in _scalars(record):
+                self._writer.add_scalar(name, value, record["step"])
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a record, by a name such as memory/layer 2/mass/0."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            yield from _scalars({str(i): item for i, item in enumerate(value)}, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            yield f"{prefix}{name}", float(value)
+
+
+class ProgressBar(AbstractContextManager["ProgressBar"]):
+    """Steps done and left (with the time they will take), loss, speed, and what the memory holds and costs.
+
+    bytes_per_token: of the training text. capacity: entries of a row.
+    """
+
+    def __init__(self, *, step: int, steps: int, bytes_per_token: float, capacity: int, disable: bool) -> None:
+        self._bar = tqdm(initial=step, total=steps, unit=" steps", disable=disable, dynamic_ncols=True)
+        self._nats_to_bits_per_byte = 1 / math.log(2) / bytes_per_token
+        self._capacity = capacity
+        self._seconds = self._searching = 0.0
+        self._tokens = 0
+
+    def record(self, step: Step, previous_tokens: int) -> Record:
+        """The step as a record, with loss in bits per byte and speed."""
+        tokens = step.tokens - previous_tokens
+        return {
+            "step": step.number,
+            "loss": step.loss,
+            "bits_per_byte": None if step.loss is None else step.loss * self._nats_to_bits_per_byte,
+            "tokens": step.tokens,
+            "tokens_per_second": tokens / step.seconds,
+            "learning_rate": step.learning_rate,
+            "grad_norm": step.grad_norm,
+            "entries": step.entries,
+            "searching": step.searching / step.seconds,
+        }
+
+    def show(self, record: Record, smoothed_loss: float | None) -> None:
+        """The running mean of the loss, and the rest as it was in this step."""
+        bits = math.nan if smoothed_loss is None else smoothed_loss * self._nats_to_bits_per_byte
+        shown = {
+            "loss": f"{math.nan if smoothed_loss is None else smoothed_loss:.3f}",
+            "bits/byte": f"{bits:.3f}",
+            "tokens/s": f"{record['tokens_per_second']:.0f}",
+            "memory": f"{record['entries'] / max(self._capacity, 1):.0%}",
+            "searching": f"{record['searching']:.0%}",
+        }
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def write(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.write(line)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()

@@ -1,0 +1,56 @@
+"""Where a result comes from: command, code, versions and machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import memorizing_transformers_pytorch
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What should be written beside every result, with values that JSON can hold."""
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "memorizing_transformers_pytorch": memorizing_transformers_pytorch.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+        },
+        "machine": {
+            "system": platform.platform(),
+            "device": str(device),
+            "processor": processor or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def commit() -> str | None:
+    """The commit of the package, with a plus if files were changed since; None if it does not run from a checkout."""
+    root = Path(memorizing_transformers_pytorch.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        name = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name + ("+" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

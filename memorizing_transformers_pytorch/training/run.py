@@ -1,0 +1,118 @@
+"""The folder of a run: who may write into it, what it holds, and how it is read again.
+
+config.yaml      the configuration, resolved          metrics.jsonl   a line for each step and validation
+tokenizer.json   the tokenizer                        metrics.png     the same as curves
+checkpoints/     the last and the best checkpoint     evaluation/     what `evaluate` wrote
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from memorizing_transformers_pytorch.checkpoint import load_checkpoint
+from memorizing_transformers_pytorch.data.tokenizer import Tokenizer, load_tokenizer
+from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, checkpoints_of, read_state
+from memorizing_transformers_pytorch.training.config import RunConfig
+from memorizing_transformers_pytorch.training.settings import differences, from_plain, read_yaml, write_yaml
+
+CONFIG, TOKENIZER, METRICS = "config.yaml", "tokenizer.json", "metrics.jsonl"
+
+# What may change when a run goes on: it says how much more is done or written down, not what is done.
+MAY_CHANGE = {
+    "output",
+    "device",
+    "data.cache",
+    "training.steps",
+    "training.on_nan",
+    "training.validate_every",
+    "training.validation_tokens",
+    "training.validation_documents",
+    "training.checkpoint_every",
+    "training.log_every",
+    "training.tensorboard",
+}
+
+
+class LoadedRun(NamedTuple):
+    """A run, ready to be used: its model is in evaluation mode. step: of the checkpoint."""
+
+    folder: Path
+    config: RunConfig
+    model: MemorizingTransformer
+    tokenizer: Tokenizer
+    step: int
+
+
+def config_of(folder: Path) -> RunConfig:
+    """The configuration of a run. Raises ValueError where there is no run."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"expected the folder of a run, got {str(folder)!r}, which has no {CONFIG} (try: train)")
+    return from_plain(read_yaml(folder / CONFIG))
+
+
+def checkpoint_of(folder: Path, which: str = "last") -> Path:
+    """The "last" or the "best" checkpoint of a run. Raises ValueError if there is none."""
+    found = checkpoints_of(folder)
+    if not found:
+        raise ValueError(f"expected a run with a checkpoint, got {str(folder)!r}, which has none yet")
+    if which == "last":
+        return found[-1]
+    if which != "best":
+        raise ValueError(f"expected a checkpoint 'last' or 'best', got {which!r}")
+    best = read_state(found[-1])["best"]
+    if best is None:
+        raise ValueError(f"expected a run with a best checkpoint, got {str(folder)!r}, which was not validated yet")
+    return folder / "checkpoints" / f"step-{best['step']}"
+
+
+def load_run(folder: Path, which: str = "last", device: torch.device | str | None = None) -> LoadedRun:
+    """The model and tokenizer of a run, from its "last" or its "best" checkpoint; averaged weights if it keeps those.
+
+    Raises ValueError for a folder that is not a run, or has no such checkpoint.
+    """
+    config = config_of(folder)
+    checkpoint = checkpoint_of(folder, which)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    weights = checkpoint / (AVERAGE if config.optimizer.ema_decay > 0 else MODEL)
+    model = load_checkpoint(weights, device or "cpu").eval()
+    return LoadedRun(folder, config, model, tokenizer, int(read_state(checkpoint)["progress"]["step"]))
+
+
+def free_name(folder: Path) -> Path:
+    """The folder, or with a number behind it the first that does not exist yet."""
+    number, name = 1, folder
+    while name.exists():
+        number += 1
+        name = folder.with_name(f"{folder.name}-{number}")
+    return name
+
+
+def check_free(folder: Path, *, overwrite: bool) -> None:
+    """Raises ValueError for a folder that exists, unless it is that of a run and `overwrite`."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"expected a new folder, got {str(folder)!r}, which exists (--resume or --overwrite)")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"expected a run to overwrite, got {str(folder)!r}, which has no {CONFIG}")
+
+
+def begin(config: RunConfig, folder: Path) -> None:
+    """Make the folder of a new run, in place of what is there (see `check_free`)."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_yaml(config, folder / CONFIG)
+
+
+def check_same(config: RunConfig, folder: Path) -> None:
+    """Raises ValueError, with the fields that differ, if a run cannot go on with this configuration."""
+    found = {name: both for name, both in differences(config_of(folder), config).items() if name not in MAY_CHANGE}
+    if found:
+        listed = ", ".join(f"{name} {was!r} (got {now!r})" for name, (was, now) in found.items())
+        raise ValueError(f"expected the configuration of {folder}, which has {listed}")

@@ -1,0 +1,92 @@
+"""Useless memories: what they change, and that they change nothing for good."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memorizing_transformers_pytorch import KNNMemory
+from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.training.controls import (
+    CONTROLS,
+    control,
+    other_rows,
+    random_keys,
+    shuffled_values,
+)
+
+
+def make_memory(dtype: torch.dtype = torch.float32) -> KNNMemory:
+    """Two heads; one row whose ring has turned, one half full, one empty."""
+    memory = KNNMemory(dim=5, max_memories=9, num_indices=3, num_kv_heads=2, dtype=dtype)
+    with memory.at_batch_indices([0]):
+        memory.add(torch.randn(1, 2, 13, 2, 5))
+    with memory.at_batch_indices([1]):
+        memory.add(torch.randn(1, 2, 4, 2, 5))
+    return memory
+
+
+def contents(memory: KNNMemory) -> list[torch.Tensor]:
+    return [part.clone() for part in (memory.store.keys, memory.store.values, memory.store.origins)]
+
+
+@pytest.mark.parametrize("name", [None, *CONTROLS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memories_are_put_back_bit_for_bit_also_after_an_exception(name: str | None, dtype: torch.dtype) -> None:
+    memories = KNNMemoryList([make_memory(dtype), make_memory(dtype)])
+    before = [contents(memory) for memory in memories]
+    with pytest.raises(KeyError), control(name, memories, torch.Generator().manual_seed(0)):
+        raise KeyError
+    for memory, kept in zip(memories, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(contents(memory), kept, strict=True))
+        assert memory.scoped_indices == [0, 1, 2]
+
+
+def test_shuffled_values_are_the_same_values_of_the_same_row_at_other_keys() -> None:
+    memory = make_memory()
+    keys, values, _ = contents(memory)
+    with shuffled_values(memory, torch.Generator().manual_seed(0)):
+        assert torch.equal(memory.store.keys, keys)
+        for row, filled in enumerate((9, 4, 0)):
+            inside, before = memory.store.values[row, :, :filled], values[row, :, :filled]
+            assert filled == 0 or not torch.equal(inside, before)
+            torch.testing.assert_close(inside.sort(dim=1).values, before.sort(dim=1).values, rtol=0, atol=0)
+
+
+def test_random_keys_have_the_lengths_of_the_right_ones_and_their_values() -> None:
+    memory = make_memory()
+    keys, values, _ = contents(memory)
+    with random_keys(memory, torch.Generator().manual_seed(0)):
+        assert torch.equal(memory.store.values, values)
+        torch.testing.assert_close(memory.store.keys.norm(dim=-1), keys.norm(dim=-1))
+        cosines = torch.cosine_similarity(memory.store.keys[0], keys[0], dim=-1)
+        assert cosines.abs().max() < 0.99
+
+
+@pytest.mark.parametrize("change", [shuffled_values, random_keys])
+def test_only_rows_in_scope_are_changed(change: object) -> None:
+    memory = make_memory()
+    before = contents(memory)
+    with memory.at_batch_indices([1]), change(memory, torch.Generator().manual_seed(0)):  # type: ignore[operator]
+        inside = contents(memory)
+    assert all(torch.equal(a[[0, 2]], b[[0, 2]]) for a, b in zip(inside, before, strict=True))
+    assert not all(torch.equal(a[1], b[1]) for a, b in zip(inside, before, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "expected"), [([0, 1, 2], [1, 2, 0]), ([0, 1], [1, 0]), ([0], [1]), ([2], [0])])
+def test_no_row_reads_its_own_memory_as_that_of_another(rows: list[int], expected: list[int]) -> None:
+    assert other_rows(rows, num_rows=3) == expected
+
+
+def test_a_single_document_has_no_other() -> None:
+    with pytest.raises(ValueError, match="expected at least 2 documents for the memory of another one, got 1"):
+        other_rows([0], num_rows=1)
+
+
+@pytest.mark.parametrize("change", [shuffled_values, random_keys])
+def test_a_memory_that_a_backward_pass_may_need_is_refused(change: object) -> None:
+    memory = make_memory()
+    lookup = memory.look_up(torch.randn(3, 2, 5, requires_grad=True), topk=2)
+    with pytest.raises(RuntimeError, match="backward"), change(memory, torch.Generator()):  # type: ignore[operator]
+        pass
+    assert lookup.mask.shape == (3, 2, 2)
