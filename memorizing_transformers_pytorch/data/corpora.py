@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-
-import numpy as np
 
 from memorizing_transformers_pytorch.data import enwik8, files
 from memorizing_transformers_pytorch.data.config import DataConfig
@@ -46,29 +43,3 @@ def _corpus(config: DataConfig, progress: bool) -> Corpus:
     if kind == "hf":
         return HuggingFaceDataset(config)
     return files.folder(config) if Path(config.source).is_dir() else files.matching(config)
-
-
-# TEMPORARY, for train.py
-ENWIK8_BYTES = 100_000_000
-ENWIK8_SPLIT = {"train": (0, 90_000_000), "valid": (90_000_000, 95_000_000), "test": (95_000_000, 100_000_000)}
-
-
-def read_enwik8(path: str | Path) -> dict[str, np.ndarray]:
-    """The usual split of enwik8 (mattmahoney.net/dc/enwik8.zip), as bytes: 90M to train, 5M to validate, 5M to test.
-
-    path: the file of 100,000,000 bytes, or the zip archive that holds it. Raises ValueError for anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"expected enwik8 or enwik8.zip, got {str(path)!r}, which does not exist")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if "enwik8" not in archive.namelist():
-                raise ValueError(f"expected 'enwik8' in {str(path)!r}, got {archive.namelist()[:5]}")
-            data = archive.read("enwik8")
-    else:
-        data = path.read_bytes()
-    if len(data) != ENWIK8_BYTES:
-        raise ValueError(f"expected {ENWIK8_BYTES:,} bytes of enwik8 in {str(path)!r}, got {len(data):,}")
-    everything = np.frombuffer(data, dtype=np.uint8)
-    return {name: everything[start:stop] for name, (start, stop) in ENWIK8_SPLIT.items()}

@@ -25,6 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memorizing_transformers_pytorch.checkpoint import load_weights, read_weights, save_checkpoint
+from memorizing_transformers_pytorch.training.state import (
+    load_own_state,
+    load_shared_state,
+    own_state,
+    shared_state,
+)
 from memorizing_transformers_pytorch.training.trainer import Trainer
 
 MODEL, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"
@@ -79,7 +85,7 @@ def _make_anew(folder: Path) -> None:
 
 def _write_parts(trainer: Trainer, aside: Path, extra: dict[str, Any]) -> None:
     rank = trainer.accelerator.process_index
-    save_file(_on_cpu(trainer.own_state()), aside / f"process-{rank}.safetensors")
+    save_file(_on_cpu(own_state(trainer)), aside / f"process-{rank}.safetensors")
     if not trainer.accelerator.is_main_process:
         return
     save_checkpoint(trainer.model, aside / MODEL)
@@ -87,7 +93,7 @@ def _write_parts(trainer: Trainer, aside: Path, extra: dict[str, Any]) -> None:
         save_checkpoint(trainer.best_model, aside / AVERAGE)
     tensors, rest = _optimizer_parts(trainer)
     save_file(tensors, aside / OPTIMIZER)
-    state = {"processes": trainer.accelerator.num_processes, "optimizer": rest, **trainer.shared_state(), **extra}
+    state = {"processes": trainer.accelerator.num_processes, "optimizer": rest, **shared_state(trainer), **extra}
     (aside / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
@@ -150,8 +156,8 @@ def restore(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
             load_weights(trainer.best_model, read_weights(checkpoint / AVERAGE))
             trainer.average.n_averaged.fill_(state["optimizer"]["average_updates"])
         _load_optimizer(trainer, load_file(checkpoint / OPTIMIZER), state["optimizer"])
-        trainer.load_shared_state(state)
-        trainer.load_own_state(load_file(checkpoint / f"process-{accelerator.process_index}.safetensors"))
+        load_shared_state(trainer, state)
+        load_own_state(trainer, load_file(checkpoint / f"process-{accelerator.process_index}.safetensors"))
     return state
 
 

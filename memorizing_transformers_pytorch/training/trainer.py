@@ -10,12 +10,11 @@ It knows nothing of files, validation or reports. Shapes: B rows, T tokens of a 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -258,39 +257,6 @@ class Trainer:
         """The number that the main process has."""
         return self._summed([number if self.accelerator.is_main_process else 0.0])[0]
 
-    # State: what a checkpoint holds beside the weights.
-
-    def shared_state(self) -> dict[str, Any]:
-        """What is the same on every process, for JSON."""
-        return {"progress": dataclasses.asdict(self.progress), "stream": self.stream.state_dict()}
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state["stream"])
-        self.progress = Progress(**state["progress"])
-
-    def own_state(self) -> dict[str, Tensor]:
-        """What is of this process alone: memories, state of the rows, random numbers."""
-        tensors = dict(_prefixed("memories.", self.memories.state_dict()))
-        for group, state in enumerate(self.states):
-            tensors |= _prefixed(f"states.{group}.", state.state_dict())
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.accelerator.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
-        return tensors
-
-    def load_own_state(self, tensors: dict[str, Tensor]) -> None:
-        device = self.accelerator.device
-        if self.memories:
-            self.memories.resize(int(tensors["memories.0.capacity"]))
-        self.memories.load_state_dict(_within("memories.", tensors))
-        self.states = [
-            XLMemories.from_state_dict({n: t.to(device) for n, t in _within(f"states.{group}.", tensors).items()})
-            for group in range(len(self.groups))
-        ]
-        torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors and device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"])
-
 
 def _count(batch: Batch) -> int:
     return int(batch.mask.sum())
@@ -302,11 +268,3 @@ def _scored(batch: Batch) -> int:
 
 def _taken(batch: Batch, rows: list[int]) -> Batch:
     return Batch(*(tensor[rows] for tensor in batch))
-
-
-def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def _within(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
