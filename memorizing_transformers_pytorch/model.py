@@ -121,14 +121,17 @@ class MemorizingTransformer(nn.Module):
 
     # Memories
 
-    def create_knn_memories(self, *, batch_size: int) -> KNNMemoryList:
+    def create_knn_memories(self, *, batch_size: int, max_memories: int | None = None) -> KNNMemoryList:
         """Empty memories for a batch of this many rows, one per memorizing layer: in RAM or on the model's device, or
-        memory-mapped below `knn_memories_directory`; call `cleanup()` on those when done."""
+        memory-mapped below `knn_memories_directory`; call `cleanup()` on those when done.
+
+        max_memories: entries that each row can keep; `max_knn_memories` of the configuration unless given.
+        """
         config = self.config
         return KNNMemoryList(
             KNNMemory(
                 dim=config.dim_head,
-                max_memories=config.max_knn_memories,
+                max_memories=config.max_knn_memories if max_memories is None else max_memories,
                 num_indices=batch_size,
                 num_kv_heads=config.num_kv_heads,
                 dtype=getattr(torch, config.memory_dtype),
@@ -138,9 +141,11 @@ class MemorizingTransformer(nn.Module):
             for _ in config.layers_with_memory
         )
 
-    def knn_memories_context(self, *, batch_size: int) -> AbstractContextManager[KNNMemoryList]:
+    def knn_memories_context(
+        self, *, batch_size: int, max_memories: int | None = None
+    ) -> AbstractContextManager[KNNMemoryList]:
         """`create_knn_memories` for a `with` statement: cleaned up at the end, also after an exception."""
-        return self.create_knn_memories(batch_size=batch_size)
+        return self.create_knn_memories(batch_size=batch_size, max_memories=max_memories)
 
     def initial_state(self, batch_size: int) -> XLMemories:
         """What the first segment of a document starts from: no XL memory, and convolutions at zero."""

@@ -2,121 +2,220 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from memorizing_transformers_pytorch.cli import main
-from memorizing_transformers_pytorch.data.corpora import split_by_name, standard_library
+from memorizing_transformers_pytorch.cli import COMMANDS, main
+from memorizing_transformers_pytorch.training.metrics import read_metrics
+from memorizing_transformers_pytorch.training.presets import RUN_PRESETS
 
-TINY = ["--steps", "6", "--rows", "2", "--segment-length", "16", "--num-tokens", "300", "--dim", "16", "--depth", "2"]
-TINY += [
-    "--max-knn-memories",
-    "64",
-    "--held-out-tokens",
-    "48",
-    "--validate-every",
-    "3",
-    "--sample-tokens",
-    "5",
-    "--memory-share",
-    "0.2",
-]
+TINY = """
+device: cpu
+model: {num_tokens: 300, dim: 16, depth: 2, dim_head: 8, heads: 2, max_knn_memories: 64}
+memory: {last_share: 0.5, growth: [[0, 32], [5, 64]]}
+training: {steps: 6, rows: 2, segment_length: 16, validate_every: 3, checkpoint_every: 2, log_every: 1}
+"""
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(40):
-        lines = "\n".join(f"def function_{number}_{i}(argument):\n    return argument + {i}" for i in range(20))
+        words = [f"word{number}{letter}" for letter in "abcdefgh"]
+        lines = "\n".join(f"def {a}_{b}(argument):\n    return {b} + {a}" for a in words for b in words)
         (folder / f"module{number}.py").write_text(lines)
-    assert len(split_by_name(standard_library(folder))[1]) >= 2
     return folder
 
 
 @pytest.fixture(scope="module")
-def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def arguments(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("settings")
+    (folder / "tiny.yaml").write_text(TINY)
+    source = ["--data.source", str(corpus), "--data.cache", str(folder / "cache"), "--data.valid", "0.2"]
+    return ["train", "--config", str(folder / "tiny.yaml"), *source, "--sample-tokens", "5"]
+
+
+@pytest.fixture(scope="module")
+def run(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "tiny"
-    main(["train", "--corpus", str(corpus), "--output", str(output), *TINY])
+    main([*arguments, "--output", str(output)])
     return output
 
 
-def test_a_run_keeps_model_tokenizer_metrics_results_plot_and_sample(run: Path) -> None:
-    written = {"model.safetensors", "tokenizer.json", "options.json", "metrics.jsonl", "results.json"}
-    assert {path.name for path in run.iterdir()} == written | {"curves.png", "sample.txt"}
-    results = json.loads((run / "results.json").read_text())
-    assert set(results["loss"]) == {"off", "on", "other", "shuffled"}
-    assert [validation["step"] for validation in results["validations"]] == [3, 5, 6]
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["number"] for record in records if "number" in record] == [1, 2, 3, 4, 5, 6]
-    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+def failed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command prints which exits with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "documents/s]" not in line]
+    assert len(lines) == 1
+    return lines[0]
 
 
-def test_a_second_run_leaves_the_first_alone(run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (run / "results.json").read_text()
-    main(["train", "--corpus", str(corpus), "--output", str(run), *TINY])
-    assert (run / "results.json").read_text() == before
-    assert json.loads((run.with_name("tiny-2") / "results.json").read_text())["loss"] == json.loads(before)["loss"]
+def test_a_run_keeps_what_it_is_and_what_it_is_worth(run: Path) -> None:
+    written = {"config.yaml", "tokenizer.json", "checkpoints", "metrics.jsonl", "metrics.png", "evaluation"}
+    assert {path.name for path in run.iterdir()} == written | {"sample.txt"}
+    assert {path.suffix for path in (run / "evaluation").iterdir()} == {".json", ".md", ".png"}
+    records = read_metrics(run / "metrics.jsonl")
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records if "validation" in record] == [3, 6]
+    assert [list(record["memory"]["layer 1"]) for record in records if "memory" in record][-1] == [
+        "temperature",
+        "mass",
+        "recall",
+        "age",
+    ]
+
+
+def test_flags_lie_over_the_file_and_the_file_over_the_preset(run: Path, corpus: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["source"] == str(corpus)
+    assert config["training"]["steps"] == 6
+    assert config["model"]["short_conv"] == RUN_PRESETS["small"]["model"]["short_conv"]
+
+
+def test_evaluation_tells_each_memory_size_and_control(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", str(run), "--memory", "0,8,64", "--output", str(run.with_name("evaluated"))])
     printed = capsys.readouterr().out
-    assert "tiny-2" in printed
-    assert all(label in printed for label in ("memory off", "memory on", "another document's", "values shuffled"))
-    assert "from here on the model writes" in printed
+    assert all(words in printed for words in ("another document's memory", "values shuffled", "random keys"))
+    written = json.loads((run.with_name("evaluated") / "evaluation.json").read_text())
+    assert {"off", "8", "64"} < set(written["modes"])
+
+
+def test_an_existing_run_is_left_alone_and_overwritten_only_when_asked(
+    run: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    assert "which exists (--resume or --overwrite)" in failed([*arguments, "--output", str(run)], capsys)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    other = tmp_path / "run"
+    for options in ([], ["--overwrite"]):
+        main([*arguments, "--output", str(other), "--no-evaluate", "--sample-tokens", "0", *options])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert "expected a run to overwrite" in failed(
+        [*arguments, "--output", str(tmp_path / "mine"), "--overwrite"], capsys
+    )
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_without_a_name_the_next_free_one_is_taken(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        main([*arguments, "--training.steps", "1", "--no-evaluate", "--sample-tokens", "0"])
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"small", "small-2"}
+
+
+def test_resuming_needs_only_the_folder_and_may_go_further(
+    run: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "run"
+    quick = ["--output", str(other), "--no-evaluate", "--sample-tokens", "0"]
+    main([*arguments, *quick])
+    main(["train", "--resume", *quick, "--training.steps", "8"])
+    steps = [record["step"] for record in read_metrics(other / "metrics.jsonl") if "loss" in record]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    line = failed(["train", "--resume", *quick, "--optimizer.learning-rate", "1"], capsys)
+    assert "optimizer.learning_rate 0.004 (got 1.0)" in line
 
 
 def test_a_run_goes_on_writing_the_same_text_for_the_same_seed(
     run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["generate", str(run), "--read", str(corpus / "module1.py"), "--prompt", "def f"]
-    arguments += ["--max-new-tokens", "20", "--temperature", "1"]
+    given = ["generate", str(run), "--read", str(corpus / "module1.py"), str(corpus / "module2.py")]
+    given += ["--prompt", "def f", "--max-new-tokens", "20", "--temperature", "1"]
     written = []
     for seed in ("1", "1", "2"):
-        main([*arguments, "--seed", seed])
+        capsys.readouterr()
+        main([*given, "--seed", seed])
         written.append(capsys.readouterr().out)
     assert written[0].startswith("def f")
     assert written[0] == written[1] != written[2]
 
 
+def test_standard_input_can_be_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def word1a_word1b(argument):\n" * 9)))
+    main(["generate", str(run), "--read", "-", "--max-new-tokens", "3"])
+    assert capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
-        (["train", "--steps", "0"], "expected steps to be at least 1, got 0"),
-        (["train", "--corpus", "nowhere"], "expected Python files in 'nowhere', got none"),
-        (["train", "--learning-rate", "-1"], "expected learning_rate to be above 0, got -1.0"),
-        (
-            ["generate", "nowhere", "--prompt", "x"],
-            "expected the folder of a run, got 'nowhere'",
-        ),
+        (["nonsense"], "expected a command among train, evaluate, generate, got 'nonsense'"),
+        (["train", "--training.steps", "0"], "expected steps to be at least 1, got 0"),
+        (["train", "--training.stepz", "1"], "--training.stepz"),
+        (["train", "--optimizer.learning-rate", "-1"], "expected learning_rate to be above 0, got -1.0"),
+        (["train", "--preset", "huge"], "expected a preset among small, enwik8, paper-200m, paper-1b, paper-8b"),
+        (["train", "--config", "nowhere.yaml"], "expected a YAML file, got 'nowhere.yaml'"),
+        (["train", "--data.source", "nowhere"], "got 'nowhere'"),
+        (["train", "--resume"], "expected --resume with --output RUN"),
+        (["train", "--resume", "--output", "nowhere"], "expected the folder of a run, got 'nowhere'"),
+        (["evaluate", "nowhere"], "expected the folder of a run, got 'nowhere'"),
+        (["evaluate", "nowhere", "--memory", "many"], "expected memory sizes such as 0,512,2048, got 'many'"),
+        (["generate", "nowhere", "--prompt", "x"], "expected the folder of a run, got 'nowhere'"),
+        (["generate", "nowhere", "--read", "nothing.txt"], "expected a text file to read, got 'nothing.txt'"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: list[str],
+    given: list[str],
     message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1
-    assert message in errors[0]
+    assert message in failed(given, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_to_continue_is_bad_input(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in (([], "got none"), (["--read", "nowhere"], "does not exist")):
-        with pytest.raises(SystemExit) as stopped:
-            main(["generate", str(run), *arguments])
-        assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
+def test_text_that_cannot_be_trained_on_is_refused_before_the_run_begins(
+    arguments: list[str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "image").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "a").write_text("a")
+    (tmp_path / "rows.jsonl").write_text('{"body": "text"}\n')
+    output = ["--output", str(tmp_path / "run")]
+    for change, message in (
+        (["--data.source", str(tmp_path / "empty")], "got none"),
+        (["--data.source", str(tmp_path / "binary")], "image"),
+        (["--data.source", str(tmp_path / "short")], "expected"),
+        (["--data.source", str(tmp_path / "rows.jsonl")], "body"),
+        (["--training.rows", "90"], "expected at most"),
+        (["--data.tokenizer", "bytes"], "expected a tokenizer of 300 tokens, got one of 256"),
+        (["--model.num-tokens", "90000"], "expected text for 90,000 tokens"),
+    ):
+        assert message in failed([*arguments, *output, *change], capsys)
+        assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "generate"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_tells_the_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
-    assert "--segment-length" in capsys.readouterr().out
+    assert "--seed" in capsys.readouterr().out
+
+
+def test_the_train_script_is_the_enwik8_preset(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "train.py"
+    command = [sys.executable, str(script), "--data.source", "enwik8:nowhere", "--output", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "nowhere" in result.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import re
+import string
 import subprocess
 import sys
 import tomllib
@@ -15,15 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memorizing_transformers_pytorch
-import train
-from memorizing_transformers_pytorch import KNNMemory, MemorizingTransformer, ModelConfig
+from memorizing_transformers_pytorch import KNNMemory, MemorizingTransformer
+from memorizing_transformers_pytorch.data.prepare import prepare
+from memorizing_transformers_pytorch.training import loop
+from memorizing_transformers_pytorch.training.presets import run_preset
+from memorizing_transformers_pytorch.training.settings import from_plain, merged
 
 SOS, EOS = 1, 2
 
@@ -219,25 +222,37 @@ def test_b9_shifting_memories_down_has_an_effect() -> None:
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
-def test_b10_training_validates_on_validation_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """train.py validated on the batch that it trained on. Here each byte tells which split it comes from."""
+def test_b10_training_validates_on_documents_that_it_never_trains_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """train.py validated on the batch that it trained on. Here each document consists of a letter of its own."""
     seen: dict[bool, set[int]] = {True: set(), False: set()}
     forward = MemorizingTransformer.forward
 
     def watched(self: MemorizingTransformer, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen[self.training].update(x.flatten().tolist())
+        seen[self.training].update(x[kwargs["mask"]].tolist())
         return forward(self, x, *args, **kwargs)
 
-    split = {name: np.full(90, i, dtype=np.uint8) for i, name in enumerate(("train", "valid", "test"), start=5)}
-    monkeypatch.setattr(train, "read_enwik8", lambda _path: split)
     monkeypatch.setattr(MemorizingTransformer, "forward", watched)
-    sizes: dict[str, Any] = {"steps": 2, "batch_size": 2, "segments": 2, "segment_length": 8, "device": "cpu"}
-    options = train.Options(enwik8=tmp_path, output=tmp_path / "model.safetensors", **sizes)
-    train.main(
-        options,
-        ModelConfig.preset("enwik8", dim=8, dim_head=4, heads=1, depth=2, memorizing_layers=1, xl_memory_layers=2),
+    (tmp_path / "text").mkdir()
+    for letter in string.ascii_letters:
+        (tmp_path / "text" / letter).write_text(letter * 30)
+    plain = merged(
+        run_preset("enwik8"),
+        {
+            "device": "cpu",
+            "model": {"dim": 8, "dim_head": 4, "heads": 1, "depth": 2, "memorizing_layers": 1, "xl_memory_layers": 2},
+            "data": {"source": str(tmp_path / "text"), "cache": str(tmp_path / "cache"), "valid": 0.2, "pack": False},
+            "training": {"steps": 12, "rows": 4, "segments": 2, "segment_length": 15, "validate_every": 5},
+        },
     )
-    assert seen == {True: {5}, False: {6}}
+    config = from_plain(plain)
+    loop.train(config, tmp_path / "run")
+    prepared = prepare(config.data, 256, progress=False)
+    trained, validated = ({ord(name) for name in part.names} for part in (prepared.train, prepared.valid))
+    assert seen[False] == validated
+    assert len(seen[True]) > 10
+    assert seen[True] <= trained
 
 
 def test_b11_memories_in_one_directory_do_not_touch_each_other(tmp_path: Path) -> None:

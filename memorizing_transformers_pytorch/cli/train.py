@@ -14,13 +14,14 @@ from typing import Annotated
 import torch
 import tyro
 
+from memorizing_transformers_pytorch.cli.arguments import parse_arguments
 from memorizing_transformers_pytorch.cli.evaluate import Evaluate, evaluate_run
 from memorizing_transformers_pytorch.data.prepare import prepare
 from memorizing_transformers_pytorch.generation import generate
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.metrics import read_metrics
-from memorizing_transformers_pytorch.training.presets import RUN_PRESETS, run_preset
+from memorizing_transformers_pytorch.training.presets import run_preset
 from memorizing_transformers_pytorch.training.report import check_plots_are_possible, plot_training
 from memorizing_transformers_pytorch.training.run import METRICS, config_of, free_name, load_run
 from memorizing_transformers_pytorch.training.settings import from_plain, merged, read_yaml, to_plain
@@ -75,7 +76,7 @@ def parse(arguments: Sequence[str], program: str) -> Train:
         if "config" in given:
             base = merged(base, read_yaml(given["config"]))
     default = Train(run=from_plain(base))
-    return tyro.cli(Train, args=list(arguments), default=default, prog=program)
+    return parse_arguments(Train, arguments, program, default=default)
 
 
 def train_and_report(options: Train) -> Path:
@@ -87,8 +88,6 @@ def train_and_report(options: Train) -> Path:
     is_main = os.environ.get("RANK", "0") == "0"
     folder = options.run.output or free_name(Path("runs") / options.preset)
     config = dataclasses.replace(options.run, output=folder)
-    if is_main:
-        print(f"the run is kept in {folder}", flush=True)
     train(config, folder, resume=options.resume, overwrite=options.overwrite)
     if is_main:
         plot_training(read_metrics(folder / METRICS), config.memory_from_step, folder / "metrics.png")
@@ -130,6 +129,3 @@ def sample(count: int, folder: Path, name: str, tokens: list[int]) -> str:
     (folder / "sample.txt").write_text(text, encoding="utf-8")
     line = "-" * 80
     return f"{name}, held out; the model has read {len(read)} tokens of it:\n{line}\n{text}\n{line}"
-
-
-__all__ = ["RUN_PRESETS", "Train", "main", "parse", "train_and_report"]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.model import MemorizingTransformer
 from memorizing_transformers_pytorch.segment import XLMemories
 from memorizing_transformers_pytorch.training.controls import CONTROLS, control
@@ -167,7 +167,11 @@ def _read_side_by_side(
     parts: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in texts] for name in needed.names}
     states: dict[str, XLMemories | None] = dict.fromkeys(needed.names)
     with ExitStack() as stack:
-        memories = {size: stack.enter_context(_memories(model, len(texts), size)) for size in needed.sizes if size}
+        memories = {
+            size: stack.enter_context(model.knn_memories_context(batch_size=len(texts), max_memories=size))
+            for size in needed.sizes
+            if size > 0
+        }
         for start in range(0, len(texts[0]) - 1, segment_length):
             segment = _segment(texts, start, segment_length, model.device)
             for size in needed.sizes:
@@ -200,17 +204,3 @@ def _score(
         result = model(segment.tokens, memories, state, add_knn_memory=useless is None, mask=segment.mask)
     logits, state = result if model.carries_state else (result, None)
     return F.cross_entropy(logits.float().mT, segment.labels, reduction="none").cpu().numpy(), state
-
-
-def _memories(model: MemorizingTransformer, batch_size: int, max_memories: int) -> KNNMemoryList:
-    return KNNMemoryList(
-        KNNMemory(
-            dim=model.config.dim_head,
-            max_memories=max_memories,
-            num_indices=batch_size,
-            num_kv_heads=model.config.num_kv_heads,
-            dtype=getattr(torch, model.config.memory_dtype),
-            device=model.device,
-        )
-        for _ in model.config.layers_with_memory
-    )

@@ -133,7 +133,8 @@ def _plot_by_size(axes: Any, summary: Summary) -> None:
         axes.errorbar([summary.controls_at], [value], yerr=bars, label=label(name), **style)
     change = axes.secondary_yaxis("right", functions=(lambda y: 100 * (y / off - 1), lambda y: off * (1 + y / 100)))
     change.set_ylabel("change against memory off (%)")
-    axes.set(xlabel="entries of the memory", ylabel="perplexity per token", title="By size of the memory")
+    title = "By size of the memory" + (" (95% intervals of the change)" if len(summary.names) > 1 else "")
+    axes.set(xlabel="entries of the memory", ylabel="perplexity per token", title=title)
 
 
 def _perplexities(summary: Summary, names: Sequence[str]) -> list[float]:
@@ -164,4 +165,9 @@ def _plot_by_position(axes: Any, summary: Summary, segment_length: int) -> None:
         axes.plot(middles, [losses[i] for i in shown], label=label(name) if name != "off" else "memory off", **style)
     axes.axvline(segment_length, color="black", linewidth=0.8, linestyle=":", label="end of the first segment")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens of the document already read", ylabel="loss (nats per token)", title="By position")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set(
+        xlabel="tokens of the document already read",
+        ylabel="loss (nats per token)",
+        title="By position in the document",
+    )

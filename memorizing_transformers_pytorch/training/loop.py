@@ -122,6 +122,8 @@ class _Loop:
         with ExitStack() as stack:
             stack.enter_context(self.bar)
             if self.is_main:
+                self.bar.write(f"the run is kept in {self.folder}")
+            if self.is_main:
                 tensorboard = self.folder / "tensorboard" if self.settings.tensorboard else None
                 metrics = Metrics(
                     self.folder / folders.METRICS, step=self.trainer.progress.step, tensorboard=tensorboard

@@ -24,6 +24,7 @@ from memorizing_transformers_pytorch.model import MemorizingTransformer
 from memorizing_transformers_pytorch.nn.attention import Attended, KNNAttention, Reading
 
 SAMPLED_QUERIES = 16  # of each row and head, for recall and age
+SAME_SCORE = 1e-5  # by which two inner products of unit vectors in float32 may differ and be the same
 
 Seen = dict[str, Any]
 
@@ -91,18 +92,17 @@ def ages_of(reading: Reading, memory: KNNMemory, count: int) -> Tensor:
 
 
 def recall(reading: Reading, memory: KNNMemory, count: int) -> float:
-    """The share of the best entries that were found, for some of the queries."""
-    slots, mask = _sampled(reading.lookup.slots, count), _sampled(reading.lookup.mask, count)
-    queries = _sampled(reading.queries, count).float().to(memory.device)
+    """The share of the best entries that were found, for some of the queries. Entries as good as the last of the best
+    count as such: the same keys may be there several times."""
+    scores, mask = _sampled(reading.lookup.scores, count), _sampled(reading.lookup.mask, count)
+    queries = _sampled(reading.queries, count).to(memory.device, scores.dtype)
     found = wanted = 0
     for i, row in enumerate(memory.scoped_indices):
         if not bool(mask[i].any()):
             continue
-        keys = memory.store.keys[row, :, : memory.store.filled[row]].float()
-        per_head = queries[i].reshape(keys.shape[0], -1, queries.shape[-1])
-        best = (per_head @ keys.mT).topk(min(slots.shape[-1], keys.shape[1]), dim=-1).indices
-        bases = torch.tensor([memory.store.slot_base(row, head) for head in range(keys.shape[0])], device=best.device)
-        best = (best + bases[:, None, None]).view(*slots.shape[1:3], -1)
-        hits = (best.unsqueeze(-1) == slots[i].to(best.device).unsqueeze(-2)) & mask[i].to(best.device).unsqueeze(-2)
-        found, wanted = found + int(hits.any(dim=-1).sum()), wanted + best.numel()
+        keys = memory.store.keys[row, :, : memory.store.filled[row]].to(scores.dtype)
+        products = queries[i].reshape(keys.shape[0], -1, keys.shape[-1]) @ keys.mT
+        best = products.topk(min(scores.shape[-1], keys.shape[1]), dim=-1).values.to(scores.device)
+        least = best[..., -1].reshape(*scores.shape[1:3], 1) - SAME_SCORE
+        found, wanted = found + int(((scores[i] >= least) & mask[i]).sum()), wanted + best.numel()
     return found / max(wanted, 1)

@@ -12,7 +12,7 @@ def learning_rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     decay_from = max(round(steps * (1 - config.decay_share)), config.warmup_steps)
-    if step < decay_from:
+    if step < decay_from or config.decay_share == 0:
         return _scheduled(config, step, steps)
     left = max(steps - step, 0) / max(steps - decay_from, 1)
     end = config.learning_rate * config.final_share

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,18 +162,6 @@ def test_batches_are_moved_whole() -> None:
     batch = next(DocumentStream(make_documents([5]), rows=1, segment_length=4))
     assert all(tensor.device.type == "meta" for tensor in batch.to("meta", non_blocking=True))
     assert [tensor.dtype for tensor in batch] == [*2 * [torch.int64], torch.bool, torch.int64, torch.bool]
-
-
-@pytest.mark.parametrize("pack", [False, True])
-def test_batches_are_made_faster_than_models_read_them(pack: bool) -> None:
-    documents = [np.zeros(length, dtype=np.uint16) for length in range(100, 3000, 10)]
-    stream = DocumentStream(documents, rows=32, segment_length=512, pack=pack)
-    seconds = []
-    for _ in range(50):
-        began = time.perf_counter()
-        next(stream)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.005
 
 
 def test_bad_input_is_refused() -> None:

@@ -36,7 +36,8 @@ def make_documents(*lengths: int) -> list[np.ndarray]:
 @torch.no_grad()
 def read_by_itself(model: MemorizingTransformer, document: np.ndarray, segment: int, size: int) -> np.ndarray:
     tokens = torch.from_numpy(document.astype(np.int64))
-    memories, state, losses = module._memories(model, 1, size) if size else None, None, []
+    memories = model.create_knn_memories(batch_size=1, max_memories=size) if size else None
+    state, losses = None, []
     for start in range(0, len(tokens) - 1, segment):
         stop = min(start + segment, len(tokens) - 1)
         mask = torch.ones(1, stop - start, dtype=torch.bool)
@@ -146,8 +147,8 @@ def test_memories_are_closed_also_after_a_failure(
     model: MemorizingTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[KNNMemoryList] = []
-    create = module._memories
-    monkeypatch.setattr(module, "_memories", lambda *a: made.append(create(*a)) or made[-1])
+    create = model.create_knn_memories
+    monkeypatch.setattr(model, "create_knn_memories", lambda **sizes: made.append(create(**sizes)) or made[-1])
     with pytest.raises(ValueError, match="expected token ids from 0 to 30, got 31 to 31"):
         evaluate(model, [np.full(9, 31)], segment_length=7, memory_sizes=(0, 4, 6))
     assert len(made) == 2

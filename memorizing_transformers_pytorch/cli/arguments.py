@@ -1,0 +1,38 @@
+"""Arguments to dataclasses, by tyro; what it refuses becomes one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+Options = TypeVar("Options")
+
+_BOX = "╭╮╰╯│─ "
+
+
+def parse_arguments(kind: type[Options], arguments: Sequence[str], program: str, **tyro_options: Any) -> Options:
+    """The arguments as this dataclass. Raises ValueError for unknown ones and for values that make no sense."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed: Options = tyro.cli(kind, args=list(arguments), prog=program, **tyro_options)
+            return parsed
+    except SystemExit as stopped:
+        if stopped.code != 2:
+            raise
+    raise ValueError(_first_paragraph(said.getvalue()))
+
+
+def _first_paragraph(box: str) -> str:
+    """What stands in the box that tyro draws, between its title and the first rule."""
+    found: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip(_BOX)
+        if not text:
+            break
+        found.append(text)
+    return " ".join(found).removeprefix("Error parsing ")
