@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), 1)
     except Interrupted as error:
         _fail(str(error), 128 + error.signal)
+    except BrokenPipeError:  # who reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:

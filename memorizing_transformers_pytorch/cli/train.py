@@ -43,6 +43,8 @@ class Train:
     """Replace the run in --output."""
     evaluate: bool = True
     """At the end, evaluate on the held-out test documents, with controls."""
+    evaluate_tokens: int = 16_384
+    """Tokens that are then read of each document. (`evaluate` reads whole documents, at any memory sizes.)"""
     sample_tokens: int = 160
     """Tokens to write at the end, continuing a held-out document; 0 for none."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -81,8 +83,9 @@ def parse(arguments: Sequence[str], program: str) -> Train:
 
 def train_and_report(options: Train) -> Path:
     """Train, then (on the main process) plot, evaluate and write a sample; returns the folder of the run."""
-    if options.sample_tokens < 0:
-        raise ValueError(f"expected sample_tokens to be at least 0, got {options.sample_tokens}")
+    for name, least in (("sample_tokens", 0), ("evaluate_tokens", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"expected {name} to be at least {least}, got {getattr(options, name)}")
     check_plots_are_possible()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     is_main = os.environ.get("RANK", "0") == "0"
@@ -104,7 +107,8 @@ def report(options: Train, folder: Path) -> None:
         print("no document was held out to evaluate on (--data.test)")
         return
     if options.evaluate:
-        evaluate_run(Evaluate(run=folder))
+        size = run.config.model.max_knn_memories if run.config.model.layers_with_memory else 0
+        evaluate_run(Evaluate(run=folder, memory=f"0,{size}", max_tokens=options.evaluate_tokens))
     if options.sample_tokens > 0:
         longest = max(documents, key=lambda n: len(test[n]))
         print(sample(options.sample_tokens, folder, test.names[longest], test[longest].tolist()))

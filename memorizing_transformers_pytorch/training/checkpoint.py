@@ -1,7 +1,8 @@
 """Checkpoints of a training run, from which it goes on exactly: weights, optimiser, place in the data, memories.
 
 A checkpoint is a folder `checkpoints/step-N` of safetensors files and one JSON file; nothing is pickled. It is written
-under another name, brought to the disk (fsync) and then renamed: a folder of that name is complete, whatever happened.
+under another name, brought to the disk (fsync) and then renamed, and gets another name before it is removed: a folder
+of that name is complete, whatever happened. (So is `step-N.replaced`: there for a moment, when step N is written again.)
 
     model.safetensors       weights, with the configuration of the model
     average.safetensors     their moving average, if one is kept
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,29 @@ from memorizing_transformers_pytorch.training.trainer import Trainer
 MODEL, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"
 
 
+_NAME = re.compile(r"step-(\d+)(\.replaced)?")
+
+
 class CheckpointError(OSError):
-    """A checkpoint could not be written; those written before are intact."""
+    """A checkpoint (or what goes with it) could not be written; those written before are intact."""
 
 
-def checkpoints_of(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+def checkpoints_of(run: Path) -> dict[int, Path]:
+    """The complete checkpoints of a run by their steps, oldest first."""
+    found = [(path, match) for path in (run / "checkpoints").glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    found.sort(key=lambda each: (int(each[1][1]), each[1][2] is None))
+    return {int(match[1]): path for path, match in found}
+
+
+def last_of(run: Path) -> Path | None:
+    """The last complete checkpoint of a run, if it has one."""
+    return next(reversed(checkpoints_of(run).values()), None)
+
+
+def last_good(run: Path) -> str:
+    """The same in words, for messages."""
+    last = last_of(run)
+    return "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
 
 
 def write_checkpoint(trainer: Trainer, run: Path, extra: dict[str, Any]) -> Path:
@@ -54,18 +71,17 @@ def write_checkpoint(trainer: Trainer, run: Path, extra: dict[str, Any]) -> Path
     main = trainer.accelerator.is_main_process
     folder = run / "checkpoints" / f"step-{trainer.progress.step}"
     aside = folder.with_name(f".{folder.name}.incomplete")
-    failure = _failure_of(lambda: _make_anew(aside)) if main else None
-    if not trainer.agree(failure is not None):  # which is also where the processes wait for each other
-        failure = _failure_of(lambda: _write_parts(trainer, aside, extra))
-    if trainer.agree(failure is not None):
-        if main:
-            shutil.rmtree(aside, ignore_errors=True)
-        good = checkpoints_of(run)
-        intact = f"the last good one is {good[-1]}" if good else "there is none before it"
-        raise CheckpointError(f"could not write {folder}: {failure or 'another process failed'}; {intact}")
-    if main:
-        _publish(aside, folder)
-    trainer.accelerator.wait_for_everyone()
+    stages: list[tuple[bool, Callable[[], None]]] = [
+        (main, lambda: _make_anew(aside)),
+        (True, lambda: _write_parts(trainer, aside, extra)),
+        (main, lambda: _publish(aside, folder)),
+    ]
+    for takes_part, stage in stages:
+        failure = _failure_of(stage) if takes_part else None
+        if trainer.agree(failure is not None):  # which is also where the processes wait for each other
+            if main:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(f"could not write {folder}: {failure or 'another process failed'}; {last_good(run)}")
     return folder
 
 
@@ -101,10 +117,22 @@ def _publish(aside: Path, folder: Path) -> None:
     """Bring everything to the disk, then give it its name."""
     for path in [*aside.iterdir(), aside]:
         _fsync(path)
-    if folder.exists():  # the same step, written before an interruption
-        shutil.rmtree(folder)
+    replaced = folder.with_name(f"{folder.name}.replaced")
+    if folder.exists():  # the same step, written once before
+        _discard(replaced)
+        folder.rename(replaced)
     aside.rename(folder)
     _fsync(folder.parent)
+    _discard(replaced)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint, if it is there, under a name that is none: half of one is never taken for a whole."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
@@ -134,9 +162,11 @@ def _optimizer_parts(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint. Raises ValueError where there is none."""
     try:
-        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"expected a checkpoint, got {str(checkpoint)!r}: {error}") from None
+    if not isinstance(state, dict) or not {"processes", "progress", "best", "text"} <= state.keys():
+        raise ValueError(f"expected a checkpoint, got {str(checkpoint)!r}, whose {STATE} is that of none")
     return state
 
 
@@ -165,7 +195,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
 def _naming(checkpoint: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, KeyError, FileNotFoundError) as error:
+    except (SafetensorError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"expected a whole checkpoint, got {str(checkpoint)!r}: {error}") from error
 
 
@@ -179,9 +209,12 @@ def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor], rest: dict[str
         trainer.accelerator.scaler.load_state_dict(rest["scaler"])
 
 
-def keep_only(run: Path, kept: set[str]) -> None:
-    """Remove the checkpoints that are not among these names, and what interrupted writes have left."""
-    folder = run / "checkpoints"
-    for path in [*folder.glob(".step-*"), *checkpoints_of(run)]:
-        if path.name not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+def keep_only(run: Path, steps: set[int]) -> None:
+    """Remove the checkpoints of other steps, and what interrupted writes have left. What cannot be removed stays."""
+    for left in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    kept = {path for step, path in checkpoints_of(run).items() if step in steps}
+    for path in (run / "checkpoints").glob("step-*"):
+        if path not in kept and _NAME.fullmatch(path.name):
+            with suppress(OSError):
+                _discard(path)

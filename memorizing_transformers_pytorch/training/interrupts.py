@@ -27,12 +27,13 @@ class Wish:
 
 @contextmanager
 def stopping_on_signals() -> Iterator[Wish]:
-    """Inside, the first SIGINT or SIGTERM is noted; a second one acts as it did before."""
+    """Inside, the first SIGINT and the first SIGTERM are noted (launchers send one after the other); a second one of
+    the same kind acts as it did before."""
     wish = Wish()
     before: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        wish.signal = number
+        wish.signal = wish.signal or number
         signal.signal(number, before[number])
 
     if threading.current_thread() is not threading.main_thread():  # only there can signals be handled

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 
 from memorizing_transformers_pytorch.checkpoint import load_weights, read_weights
 from memorizing_transformers_pytorch.data.prepare import Prepared, prepare
@@ -20,8 +22,10 @@ from memorizing_transformers_pytorch.training import run as folders
 from memorizing_transformers_pytorch.training.checkpoint import (
     AVERAGE,
     MODEL,
-    checkpoints_of,
+    CheckpointError,
     keep_only,
+    last_good,
+    last_of,
     read_state,
     restore,
     write_checkpoint,
@@ -41,8 +45,8 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: b
 
     Raises ValueError, before anything is written, for a configuration or text that makes no sense, a folder that exists
     already, or one to resume that holds a run of another configuration. Raises FloatingPointError for a loss that is
-    not finite, CheckpointError where a checkpoint cannot be written, Interrupted after SIGINT or SIGTERM, when a
-    checkpoint has been written.
+    not finite, CheckpointError where a checkpoint or a record cannot be written, Interrupted after SIGINT or SIGTERM,
+    when a checkpoint has been written.
     """
     config.check()
     if resume:
@@ -60,25 +64,36 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: b
             tokenizer=load_tokenizer(folder / folders.TOKENIZER) if resume else None,
         )
     trainer = Trainer(config, prepared.train, accelerator)
-    if resume:
-        loop = _Loop(trainer, prepared, folder, _go_on(trainer, prepared, folder))
-    else:
-        if config.init_from is not None:
-            load_weights(trainer.model, read_weights(_weights_of(config.init_from)))
-        if accelerator.is_main_process:
+    if config.init_from is not None and not resume:
+        weights = read_weights(_weights_of(config.init_from))
+        for model in {trainer.model, trainer.best_model}:
+            load_weights(model, weights)
+    best = _go_on(trainer, prepared, folder) if resume else None
+    if accelerator.is_main_process:
+        if resume:
+            folders.keep_config(config, folder)
+        else:
             folders.begin(config, folder)
             prepared.tokenizer.save(folder / folders.TOKENIZER)
-        loop = _Loop(trainer, prepared, folder, None)
+    accelerator.wait_for_everyone()  # until then another process may see a run that is being replaced
     with stopping_on_signals() as wish:
-        loop.run(wish)
+        _Loop(trainer, prepared, folder, best).run(wish)
     return folder
 
 
 def _make_accelerator(config: RunConfig) -> Accelerator:
+    """One with these settings, also in a process that has trained with others before: accelerate keeps the first."""
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    return Accelerator(
-        mixed_precision=config.training.precision, cpu=config.device == "cpu", kwargs_handlers=[patience]
-    )
+
+    def make() -> Accelerator:
+        precision, cpu = config.training.precision, config.device == "cpu"
+        return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[patience])
+
+    try:
+        return make()
+    except ValueError:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return make()
 
 
 def _weights_of(source: Path) -> Path:
@@ -91,13 +106,13 @@ def _weights_of(source: Path) -> Path:
 
 def _go_on(trainer: Trainer, prepared: Prepared, folder: Path) -> dict[str, Any] | None:
     """Let the trainer stand where the run stopped; the best validation so far. From the start if it never saved."""
-    found = checkpoints_of(folder)
-    if not found:
+    last = last_of(folder)
+    if last is None:
         return None
-    was = read_state(found[-1])["text"]
+    was = read_state(last)["text"]
     if was != prepared.fingerprint:
         raise ValueError(f"expected the text that {folder} began with ({was}), got another ({prepared.fingerprint})")
-    best: dict[str, Any] | None = restore(trainer, found[-1])["best"]
+    best: dict[str, Any] | None = restore(trainer, last)["best"]
     return best
 
 
@@ -119,35 +134,38 @@ class _Loop:
 
     def run(self, wish: Wish) -> None:
         """The steps that are left. Raises as `train` says."""
-        with ExitStack() as stack:
-            stack.enter_context(self.bar)
-            if self.is_main:
-                self.bar.write(f"the run is kept in {self.folder}")
-            if self.is_main:
-                tensorboard = self.folder / "tensorboard" if self.settings.tensorboard else None
-                metrics = Metrics(
-                    self.folder / folders.METRICS, step=self.trainer.progress.step, tensorboard=tensorboard
-                )
-                self.metrics = stack.enter_context(metrics)
-            if not checkpoints_of(self.folder):
-                self._save()  # so that even a run that is killed early can go on
-            while not self.trainer.finished:
-                self._step()
-                self._after_step(wish)
+        try:
+            with ExitStack() as stack:
+                self._open(stack)
+                if last_of(self.folder) is None:
+                    self._save()  # so that even a run that is killed early can go on
+                while not self.trainer.finished:
+                    self._step()
+                    self._after_step(wish)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"could not write to {self.folder}: {error}; {last_good(self.folder)}") from error
+
+    def _open(self, stack: ExitStack) -> None:
+        """What is to be closed at the end, however it comes."""
+        stack.enter_context(self.trainer.memories)
+        stack.enter_context(self.bar)
+        if self.is_main:
+            self.bar.write(f"the run is kept in {self.folder}")
+            tensorboard = self.folder / "tensorboard" if self.settings.tensorboard else None
+            path, step = self.folder / folders.METRICS, self.trainer.progress.step
+            self.metrics = stack.enter_context(Metrics(path, step=step, tensorboard=tensorboard))
 
     def _step(self) -> None:
-        trainer = self.trainer
-        logged = (
-            trainer.progress.step + 1
-        ) % self.settings.log_every == 0 and trainer.progress.memory_since is not None
-        tokens = trainer.progress.tokens
+        trainer, tokens = self.trainer, self.trainer.progress.tokens
+        due = (trainer.progress.step + 1) % self.settings.log_every == 0
+        logged = due and trainer.progress.memory_since is not None
         with watching(trainer.model, trainer.memories) if logged else contextlib.nullcontext() as seen:
             try:
                 step = trainer.step()
             except FloatingPointError as error:
-                last = checkpoints_of(self.folder)
-                good = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
-                raise FloatingPointError(f"{error}; {good}") from None
+                raise FloatingPointError(f"{error}; {last_good(self.folder)}") from None
         record = self.bar.record(step, tokens)
         if trainer.progress.skipped:
             record["skipped"] = trainer.progress.skipped
@@ -185,7 +203,7 @@ class _Loop:
             self._note({"step": step, "validation": losses})
             shown = ", ".join(f"{loss:.3f} {_words(name)}" for name, loss in losses.items())
             self.bar.write(f"step {step:>6,}: validation loss {shown}")
-        if self.best is not None and loss >= self.best["loss"]:
+        if not math.isfinite(loss) or (self.best is not None and loss >= self.best["loss"]):
             return False
         self.best = {"step": step, "loss": loss}
         return True
@@ -212,8 +230,8 @@ class _Loop:
         extra = {"best": self.best, "text": self.prepared.fingerprint}
         saved = write_checkpoint(self.trainer, self.folder, extra)
         if self.is_main:
-            best = set() if self.best is None else {f"step-{self.best['step']}"}
-            keep_only(self.folder, {saved.name} | best)
+            best = set() if self.best is None else {self.best["step"]}
+            keep_only(self.folder, {self.trainer.progress.step} | best)
         return saved
 
 

@@ -22,10 +22,10 @@ _SMALL: Plain = {
         "qk_init": "induction",
         "pad_id": None,
     },
-    "data": {"source": "stdlib", "group": "folder"},
+    "data": {"source": "stdlib"},
     "optimizer": {"schedule": "constant", "decay_share": 0.3},
     "memory": {"last_share": 0.3, "growth": [[0, 2_048]]},
-    "training": {"steps": 1_300},
+    "training": {"steps": 1_000},
 }
 
 # The training of the original package: 5 segments of 512 bytes a step with fresh memories, Adam, a constant rate.

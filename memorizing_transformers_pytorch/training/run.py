@@ -16,7 +16,7 @@ import torch
 from memorizing_transformers_pytorch.checkpoint import load_checkpoint
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer, load_tokenizer
 from memorizing_transformers_pytorch.model import MemorizingTransformer
-from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, checkpoints_of, read_state
+from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, checkpoints_of, last_of, read_state
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.settings import differences, from_plain, read_yaml, write_yaml
 
@@ -57,17 +57,22 @@ def config_of(folder: Path) -> RunConfig:
 
 def checkpoint_of(folder: Path, which: str = "last") -> Path:
     """The "last" or the "best" checkpoint of a run. Raises ValueError if there is none."""
-    found = checkpoints_of(folder)
-    if not found:
+    last = last_of(folder)
+    if last is None:
         raise ValueError(f"expected a run with a checkpoint, got {str(folder)!r}, which has none yet")
     if which == "last":
-        return found[-1]
+        return last
     if which != "best":
         raise ValueError(f"expected a checkpoint 'last' or 'best', got {which!r}")
-    best = read_state(found[-1])["best"]
+    best = read_state(last)["best"]
     if best is None:
         raise ValueError(f"expected a run with a best checkpoint, got {str(folder)!r}, which was not validated yet")
-    return folder / "checkpoints" / f"step-{best['step']}"
+    found = checkpoints_of(folder)
+    if best["step"] not in found:
+        raise ValueError(
+            f"expected the best checkpoint, of step {best['step']}, got steps {', '.join(map(str, found))}"
+        )
+    return found[best["step"]]
 
 
 def load_run(folder: Path, which: str = "last", device: torch.device | str | None = None) -> LoadedRun:
@@ -103,11 +108,24 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 
 
 def begin(config: RunConfig, folder: Path) -> None:
-    """Make the folder of a new run, in place of what is there (see `check_free`)."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    write_yaml(config, folder / CONFIG)
+    """Make the folder of a new run, in place of what is there (see `check_free`).
+
+    If this is broken off, the folder is still that of a run: it can be overwritten.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != CONFIG:
+            path.unlink()
+    keep_config(config, folder)
+
+
+def keep_config(config: RunConfig, folder: Path) -> None:
+    """Write the configuration of a run in place of the one before, which is there until this one is complete."""
+    aside = folder / f".{CONFIG}.incomplete"
+    write_yaml(config, aside)
+    aside.replace(folder / CONFIG)
 
 
 def check_same(config: RunConfig, folder: Path) -> None:

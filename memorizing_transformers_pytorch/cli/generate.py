@@ -15,6 +15,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from memorizing_transformers_pytorch.cli.arguments import parse_arguments
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.generation import stream
 from memorizing_transformers_pytorch.memory import KNNMemoryList
@@ -56,6 +57,11 @@ class Generate:
     """Which weights of the run."""
     device: str | None = None
     """Such as cpu or cuda."""
+
+
+def main(arguments: Sequence[str], program: str) -> None:
+    """Run `generate` with these arguments. Raises ValueError for bad input."""
+    generate_text(parse_arguments(Generate, arguments, program))
 
 
 def generate_text(options: Generate) -> None:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from memorizing_transformers_pytorch import MemorizingTransformer, cli_evaluate, cli_generate
-from memorizing_transformers_pytorch.cli_evaluate import Evaluate, choose_sizes, evaluate_run, parse_sizes, read_texts
-from memorizing_transformers_pytorch.cli_generate import Generate, generate_text, pieces, read_text, until
+from memorizing_transformers_pytorch import MemorizingTransformer
+from memorizing_transformers_pytorch.cli import evaluate as cli_evaluate
+from memorizing_transformers_pytorch.cli import generate as cli_generate
+from memorizing_transformers_pytorch.cli.evaluate import Evaluate, choose_sizes, evaluate_run, parse_sizes, read_texts
+from memorizing_transformers_pytorch.cli.generate import Generate, generate_text, pieces, read_text, until
 from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer
