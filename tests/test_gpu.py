@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 
 from memorizing_transformers_pytorch import KNNMemory, KNNMemoryList, MemorizingTransformer
 from memorizing_transformers_pytorch.generation import generate
+from memorizing_transformers_pytorch.training.loop import train
+from memorizing_transformers_pytorch.training.metrics import read_metrics
+from memorizing_transformers_pytorch.training.presets import run_preset
+from memorizing_transformers_pytorch.training.settings import from_plain, merged
 
 pytestmark = pytest.mark.gpu
 
@@ -81,3 +86,20 @@ def test_a_seeded_text_is_that_of_a_cpu() -> None:
         prompt = [[1, 2, 3] * 10, [4]]
         texts.append(generate(model, prompt, memories, max_new_tokens=15, segment_length=9, generator=generator))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_training_run_learns_and_goes_on(precision: str, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for letter in "abcdefghijklmnopqrst":
+        (tmp_path / "text" / letter).write_text(f"{letter}{letter.upper()}" * 60)
+    steps: dict[str, Any] = {"steps": 30, "rows": 4, "segment_length": 16, "precision": precision}
+    data = {"source": str(tmp_path / "text"), "tokenizer": "bytes", "cache": str(tmp_path / "cache")}
+    small = {"num_tokens": 256, "dim": 32, "dim_head": 16, "heads": 2, "depth": 2, "max_knn_memories": 64}
+    plain = {"model": small, "data": data, "memory": {"growth": []}, "optimizer": {"warmup_steps": 2}}
+    for number in (30, 40):
+        config = from_plain(merged(merged(run_preset("small"), plain), {"training": {**steps, "steps": number}}))
+        train(config, tmp_path / "run", resume=number > 30)
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in record]
+    assert len(losses) == 40
+    assert losses[-1] < 0.7 * losses[0]

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `checkpoints/step-N` of safetensors files and one JSON file; nothing is pickled. It is written
 under another name, brought to the disk (fsync) and then renamed, and gets another name before it is removed: a folder
-of that name is complete, whatever happened. (So is `step-N.replaced`: there for a moment, when step N is written again.)
+of that name is complete, whatever happened. (So is `step-N.replaced`, there for a moment when step N is written again.)
 
     model.safetensors       weights, with the configuration of the model
     average.safetensors     their moving average, if one is kept

@@ -128,7 +128,6 @@ class _Loop:
             step=trainer.progress.step,
             steps=self.settings.steps,
             bytes_per_token=prepared.train.total_bytes / max(prepared.train.num_tokens_total, 1),
-            capacity=trainer.config.model.max_knn_memories,
             disable=not self.is_main,
         )
 
@@ -172,7 +171,7 @@ class _Loop:
         if seen:
             record["memory"] = seen
         self._note(record)
-        self.bar.show(record, trainer.progress.smoothed_loss)
+        self.bar.show(record, trainer.progress.smoothed_loss, self.config.entries_at(step.number - 1))
 
     def _note(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:

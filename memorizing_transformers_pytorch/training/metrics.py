@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -84,15 +85,15 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 class ProgressBar(AbstractContextManager["ProgressBar"]):
     """Steps done and left (with the time they will take), loss, speed, and what the memory holds and costs.
 
-    bytes_per_token: of the training text. capacity: entries of a row.
+    bytes_per_token: of the training text.
     """
 
-    def __init__(self, *, step: int, steps: int, bytes_per_token: float, capacity: int, disable: bool) -> None:
-        self._bar = tqdm(initial=step, total=steps, unit=" steps", disable=disable, dynamic_ncols=True)
+    def __init__(self, *, step: int, steps: int, bytes_per_token: float, disable: bool) -> None:
+        seconds = 0.1 if sys.stderr.isatty() else 10  # a log file should not be filled with bars
+        self._bar = tqdm(
+            initial=step, total=steps, unit=" steps", disable=disable, dynamic_ncols=True, mininterval=seconds
+        )
         self._nats_to_bits_per_byte = 1 / math.log(2) / bytes_per_token
-        self._capacity = capacity
-        self._seconds = self._searching = 0.0
-        self._tokens = 0
 
     def record(self, step: Step, previous_tokens: int) -> Record:
         """The step as a record, with loss in bits per byte and speed."""
@@ -109,14 +110,14 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
             "searching": step.searching / step.seconds,
         }
 
-    def show(self, record: Record, smoothed_loss: float | None) -> None:
-        """The running mean of the loss, and the rest as it was in this step."""
+    def show(self, record: Record, smoothed_loss: float | None, capacity: int) -> None:
+        """The running mean of the loss, and the rest as it was in this step. capacity: entries that a row can keep."""
         bits = math.nan if smoothed_loss is None else smoothed_loss * self._nats_to_bits_per_byte
         shown = {
             "loss": f"{math.nan if smoothed_loss is None else smoothed_loss:.3f}",
             "bits/byte": f"{bits:.3f}",
             "tokens/s": f"{record['tokens_per_second']:.0f}",
-            "memory": f"{record['entries'] / max(self._capacity, 1):.0%}",
+            "memory": f"{record['entries'] / capacity:.0%}",
             "searching": f"{record['searching']:.0%}",
         }
         self._bar.set_postfix(shown, refresh=False)

@@ -59,9 +59,9 @@ def test_tensorboard_gets_every_number_by_name(tmp_path: Path) -> None:
 
 def test_a_step_becomes_bits_per_byte_and_tokens_per_second(capsys: pytest.CaptureFixture[str]) -> None:
     step = Step(5, 2 * math.log(2), 900, 1e-3, 1.0, 64.0, 2.0, 0.5)
-    with ProgressBar(step=4, steps=10, bytes_per_token=4.0, capacity=128, disable=False) as bar:
+    with ProgressBar(step=4, steps=10, bytes_per_token=4.0, disable=False) as bar:
         found = bar.record(step, 700)
-        bar.show(found, 2 * math.log(2))
+        bar.show(found, 2 * math.log(2), capacity=128)
     assert found["bits_per_byte"] == pytest.approx(0.5)
     assert found["tokens_per_second"] == 100
     assert found["searching"] == 0.25
