@@ -39,7 +39,7 @@ LOCAL_SHARE = 0.7  # of the time, before memory and baseline part
 TRAINED_ENTRIES = 2_048  # of the memory in training
 SIZES = (0, 512, 2_048, 8_192, 65_536)
 HELD_OUT_TOKENS = 32_768  # read of each held-out document
-LENGTHS = {"10": 1_000, "30": 3_000, "60": 6_000}  # minutes of one core, about: local steps
+LENGTHS = {"10": 1_000, "30": 3_000, "45": 4_500}  # minutes of one core, about: local steps
 
 
 # What a run is
@@ -61,7 +61,7 @@ class Job:
 
 def changed(**sections: Mapping[str, Any]) -> Plain:
     """The preset `small` with some fields changed, on the CPU."""
-    return merged(merged({}, run_preset("small")), {"device": "cpu", **sections})
+    return merged(merged(run_preset("small"), {"device": "cpu", "data": {"group": "folder"}}), sections)
 
 
 def quiet(steps: int) -> Plain:
@@ -70,7 +70,8 @@ def quiet(steps: int) -> Plain:
 
 
 def branches(length: str, seed: int, cost: Mapping[str, float], **model: Any) -> list[Job]:
-    """With a memory, and without one for the same time and for the same tokens; from the trunk of this seed."""
+    """With a memory, and without one for the same time (and for fewer tokens, as many as with the memory); from the
+    trunk of this seed."""
     budget = LENGTHS[length]
     local = round(budget * LOCAL_SHARE)
     left = budget - local
@@ -86,11 +87,13 @@ def branches(length: str, seed: int, cost: Mapping[str, float], **model: Any) ->
         trunk = {"trunk": f"trunk-{seed}", "at": local}
         return Job(name=f"{kind}-{length}-seed{seed}", config={**config, "seed": seed}, **trunk, **options)
 
-    return [
+    jobs = [
         job("memory", with_memory, local, sizes=SIZES if main else (0, 8_192), controls=main),
         job("same-time", budget, budget),
-        job("same-tokens", with_memory, with_memory, sizes=(0, 8_192) if main else (0,)),
     ]
+    if length == "10":
+        jobs.append(job("same-tokens", with_memory, with_memory, sizes=(0,)))
+    return jobs
 
 
 def trunk(seed: int, steps: int) -> Job:
@@ -128,33 +131,45 @@ def variants(cost: Mapping[str, float]) -> list[Job]:
     memory = cost["memory"]
     return [
         variant("recipe", memory),
-        variant("random-start", memory, model={"qk_init": "independent"}),
-        variant("plain", memory, model={"qk_init": "independent", "short_conv": 0}),
-        variant("layer-1", memory, model={"memorizing_layers": 1}),
-        variant("layer-3", memory, model={"memorizing_layers": 3}),
-        variant("wider-convolution", memory, model={"short_conv": 6}),
-        variant("memory-always", memory, share=1.0),
-        variant("memory-last-tenth", memory, share=0.1),
         variant("memory-never", 1.0, share=0.0),
+        variant("plain", memory, model={"qk_init": "independent", "short_conv": 0}),
+        variant("plain-memory-never", 1.0, share=0.0, model={"qk_init": "independent", "short_conv": 0}),
+        variant("random-start", memory, model={"qk_init": "independent"}),
+        variant("memory-always", memory, share=1.0),
         variant("trained-with-8192", cost["memory-8192"], memory={"growth": []}),
+        variant("wider-convolution", memory, model={"short_conv": 6}),
+        variant("layer-3", memory, model={"memorizing_layers": 3}),
+        variant("layer-1", memory, model={"memorizing_layers": 1}),
+        variant("memory-last-tenth", memory, share=0.1),
         variant("segment-128", cost["segment-128"], training={"segment_length": 128, "rows": 16}),
         variant("bytes", memory, model={"num_tokens": 256}, data={"tokenizer": "bytes"}),
     ]
 
 
-def all_jobs(cost: Mapping[str, float]) -> list[Job]:
+def all_jobs(cost: Mapping[str, float], texts: Mapping[str, str]) -> list[Job]:
     """In order of importance."""
     return [
         *branches("10", 0, cost),
         *branches("10", 1, cost),
         *branches("30", 0, cost),
+        *branches("45", 0, cost),
         *branches("10", 2, cost),
         wide("10", 0, 1_024, cost),
-        *branches("60", 0, cost),
+        *variants(cost),
+        *other_texts(cost, texts),
         wide("10", 1, 1_024, cost),
         wide("10", 2, 1_024, cost),
-        *variants(cost),
     ]
+
+
+def other_texts(cost: Mapping[str, float], texts: Mapping[str, str]) -> list[Job]:
+    """The recipe and its baseline on other corpora: folders by name."""
+    jobs = []
+    for name, folder in texts.items():
+        data = {"source": folder, "test": 0.2}
+        jobs.append(variant(f"{name}-recipe", cost["memory"], data=data))
+        jobs.append(variant(f"{name}-memory-never", 1.0, share=0.0, data=data))
+    return jobs
 
 
 # Running them
@@ -210,7 +225,7 @@ def run_job(job: Job, output: Path) -> None:
     """Train and evaluate, in a process of its own on one thread; what is there already is not done again."""
     folder = output / job.name
     if job.trunk is not None and not folder.exists():
-        copy_trunk(output / f"{job.trunk}@{job.at}", folder, job.config)
+        copy_trunk(output / str(trunk_before(job)), folder, job.config)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "JOB": json.dumps(dataclasses.asdict(job))}
     command = [sys.executable, __file__, "one", str(output)]
     with (output / f"{job.name}.log").open("a") as log:
@@ -252,11 +267,11 @@ def one(output: Path) -> None:
     (folder / "done.json").write_text(json.dumps({"cpu_seconds_of_the_last_process": trained}))
 
 
-def run_all(output: Path, workers: int, only: str) -> None:
+def run_all(output: Path, workers: int, only: str, texts: Mapping[str, str]) -> None:
     """All jobs, in order, as soon as what they go on from is there."""
     cost = calibrate(output)
     print("cost of a step, in local steps:", {name: round(value, 2) for name, value in cost.items()}, flush=True)
-    jobs = [job for job in all_jobs(cost) if fnmatch.fnmatch(job.name, only)]
+    jobs = [job for job in all_jobs(cost, texts) if fnmatch.fnmatch(job.name, only)]
     queue = with_trunks(jobs)
     lock, running = threading.Condition(), set[str]()
 
@@ -264,7 +279,7 @@ def run_all(output: Path, workers: int, only: str) -> None:
         return (output / name / "done.json").is_file()
 
     def ready(job: Job) -> bool:
-        before = trunk_before(job, queue)
+        before = trunk_before(job)
         return job.name not in running and (before is None or done(before))
 
     def work() -> None:
@@ -316,7 +331,7 @@ def with_trunks(jobs: list[Job]) -> list[Job]:
     return long + [job for job in queue if job not in long]
 
 
-def trunk_before(job: Job, queue: list[Job]) -> str | None:
+def trunk_before(job: Job) -> str | None:
     return None if job.trunk is None else f"{job.trunk}@{job.at}"
 
 
@@ -327,6 +342,8 @@ class Runs:
     output: tyro.conf.Positional[Path]
     workers: int = 2
     only: str = "*"
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Other corpora to try: names and folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +362,7 @@ if __name__ == "__main__":
     else:
         options = tyro.cli(Command)
         if isinstance(options, Runs):
-            run_all(options.output, options.workers, options.only)
+            run_all(options.output, options.workers, options.only, options.texts)
         else:
             import small_recipe_report
 
