@@ -76,7 +76,7 @@ def branches(length: str, seed: int, cost: Mapping[str, float], **model: Any) ->
     local = round(budget * LOCAL_SHARE)
     left = budget - local
     with_memory = local + round(left / cost["memory"])
-    main = seed == 0
+    longest = length == list(LENGTHS)[-1]
 
     def job(kind: str, steps: int, from_step: int, **options: Any) -> Job:
         config = changed(
@@ -88,7 +88,7 @@ def branches(length: str, seed: int, cost: Mapping[str, float], **model: Any) ->
         return Job(name=f"{kind}-{length}-seed{seed}", config={**config, "seed": seed}, **trunk, **options)
 
     jobs = [
-        job("memory", with_memory, local, sizes=SIZES if main else (0, 8_192), controls=main),
+        job("memory", with_memory, local, sizes=SIZES if longest else (0, 8_192), controls=longest),
         job("same-time", budget, budget),
     ]
     if length == "10":

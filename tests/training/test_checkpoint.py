@@ -49,9 +49,8 @@ def trained(steps: int, config: RunConfig = RICH) -> Trainer:
 
 def whole(run: Path) -> dict[int, Path]:
     """The checkpoints that are found, each of which can be restored and says of which step it is."""
-    found = checkpoints_of(run)
+    found, trainer = checkpoints_of(run), make_trainer(RICH)
     for step, path in found.items():
-        trainer = make_trainer(RICH)
         restore(trainer, path)
         assert trainer.progress.step == step
     return found
@@ -60,7 +59,7 @@ def whole(run: Path) -> dict[int, Path]:
 # Exactness
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_trainer_that_is_restored_goes_on_exactly(tmp_path: Path, data: st.DataObject) -> None:
     config = make_config(
@@ -220,8 +219,8 @@ def test_killed_at_any_change_of_the_file_system_there_is_always_a_whole_checkpo
 
             killed = until_killed(save, at, monkeypatch)
             found = whole(run)
-            assert max(found) == 3 if again else set(found) <= {2, 3}
-            if killed and found:
+            assert max(found) == 3 if again else set(found) in ({2}, {2, 3}, {3})
+            if killed:
                 save()
             assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-3"]
             assert read_state(run / "checkpoints" / "step-3")["text"] == "new"
@@ -241,7 +240,7 @@ def test_what_an_interrupted_write_has_left_is_no_checkpoint_and_is_removed(tmp_
     trainer.step()
     last = write_checkpoint(trainer, tmp_path, EXTRA)
     keep_only(tmp_path, {2})
-    assert [path for path in kept.parent.iterdir()] == [last]
+    assert list(kept.parent.iterdir()) == [last]
 
 
 def test_checkpoints_are_ordered_by_their_steps_and_the_one_being_replaced_counts_until_then(tmp_path: Path) -> None:
@@ -266,7 +265,7 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 NAMES = ("model.safetensors", "average.safetensors", "optimizer.safetensors", "process-0.safetensors", "state.json")
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(NAMES), share=st.floats(0, 1, exclude_max=True), missing=st.booleans())
 def test_a_file_that_is_cut_off_or_missing_is_refused_with_its_checkpoint(
     checkpoint_folder: Path, tmp_path: Path, name: str, share: float, missing: bool
@@ -279,7 +278,7 @@ def test_a_file_that_is_cut_off_or_missing_is_refused_with_its_checkpoint(
     else:
         content = (damaged / name).read_bytes()
         (damaged / name).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match="expected a (whole )?checkpoint, got") as raised:
+    with pytest.raises(ValueError, match=r"expected a (whole )?checkpoint, got") as raised:
         restore(make_trainer(RICH), damaged)
     assert str(damaged) in str(raised.value)
 
@@ -302,5 +301,5 @@ def test_another_number_of_processes_is_refused(checkpoint_folder: Path, tmp_pat
     shutil.copytree(checkpoint_folder, tmp_path / "step-2")
     path = tmp_path / "step-2" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
-    with pytest.raises(ValueError, match="expected 2 processes, as .*step-2 has, got 1"):
+    with pytest.raises(ValueError, match=r"expected 2 processes, as .*step-2 has, got 1"):
         restore(make_trainer(RICH), tmp_path / "step-2")
