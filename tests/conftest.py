@@ -7,6 +7,11 @@ from collections.abc import Iterator
 import faiss
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The machines are shared: how long an example takes says nothing.
+settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared-machine")
 
 
 @pytest.fixture(autouse=True, scope="session")
