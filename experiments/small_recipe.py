@@ -39,7 +39,7 @@ LOCAL_SHARE = 0.7  # of the time, before memory and baseline part
 TRAINED_ENTRIES = 2_048  # of the memory in training
 SIZES = (0, 512, 2_048, 8_192, 65_536)
 HELD_OUT_TOKENS = 32_768  # read of each held-out document
-LENGTHS = {"10": 1_000, "30": 3_000, "45": 4_500}  # minutes of one core, about: local steps
+LENGTHS = {"10": 1_000, "30": 3_000}  # minutes of one core, about: local steps
 
 
 # What a run is
@@ -119,28 +119,30 @@ def variant(name: str, cost: float, sizes: tuple[int, ...] = (0, 8_192), share: 
     budget = LENGTHS["10"] // 2
     local = round(budget * (1 - share))
     steps = local + round((budget - local) / cost)
+    never = name.endswith("never")
     config = changed(
         training=quiet(steps),
-        memory={"from_step": local, "growth": [[0, TRAINED_ENTRIES]]},
-        optimizer={"decay_share": 1 - LOCAL_SHARE},
+        memory={"from_step": steps if never else local, "growth": [[0, TRAINED_ENTRIES]]},
+        optimizer={"decay_share": 1 - LOCAL_SHARE if share == 1 else 1 - local / steps},
     )
-    return Job(name=f"variant-{name}", config=merged(config, sections), sizes=sizes)
+    same_model = set(sections) <= {"memory"} and local > 0
+    start = {"trunk": "trunk-0", "at": local} if same_model else {}
+    return Job(name=f"variant-{name}", config=merged(config, sections), sizes=sizes, **start)
 
 
 def variants(cost: Mapping[str, float]) -> list[Job]:
     memory = cost["memory"]
     return [
         variant("recipe", memory),
-        variant("memory-never", 1.0, share=0.0),
+        variant("memory-never", 1.0),
         variant("plain", memory, model={"qk_init": "independent", "short_conv": 0}),
-        variant("plain-memory-never", 1.0, share=0.0, model={"qk_init": "independent", "short_conv": 0}),
-        variant("random-start", memory, model={"qk_init": "independent"}),
+        variant("plain-memory-never", 1.0, model={"qk_init": "independent", "short_conv": 0}),
         variant("memory-always", memory, share=1.0),
         variant("trained-with-8192", cost["memory-8192"], memory={"growth": []}),
-        variant("wider-convolution", memory, model={"short_conv": 6}),
+        variant("random-start", memory, model={"qk_init": "independent"}),
         variant("layer-3", memory, model={"memorizing_layers": 3}),
+        variant("wider-convolution", memory, model={"short_conv": 6}),
         variant("layer-1", memory, model={"memorizing_layers": 1}),
-        variant("memory-last-tenth", memory, share=0.1),
         variant("segment-128", cost["segment-128"], training={"segment_length": 128, "rows": 16}),
         variant("bytes", memory, model={"num_tokens": 256}, data={"tokenizer": "bytes"}),
     ]
@@ -152,11 +154,10 @@ def all_jobs(cost: Mapping[str, float], texts: Mapping[str, str]) -> list[Job]:
         *branches("10", 0, cost),
         *branches("10", 1, cost),
         *branches("30", 0, cost),
-        *branches("45", 0, cost),
-        *branches("10", 2, cost),
-        wide("10", 0, 1_024, cost),
         *variants(cost),
+        *branches("10", 2, cost),
         *other_texts(cost, texts),
+        wide("10", 0, 1_024, cost),
         wide("10", 1, 1_024, cost),
         wide("10", 2, 1_024, cost),
     ]
@@ -168,7 +169,7 @@ def other_texts(cost: Mapping[str, float], texts: Mapping[str, str]) -> list[Job
     for name, folder in texts.items():
         data = {"source": folder, "test": 0.2}
         jobs.append(variant(f"{name}-recipe", cost["memory"], data=data))
-        jobs.append(variant(f"{name}-memory-never", 1.0, share=0.0, data=data))
+        jobs.append(variant(f"{name}-memory-never", 1.0, data=data))
     return jobs
 
 
