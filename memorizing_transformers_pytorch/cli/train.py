@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import tyro
@@ -20,10 +20,9 @@ from memorizing_transformers_pytorch.data.prepare import prepare
 from memorizing_transformers_pytorch.generation import generate
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.loop import train
-from memorizing_transformers_pytorch.training.metrics import read_metrics
 from memorizing_transformers_pytorch.training.presets import run_preset
-from memorizing_transformers_pytorch.training.report import check_plots_are_possible, plot_training
-from memorizing_transformers_pytorch.training.run import METRICS, config_of, free_name, load_run
+from memorizing_transformers_pytorch.training.report import check_plots_are_possible
+from memorizing_transformers_pytorch.training.run import config_of, free_name, load_run
 from memorizing_transformers_pytorch.training.settings import from_plain, merged, read_yaml, to_plain
 
 SAMPLE_READS_TOKENS = 8_192
@@ -45,6 +44,8 @@ class Train:
     """At the end, evaluate on the held-out test documents, with controls."""
     evaluate_tokens: int = 16_384
     """Tokens that are then read of each document. (`evaluate` reads whole documents, at any memory sizes.)"""
+    evaluate_documents: int = 64
+    """How many documents are then read, drawn at random; all if there are fewer."""
     sample_tokens: int = 160
     """Tokens to write at the end, continuing a held-out document; 0 for none."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -61,17 +62,17 @@ def parse(arguments: Sequence[str], program: str) -> Train:
 
     Raises ValueError for an unknown preset, a file or a run that cannot be read, or values that make no sense.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    first = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
     first.add_argument("--output", type=Path)
     first.add_argument("--resume", action="store_true")
+    first.add_argument("--overwrite", action="store_true")
     given = vars(first.parse_known_args(list(arguments))[0])
     if given.get("resume"):
-        if "output" not in given or "config" in given or "preset" in given:
-            raise ValueError(
-                "expected --resume with --output RUN (its configuration is in it) and without --preset and --config"
-            )
+        if "output" not in given or given.keys() & {"config", "preset", "overwrite"}:
+            expected = "--resume with --output RUN, and without --preset, --config and --overwrite"
+            raise ValueError(f"expected {expected}, got {' '.join(arguments)}")
         base = to_plain(config_of(given["output"]))
     else:
         base = merged({}, run_preset(given.get("preset", "small")))
@@ -81,9 +82,14 @@ def parse(arguments: Sequence[str], program: str) -> Train:
     return parse_arguments(Train, arguments, program, default=default)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def train_and_report(options: Train) -> Path:
     """Train, then (on the main process) plot, evaluate and write a sample; returns the folder of the run."""
-    for name, least in (("sample_tokens", 0), ("evaluate_tokens", 1)):
+    for name, least in (("sample_tokens", 0), ("evaluate_tokens", 1), ("evaluate_documents", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"expected {name} to be at least {least}, got {getattr(options, name)}")
     check_plots_are_possible()
@@ -93,13 +99,13 @@ def train_and_report(options: Train) -> Path:
     config = dataclasses.replace(options.run, output=folder)
     train(config, folder, resume=options.resume, overwrite=options.overwrite)
     if is_main:
-        plot_training(read_metrics(folder / METRICS), config.memory_from_step, folder / "metrics.png")
         report(options, folder)
     return folder
 
 
 def report(options: Train, folder: Path) -> None:
     """Evaluate the run on its test documents and let it continue one of them, if it has any."""
+    device = "cpu" if options.run.device == "cpu" else None
     run = load_run(folder)
     test = prepare(run.config.data, run.tokenizer.num_tokens, tokenizer=run.tokenizer).test
     documents = [n for n in range(len(test)) if len(test[n]) > 1]
@@ -108,7 +114,8 @@ def report(options: Train, folder: Path) -> None:
         return
     if options.evaluate:
         size = run.config.model.max_knn_memories if run.config.model.layers_with_memory else 0
-        evaluate_run(Evaluate(run=folder, memory=f"0,{size}", max_tokens=options.evaluate_tokens))
+        length, count = options.evaluate_tokens, options.evaluate_documents
+        evaluate_run(Evaluate(run=folder, memory=f"0,{size}", max_tokens=length, documents=count, device=device))
     if options.sample_tokens > 0:
         longest = max(documents, key=lambda n: len(test[n]))
         print(sample(options.sample_tokens, folder, test.names[longest], test[longest].tolist()))

@@ -106,7 +106,7 @@ def _write_parts(trainer: Trainer, aside: Path, extra: dict[str, Any]) -> None:
         return
     save_checkpoint(trainer.model, aside / MODEL)
     if trainer.average is not None:
-        save_checkpoint(trainer.best_model, aside / AVERAGE)
+        save_checkpoint(trainer.averaged_model, aside / AVERAGE)
     tensors, rest = _optimizer_parts(trainer)
     save_file(tensors, aside / OPTIMIZER)
     state = {"processes": trainer.accelerator.num_processes, "optimizer": rest, **shared_state(trainer), **extra}
@@ -183,7 +183,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     with _naming(checkpoint):
         load_weights(trainer.model, read_weights(checkpoint / MODEL))
         if trainer.average is not None:
-            load_weights(trainer.best_model, read_weights(checkpoint / AVERAGE))
+            load_weights(trainer.averaged_model, read_weights(checkpoint / AVERAGE))
             trainer.average.n_averaged.fill_(state["optimizer"]["average_updates"])
         _load_optimizer(trainer, load_file(checkpoint / OPTIMIZER), state["optimizer"])
         load_shared_state(trainer, state)

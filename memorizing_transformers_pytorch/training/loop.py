@@ -6,38 +6,34 @@ Each step is the trainer's; here is when the rest happens. Only the main process
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState
-
-from memorizing_transformers_pytorch.checkpoint import load_weights, read_weights
-from memorizing_transformers_pytorch.data.prepare import Prepared, prepare
-from memorizing_transformers_pytorch.data.tokenizer import load_tokenizer
 from memorizing_transformers_pytorch.training import run as folders
+from memorizing_transformers_pytorch.training.begin import Begun, begin
 from memorizing_transformers_pytorch.training.checkpoint import (
-    AVERAGE,
-    MODEL,
     CheckpointError,
     keep_only,
     last_good,
     last_of,
-    read_state,
-    restore,
     write_checkpoint,
 )
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.evaluate import evaluate, mean_loss, mode_of
 from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish, stopping_on_signals
-from memorizing_transformers_pytorch.training.metrics import Metrics, ProgressBar, check_tensorboard_is_there
+from memorizing_transformers_pytorch.training.metrics import (
+    Metrics,
+    ProgressBar,
+    check_tensorboard_is_there,
+    read_metrics,
+)
 from memorizing_transformers_pytorch.training.monitor import watching
-from memorizing_transformers_pytorch.training.trainer import Trainer
+from memorizing_transformers_pytorch.training.report import plot_training, plots_are_possible
 
-PATIENCE = datetime.timedelta(hours=6)  # of processes that wait while the main one tokenises or validates
+SECONDS_BETWEEN_PLOTS = 60
 
 
 def train(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -48,86 +44,28 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: b
     not finite, CheckpointError where a checkpoint or a record cannot be written, Interrupted after SIGINT or SIGTERM,
     when a checkpoint has been written.
     """
-    config.check()
-    if resume:
-        folders.check_same(config, folder)
-    else:
-        folders.check_free(folder, overwrite=overwrite)
     if config.training.tensorboard:
         check_tensorboard_is_there()
-    accelerator = _make_accelerator(config)
-    with accelerator.main_process_first():
-        prepared = prepare(
-            config.data,
-            config.model.num_tokens,
-            progress=accelerator.is_main_process,
-            tokenizer=load_tokenizer(folder / folders.TOKENIZER) if resume else None,
-        )
-    trainer = Trainer(config, prepared.train, accelerator)
-    if config.init_from is not None and not resume:
-        weights = read_weights(_weights_of(config.init_from))
-        for model in {trainer.model, trainer.best_model}:
-            load_weights(model, weights)
-    best = _go_on(trainer, prepared, folder) if resume else None
-    if accelerator.is_main_process:
-        if resume:
-            folders.keep_config(config, folder)
-        else:
-            folders.begin(config, folder)
-            prepared.tokenizer.save(folder / folders.TOKENIZER)
-    accelerator.wait_for_everyone()  # until then another process may see a run that is being replaced
+    begun = begin(config, folder, resume=resume, overwrite=overwrite)
     with stopping_on_signals() as wish:
-        _Loop(trainer, prepared, folder, best).run(wish)
+        _Loop(begun, folder).run(wish)
     return folder
-
-
-def _make_accelerator(config: RunConfig) -> Accelerator:
-    """One with these settings, also in a process that has trained with others before: accelerate keeps the first."""
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-
-    def make() -> Accelerator:
-        precision, cpu = config.training.precision, config.device == "cpu"
-        return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[patience])
-
-    try:
-        return make()
-    except ValueError:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return make()
-
-
-def _weights_of(source: Path) -> Path:
-    """The weights of a run, or a file."""
-    if source.is_file():
-        return source
-    checkpoint = folders.checkpoint_of(source)
-    return checkpoint / (AVERAGE if (checkpoint / AVERAGE).is_file() else MODEL)
-
-
-def _go_on(trainer: Trainer, prepared: Prepared, folder: Path) -> dict[str, Any] | None:
-    """Let the trainer stand where the run stopped; the best validation so far. From the start if it never saved."""
-    last = last_of(folder)
-    if last is None:
-        return None
-    was = read_state(last)["text"]
-    if was != prepared.fingerprint:
-        raise ValueError(f"expected the text that {folder} began with ({was}), got another ({prepared.fingerprint})")
-    best: dict[str, Any] | None = restore(trainer, last)["best"]
-    return best
 
 
 class _Loop:
     """What happens around the steps. best: step and loss of the best validation so far."""
 
-    def __init__(self, trainer: Trainer, prepared: Prepared, folder: Path, best: dict[str, Any] | None) -> None:
-        self.trainer, self.prepared, self.folder, self.best = trainer, prepared, folder, best
-        self.config, self.settings = trainer.config, trainer.config.training
-        self.is_main = trainer.accelerator.is_main_process
+    def __init__(self, begun: Begun, folder: Path) -> None:
+        self.trainer, self.prepared, self.best = begun
+        self.folder = folder
+        self.config, self.settings = self.trainer.config, self.trainer.config.training
+        self.is_main = self.trainer.accelerator.is_main_process
+        self._drawn = time.monotonic()
         self.metrics: Metrics | None = None
         self.bar = ProgressBar(
-            step=trainer.progress.step,
+            step=self.trainer.progress.step,
             steps=self.settings.steps,
-            bytes_per_token=prepared.train.total_bytes / max(prepared.train.num_tokens_total, 1),
+            bytes_per_token=self.prepared.train.total_bytes / max(self.prepared.train.num_tokens_total, 1),
             disable=not self.is_main,
         )
 
@@ -149,6 +87,7 @@ class _Loop:
     def _open(self, stack: ExitStack) -> None:
         """What is to be closed at the end, however it comes."""
         stack.enter_context(self.trainer.memories)
+        stack.callback(self._draw)
         stack.enter_context(self.bar)
         if self.is_main:
             self.bar.write(f"the run is kept in {self.folder}")
@@ -177,6 +116,14 @@ class _Loop:
         if self.metrics is not None:
             self.metrics.note(record)
 
+    def _draw(self) -> None:
+        """The curves so far, if they can be drawn. (On a full disk what has stopped the run must be told, not this.)"""
+        self._drawn = time.monotonic()
+        if self.is_main and plots_are_possible():
+            records = read_metrics(self.folder / folders.METRICS)
+            with contextlib.suppress(OSError):
+                plot_training(records, self.trainer.progress.memory_since, self.folder / "metrics.png")
+
     def _after_step(self, wish: Wish) -> None:
         step, last = self.trainer.progress.step, self.trainer.finished
         improved = False
@@ -200,6 +147,8 @@ class _Loop:
         step = self.trainer.progress.step
         if names:
             self._note({"step": step, "validation": losses})
+            if time.monotonic() > self._drawn + SECONDS_BETWEEN_PLOTS:
+                self._draw()
             shown = ", ".join(f"{loss:.3f} {_words(name)}" for name, loss in losses.items())
             self.bar.write(f"step {step:>6,}: validation loss {shown}")
         if not math.isfinite(loss) or (self.best is not None and loss >= self.best["loss"]):
@@ -213,7 +162,7 @@ class _Loop:
         documents = sorted(documents, key=len, reverse=True)[: self.settings.validation_documents]
         if not documents:
             return {}
-        model = self.trainer.best_model
+        model = self.trainer.averaged_model
         size = self.config.entries_at(self.trainer.progress.step) if model.config.layers_with_memory else 0
         sizes = sorted({0, size})
         losses = evaluate(

@@ -101,7 +101,8 @@ def recall(reading: Reading, memory: KNNMemory, count: int) -> float:
         if not bool(mask[i].any()):
             continue
         keys = memory.store.keys[row, :, : memory.store.filled[row]].to(scores.dtype)
-        products = queries[i].reshape(keys.shape[0], -1, keys.shape[-1]) @ keys.mT
+        with torch.autocast(keys.device.type, enabled=False):  # the hook runs inside that of the model
+            products = queries[i].reshape(keys.shape[0], -1, keys.shape[-1]) @ keys.mT
         best = products.topk(min(scores.shape[-1], keys.shape[1]), dim=-1).values.to(scores.device)
         least = best[..., -1].reshape(*scores.shape[1:3], 1) - SAME_SCORE
         found, wanted = found + int(((scores[i] >= least) & mask[i]).sum()), wanted + best.numel()

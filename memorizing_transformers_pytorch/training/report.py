@@ -12,14 +12,22 @@ import numpy as np
 Record = dict[str, Any]
 
 
+def plots_are_possible() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def check_plots_are_possible() -> None:
     """Raises ValueError, with the remedy, if matplotlib is not installed: better before a training than after it."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not plots_are_possible():
         raise ValueError("expected matplotlib for the plots: pip install 'memorizing_transformers_pytorch[plot]'")
 
 
-def plot_training(records: Sequence[Record], memory_from_step: int, path: Path) -> None:
-    """The metrics of a run as a PNG: loss, speed, attention on the memory, and the age of what is retrieved."""
+def plot_training(records: Sequence[Record], memory_since: int | None, path: Path) -> None:
+    """The metrics of a run as a PNG: loss, speed, attention on the memory, and the age of what is retrieved.
+
+    memory_since: the step from which memories were used, if they were.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,10 +39,9 @@ def plot_training(records: Sequence[Record], memory_from_step: int, path: Path) 
     logged = [record for record in records if "memory" in record]
     _plot_mass(mass, logged)
     _plot_age(age, logged)
-    used = any(record["step"] > memory_from_step for record in records)
     for axes in (loss, speed, mass, age):
-        if used and memory_from_step > 0:
-            axes.axvline(memory_from_step, color="black", linewidth=0.8, linestyle=":")
+        if memory_since:
+            axes.axvline(memory_since, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

@@ -7,7 +7,10 @@ checkpoints/     the last and the best checkpoint     evaluation/     what `eval
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,12 +70,10 @@ def checkpoint_of(folder: Path, which: str = "last") -> Path:
     best = read_state(last)["best"]
     if best is None:
         raise ValueError(f"expected a run with a best checkpoint, got {str(folder)!r}, which was not validated yet")
-    found = checkpoints_of(folder)
-    if best["step"] not in found:
-        raise ValueError(
-            f"expected the best checkpoint, of step {best['step']}, got steps {', '.join(map(str, found))}"
-        )
-    return found[best["step"]]
+    found, step = checkpoints_of(folder), best["step"]
+    if step not in found:
+        raise ValueError(f"expected the best checkpoint, that of step {step}, got {', '.join(map(str, found))}")
+    return found[step]
 
 
 def load_run(folder: Path, which: str = "last", device: torch.device | str | None = None) -> LoadedRun:
@@ -97,34 +98,59 @@ def free_name(folder: Path) -> Path:
     return name
 
 
-def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Raises ValueError for a folder that exists, unless it is that of a run and `overwrite`."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise ValueError(f"expected a new folder, got {str(folder)!r}, which exists (--resume or --overwrite)")
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"expected a run to overwrite, got {str(folder)!r}, which has no {CONFIG}")
+@contextmanager
+def new_run(folder: Path, *, overwrite: bool) -> Iterator[None]:
+    """Inside, the run may still be refused: then the folder is as it was. Afterwards it is that of a new run.
 
-
-def begin(config: RunConfig, folder: Path) -> None:
-    """Make the folder of a new run, in place of what is there (see `check_free`).
-
-    If this is broken off, the folder is still that of a run: it can be overwritten.
+    The folder is claimed at once, so that of two runs that begin together only one gets it.
+    Raises ValueError for a folder that exists, unless it is that of a run and `overwrite`.
     """
+    if overwrite and folder.exists() and any(folder.iterdir()):
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"expected a run to overwrite, got {str(folder)!r}, which has no {CONFIG}")
+        yield
+        _empty(folder)
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    _claim(folder)
+    try:
+        yield
+    except BaseException:
+        (folder / CONFIG).unlink()
+        with suppress(OSError):  # something else may be in them by now
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder, or take an empty one, and be the one who writes the first file in it."""
+    taken = ValueError(f"expected a new folder, got {str(folder)!r}, which exists (--resume or --overwrite)")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise taken
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / CONFIG).touch(exist_ok=False)
+    except FileExistsError:
+        raise taken from None
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a run has left, its configuration last: if this is broken off, it can be overwritten again."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != CONFIG:
             path.unlink()
-    keep_config(config, folder)
 
 
 def keep_config(config: RunConfig, folder: Path) -> None:
-    """Write the configuration of a run in place of the one before, which is there until this one is complete."""
+    """Write the configuration of a run in place of the one before, which is there until this one is complete.
+
+    It does not name the folder, so that it can be used for another run.
+    """
     aside = folder / f".{CONFIG}.incomplete"
-    write_yaml(config, aside)
+    write_yaml(dataclasses.replace(config, output=None), aside)
     aside.replace(folder / CONFIG)
 
 

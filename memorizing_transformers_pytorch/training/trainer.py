@@ -105,10 +105,7 @@ class Trainer:
         self.progress = Progress()
 
     def _new_memories(self, rows: int) -> KNNMemoryList:
-        memories = self.model.create_knn_memories(batch_size=rows)
-        if self.config.entries_at(0) != self.config.model.max_knn_memories:
-            memories.resize(self.config.entries_at(0))
-        return memories
+        return self.model.create_knn_memories(batch_size=rows, max_memories=self.config.entries_at(0))
 
     def _new_states(self) -> list[XLMemories]:
         return [self.model.initial_state(len(group)) for group in self.groups]
@@ -118,7 +115,7 @@ class Trainer:
         return self.progress.step >= self.config.training.steps
 
     @property
-    def best_model(self) -> MemorizingTransformer:
+    def averaged_model(self) -> MemorizingTransformer:
         """The model to validate and use: the average of the weights, if one is kept."""
         model = self.model if self.average is None else self.average.module
         assert isinstance(model, MemorizingTransformer)
@@ -221,7 +218,7 @@ class Trainer:
         if loss is not None:
             clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
             norm = float(clipped) if clipped is not None else math.nan
-        scaled = self.config.training.precision == "fp16"  # then a scaler watches over the gradients
+        scaled = self.accelerator.scaler is not None  # it watches over the gradients of fp16
         if loss is not None and (math.isfinite(norm) or scaled):
             for group in self._stepper.param_groups:
                 group["lr"] = rate

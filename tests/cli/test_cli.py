@@ -161,6 +161,8 @@ def test_standard_input_can_be_read(
         (["train", "--config", "nowhere.yaml"], "expected a YAML file, got 'nowhere.yaml'"),
         (["train", "--data.source", "nowhere"], "got 'nowhere'"),
         (["train", "--resume"], "expected --resume with --output RUN"),
+        (["train", "--resume", "--output", "x", "--overwrite"], "expected --resume with --output RUN"),
+        (["train", "--preset"], "--preset"),
         (["train", "--resume", "--output", "nowhere"], "expected the folder of a run, got 'nowhere'"),
         (["evaluate", "nowhere"], "expected the folder of a run, got 'nowhere'"),
         (["evaluate", "nowhere", "--memory", "many"], "expected memory sizes such as 0,512,2048, got 'many'"),

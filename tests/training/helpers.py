@@ -112,13 +112,19 @@ def command(config: RunConfig, run: Path, *flags: str) -> list[str]:
     return ["train", *given, "--output", str(run), "--no-evaluate", "--sample-tokens", "0", *flags]
 
 
-def start(arguments: list[str], launcher: tuple[str, ...] = (), prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """`python -m memorizing_transformers_pytorch ...` on its own, with one thread."""
-    module = ("-m", "memorizing_transformers_pytorch")
+def start(
+    arguments: list[str],
+    launcher: tuple[str, ...] = (),
+    prefix: tuple[str, ...] = (),
+    module: str = "memorizing_transformers_pytorch",
+    cwd: Path | None = None,
+) -> subprocess.Popen[str]:
+    """`python LAUNCHER -m MODULE ARGUMENTS` on its own, without a GPU, with one thread."""
     return subprocess.Popen(
-        [*prefix, sys.executable, *launcher, *module, *arguments],
+        [*prefix, sys.executable, *launcher, "-m", module, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=cwd,
     )

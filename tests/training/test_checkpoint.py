@@ -100,7 +100,7 @@ def test_a_trainer_that_is_restored_goes_on_exactly(tmp_path: Path, data: st.Dat
     assert [other.step()[:6] for _ in range(3)] == expected
     assert same(weights_of(other), weights_of(trainer))
     assert same(own_state(other), own_state(trainer))
-    assert same(other.best_model.state_dict(), trainer.best_model.state_dict())
+    assert same(other.averaged_model.state_dict(), trainer.averaged_model.state_dict())
     shutil.rmtree(tmp_path / "checkpoints")
 
 

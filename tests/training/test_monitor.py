@@ -49,6 +49,16 @@ def test_every_memorizing_layer_is_seen(changes: dict[str, Any]) -> None:
         assert ("gate" in layer) == (changes.get("combine") == "gate")
 
 
+def test_recall_of_an_exact_search_is_1_under_autocast_too() -> None:
+    model = make_model(memorizing_layers=2)
+    with model.knn_memories_context(batch_size=2) as memories, torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, 5 * LENGTH, LENGTH):
+            tokens, origins = segment(start)
+            with watching(model, memories) as seen:
+                model(tokens, memories, origins=origins)
+    assert seen["layer 2"]["recall"] == 1.0
+
+
 def test_nothing_changes_by_being_watched() -> None:
     model, losses = make_model(), []
     for watched in (False, True):

@@ -51,10 +51,8 @@ class RowByRow:
             self.states = [None] * len(self.states)
             for memories in self.memories:
                 memories.clear_memory()
-        losses = [
-            loss for batch in self._batches() for row in range(len(self.states)) for loss in self._read(batch, row)
-        ]
-        mean = torch.cat(losses).mean()
+        rows = range(len(self.states))
+        mean = torch.cat([self._losses(batch, row) for batch in self._batches() for row in rows]).mean()
         mean.backward()
         return mean.item(), {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
@@ -102,7 +100,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_all_scored_tokens(
         training={"row_groups": row_groups, "segments": segments, "segment_length": 7},
     )
     trainer, reference = make_trainer(config), RowByRow(config)
-    for _ in range(9 // segments):
+    for _ in range(6 // segments + 1):
         expected, expected_grads = reference.step(weights_of(trainer))
         loss, grads = grads_of_next_step(trainer)
         assert loss == pytest.approx(expected, rel=1e-6)
@@ -114,12 +112,11 @@ def test_a_step_follows_the_gradient_of_the_mean_over_all_scored_tokens(
     assert any(sum(row) > 0 for row in entries)
 
 
-@pytest.mark.parametrize("name", ["xl", "all"])
-def test_losses_and_weights_do_not_depend_on_row_groups(name: str) -> None:
+def test_losses_and_weights_do_not_depend_on_row_groups() -> None:
     torch.set_default_dtype(torch.float64)
     found = []
     for row_groups in (1, 2, 4):
-        config = make_config(model=ARCHITECTURES[name], training={"row_groups": row_groups, "segments": 2})
+        config = make_config(model=ARCHITECTURES["all"], training={"row_groups": row_groups, "segments": 2})
         trainer = make_trainer(config)
         losses = [trainer.step().loss for _ in range(8)]
         found.append((losses, trainer.model.to_logits[1].weight.detach().clone()))
@@ -333,11 +330,11 @@ def test_a_step_that_is_not_finite_stops_with_the_weights_as_they_were(
     for _ in range(3):
         trainer.step()
     before = weights_of(trainer)
-    average = {name: tensor.clone() for name, tensor in trainer.best_model.state_dict().items()}
+    average = {name: tensor.clone() for name, tensor in trainer.averaged_model.state_dict().items()}
     with pytest.raises(FloatingPointError, match="at step 4"):
         trainer.step()
     assert same(before, weights_of(trainer))
-    assert same(average, trainer.best_model.state_dict())
+    assert same(average, trainer.averaged_model.state_dict())
     assert trainer.progress.step == 3
 
 
