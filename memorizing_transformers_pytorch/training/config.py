@@ -28,7 +28,8 @@ class OptimizerConfig:
     """How the weights follow the gradients."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018), which scales steps by the weights."""
+    """AdamW (Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018), which scales steps by the weights and caps
+    the learning rate at 1 / sqrt(step)."""
     learning_rate: float = 4e-3
     """Peak of the learning rate, after warm-up."""
     warmup_steps: int = 50

@@ -9,7 +9,10 @@ from memorizing_transformers_pytorch.training.config import OptimizerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> optim.Optimizer:
-    """AdamW, or Adafactor, whose steps are the learning rate times the size of the weights. The loop sets the rate."""
+    """AdamW, or Adafactor, whose steps are the learning rate times the size of the weights. The loop sets the rate.
+
+    PyTorch's Adafactor does not go above 1 / sqrt(step): the rate of the paper's schedule after warm-up.
+    """
     if config.name == "adafactor":
         return optim.Adafactor(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     return optim.AdamW(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-Record = dict[str, Any]
+from memorizing_transformers_pytorch.training.metrics import Record
 
 
 def plots_are_possible() -> bool:
