@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run_command(arguments)
     except FloatingPointError as error:
-        _fail(f"{error}; try a smaller --optimizer.learning-rate", 1)
+        remedy = "go on with --resume --training.on-nan skip, or start again with a smaller --optimizer.learning-rate"
+        _fail(f"{error}; {remedy}", 1)
     except CheckpointError as error:
         _fail(str(error), 1)
     except Interrupted as error:

@@ -1,4 +1,4 @@
-"""Arguments to dataclasses, by tyro; what it refuses becomes one line."""
+"""Arguments to dataclasses, by tyro; what it refuses becomes one line. And what several commands make of theirs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 import tyro
 
 Options = TypeVar("Options")
@@ -25,6 +26,17 @@ def parse_arguments(kind: type[Options], arguments: Sequence[str], program: str,
         if stopped.code != 2:
             raise
     raise ValueError(_first_paragraph(said.getvalue()))
+
+
+def chosen_device(name: str | None) -> str:
+    """The device of this name; unless given, CUDA where there is one. Raises ValueError for one that is not there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError):
+        raise ValueError(f"expected a device of this machine, such as cpu or cuda, got {name!r}") from None
+    return name
 
 
 def _first_paragraph(box: str) -> str:

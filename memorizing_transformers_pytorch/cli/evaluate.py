@@ -6,8 +6,10 @@ import dataclasses
 import json
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,17 +17,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
 from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.prepare import prepare
+from memorizing_transformers_pytorch.data.text import text_bytes
+from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
+from memorizing_transformers_pytorch.training.checkpoint import read_state
 from memorizing_transformers_pytorch.training.controls import CONTROLS
 from memorizing_transformers_pytorch.training.evaluate import evaluate
 from memorizing_transformers_pytorch.training.evaluation_report import markdown, plot
 from memorizing_transformers_pytorch.training.evaluation_summary import Summary, summarise
-from memorizing_transformers_pytorch.training.provenance import provenance
+from memorizing_transformers_pytorch.training.provenance import origin, provenance
 from memorizing_transformers_pytorch.training.report import check_plots_are_possible
-from memorizing_transformers_pytorch.training.run import LoadedRun, load_run
+from memorizing_transformers_pytorch.training.run import LoadedRun, checkpoint_of, load_run
 
 DEFAULT_SIZES = (0, 512, 2_048, 8_192)
 
@@ -48,7 +53,12 @@ class Evaluate:
     split: Literal["test", "valid"] = "test"
     """Which held-out documents of the run."""
     source: str | None = None
-    """Evaluate on all documents of this text instead: a file, a folder, hf:NAME, ... (as --data.source of train)."""
+    """Evaluate on all of this text instead: a file, a folder, hf:NAME, ... (as --data.source of train). It is read as
+    that of the run is: pattern, group, columns, max_documents, ..."""
+    text_column: str | None = None
+    """The column of the text of --source; that of the run unless given."""
+    cache: Path | None = None
+    """Folder for downloads and tokenised text; that of the run unless given."""
     min_tokens: int = 2
     """Leave out documents with fewer tokens."""
     max_tokens: int | None = None
@@ -64,15 +74,19 @@ class Evaluate:
     seed: int = 0
     """Of the documents drawn, of shuffling, random keys and intervals."""
     device: str | None = None
-    """Such as cpu or cuda."""
+    """Such as cpu or cuda; unless given, cuda where there is one."""
 
 
 class Texts(NamedTuple):
-    """Documents as token ids, their names, and the UTF-8 bytes of each."""
+    """Documents as token ids, their names, and the UTF-8 bytes of what of each is scored.
+
+    fingerprint: of the text that they are from, as a checkpoint keeps it.
+    """
 
     names: list[str]
     tokens: list[np.ndarray]
     num_bytes: list[int]
+    fingerprint: str
 
 
 def main(arguments: Sequence[str], program: str) -> None:
@@ -87,30 +101,40 @@ def evaluate_run(options: Evaluate) -> Path:
     folder = options.output or options.run / "evaluation"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder to write to, got the file {str(folder)!r}")
-    run = load_run(options.run, options.checkpoint, options.device)
-    texts = read_texts(options, run)
+    run = load_run(options.run, options.checkpoint, chosen_device(options.device))
     sizes, controls_at = choose_sizes(wanted, run.config.model, options.controls)
-    segment_length = run.config.training.segment_length
-    losses = evaluate(
-        run.model,
-        texts.tokens,
-        segment_length=segment_length,
-        memory_sizes=sizes,
-        controls_at=controls_at,
-        controls=[name for name in CONTROLS if name != "other" or len(texts.tokens) > 1],
-        rows=options.rows,
-        max_tokens=options.max_tokens,
-        seed=options.seed,
-        progress=True,
-    )
-    summary = summarise(
-        losses, names=texts.names, num_bytes=texts.num_bytes, controls_at=controls_at, seed=options.seed
-    )
-    text = markdown(summary, f"Evaluation of {run.folder.name}", _what(options, run))
-    facts = {"run": str(run.folder), "step": run.step, "segment_length": segment_length, "options": _plain(options)}
-    _write(folder, {**facts, **provenance(run.model.device), **summary.to_dict()}, text, summary, segment_length)
-    print(f"{text}\n{folder / 'evaluation.md'}, .json and .png")
+    with _written_to(folder) as aside:
+        texts = read_texts(options, run)
+        warning = check_text(options, texts.fingerprint)
+        losses = evaluate(
+            run.model,
+            texts.tokens,
+            segment_length=run.config.training.segment_length,
+            memory_sizes=sizes,
+            controls_at=controls_at,
+            controls=[name for name in CONTROLS if name != "other" or len(texts.tokens) > 1],
+            rows=options.rows,
+            max_tokens=options.max_tokens,
+            seed=options.seed,
+            progress=True,
+        )
+        summary = summarise(
+            losses, names=texts.names, num_bytes=texts.num_bytes, controls_at=controls_at, seed=options.seed
+        )
+        _report(options, run, summary, warning, aside)
+    print(f"\n{folder / 'evaluation.md'}, .json and .png")
     return folder
+
+
+def check_text(options: Evaluate, fingerprint: str) -> str | None:
+    """A warning, also on standard error, if the split is that of another text than the run was trained on."""
+    if options.source is not None:
+        return None
+    if read_state(checkpoint_of(options.run, options.checkpoint))["text"] == fingerprint:
+        return None
+    warning = "the text has changed since training: documents held out now may have been trained on"
+    print(f"warning: {warning}", file=sys.stderr)
+    return warning
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -132,10 +156,7 @@ def choose_sizes(wanted: Sequence[int] | None, config: ModelConfig, controls: bo
 
 def read_texts(options: Evaluate, run: LoadedRun) -> Texts:
     """The documents to evaluate on. Raises ValueError if there are none."""
-    data = run.config.data
-    if options.source is not None:
-        data = DataConfig(source=options.source, valid=0, test=0, near_duplicates=None, cache=data.cache)
-    prepared = prepare(data, run.tokenizer.num_tokens, tokenizer=run.tokenizer)
+    prepared = prepare(data_of(options, run.config.data), run.tokenizer.num_tokens, tokenizer=run.tokenizer)
     every = (prepared.train, prepared.valid, prepared.test)
     parts = every if options.source is not None else (getattr(prepared, options.split),)
     least = max(options.min_tokens, 2)
@@ -149,19 +170,51 @@ def read_texts(options: Evaluate, run: LoadedRun) -> Texts:
         drawn = np.random.default_rng(options.seed).choice(len(found), options.documents, replace=False)
         found = [found[n] for n in sorted(drawn)]
     tokens = [part[n] for part, n in found]
-    num_bytes = [int(part.num_bytes[n]) for part, n in found]
-    if options.max_tokens is not None:
-        cut = [text[: options.max_tokens + 1] for text in tokens]
-        num_bytes = [
-            whole if len(text) == len(short) else len(run.tokenizer.decode(short.tolist()).encode())
-            for text, short, whole in zip(tokens, cut, num_bytes, strict=True)
-        ]
-    return Texts([part.names[n] for part, n in found], tokens, num_bytes)
+    num_bytes = [scored_bytes(part[n], int(part.num_bytes[n]), options.max_tokens, run.tokenizer) for part, n in found]
+    return Texts([part.names[n] for part, n in found], tokens, num_bytes, prepared.fingerprint)
+
+
+def data_of(options: Evaluate, data: DataConfig) -> DataConfig:
+    """Which text to read, and how: as the run (data) does, but for what the options say."""
+    if options.cache is not None:
+        data = dataclasses.replace(data, cache=options.cache)
+    if options.source is None:
+        if options.text_column is not None:
+            raise ValueError(f"expected text_column only with a source, got {options.text_column!r}")
+        return data
+    return dataclasses.replace(
+        data,
+        source=options.source,
+        text_column=options.text_column or data.text_column,
+        subset=data.subset if options.source == data.source else None,
+        streaming=data.streaming and options.source.startswith("hf:"),
+        valid=0,
+        test=0,
+        near_duplicates=None,
+    )
+
+
+def scored_bytes(text: np.ndarray, num_bytes: int, max_tokens: int | None, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the tokens that are scored: of a text of num_bytes, all but the first, and at most max_tokens.
+
+    Those of a character that several tokens write count where it ends.
+    """
+
+    def read_by(count: int) -> int:
+        decoded = tokenizer.decode(text[:count].tolist())
+        return len(text_bytes(decoded.removesuffix("\N{REPLACEMENT CHARACTER}")))  # a character that is cut off
+
+    kept = len(text) if max_tokens is None else min(max_tokens + 1, len(text))
+    return max((num_bytes if kept == len(text) else read_by(kept)) - read_by(1), 0)
 
 
 def _what(options: Evaluate, run: LoadedRun) -> str:
     """A sentence on the weights and the documents."""
-    where = f"all of {options.source}" if options.source is not None else f"the {options.split} split"
+    if options.source is None:
+        where = f"the {options.split} split"
+    else:
+        first = run.config.data.max_documents
+        where = f"all of {options.source}" if first is None else f"{options.source} (the first {first:,})"
     least = f" that have {options.min_tokens:,} tokens or more" if options.min_tokens > 2 else ""
     drawn = f" (at most {options.documents} of them, drawn at random)" if options.documents is not None else ""
     cut = "" if options.max_tokens is None else f" Of each the first {options.max_tokens:,} tokens."
@@ -175,13 +228,41 @@ def _plain(options: Evaluate) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
-def _write(folder: Path, content: dict[str, Any], text: str, summary: Summary, segment_length: int) -> None:
-    """Write all files aside, then put them in place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-") as aside:
-        new = Path(aside)
-        (new / "evaluation.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        (new / "evaluation.md").write_text(text, encoding="utf-8")
-        plot(summary, segment_length, new / "evaluation.png")
-        for path in sorted(new.iterdir()):
+@contextmanager
+def _written_to(folder: Path) -> Iterator[Path]:
+    """A folder inside that folder, made at once: an evaluation may take hours. In the end its files are put in place.
+
+    Raises ValueError where none can be made. If anything fails inside, everything is as it was.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-"))
+        except OSError as error:
+            raise ValueError(f"expected a folder to write to, got {str(folder)!r}: {error.strerror}") from None
+        yield Path(aside)
+        for path in sorted(Path(aside).iterdir()):
             os.replace(path, folder / path.name)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _report(options: Evaluate, run: LoadedRun, summary: Summary, warning: str | None, folder: Path) -> None:
+    """Print the report, then write it, with the numbers and the plot, into the folder."""
+    found, segment_length = provenance(run.model.device), run.config.training.segment_length
+    came_from = f"Checkpoint of step {run.step:,}; evaluated {origin(found)}."
+    title = f"Evaluation of {run.folder.name}"
+    text = markdown(summary, title, _what(options, run), warning=warning, origin=came_from)
+    with suppress(BrokenPipeError):  # who reads may have read enough: the files are written all the same
+        print(text)
+    facts = {"run": str(run.folder), "step": run.step, "segment_length": segment_length, "warning": warning}
+    content = {**facts, "options": _plain(options), **found, **summary.to_dict()}
+    (folder / "evaluation.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (folder / "evaluation.md").write_text(text, encoding="utf-8")
+    plot(summary, segment_length, folder / "evaluation.png")

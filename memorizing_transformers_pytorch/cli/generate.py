@@ -15,7 +15,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from memorizing_transformers_pytorch.cli.arguments import parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.generation import stream
 from memorizing_transformers_pytorch.memory import KNNMemoryList
@@ -56,7 +56,7 @@ class Generate:
     checkpoint: Literal["last", "best"] = "last"
     """Which weights of the run."""
     device: str | None = None
-    """Such as cpu or cuda."""
+    """Such as cpu or cuda; unless given, cuda where there is one."""
 
 
 def main(arguments: Sequence[str], program: str) -> None:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str], program: str) -> None:
 def generate_text(options: Generate) -> None:
     """Read, with a progress bar, then print the continuation as it is written. Raises ValueError for bad input."""
     before, prompt = read_input(options)
-    run = load_run(options.run, options.checkpoint, options.device)
+    run = load_run(options.run, options.checkpoint, chosen_device(options.device))
     segment_length = run.config.training.segment_length if options.segment_length is None else options.segment_length
     tokens = run.tokenizer.encode(before + prompt)
     if not tokens:
@@ -126,7 +126,10 @@ def read_whole_segments(
     if count == 0:
         return tokens, None
     session = Session(model, memories, batch_size=1, segment_length=segment_length)
-    with tqdm(total=len(tokens), desc="reading", unit=" tokens", unit_scale=True, file=sys.stderr) as bar:
+    seconds = 0.1 if sys.stderr.isatty() else 10  # a log keeps every line
+    with tqdm(
+        total=len(tokens), desc="reading", unit=" tokens", unit_scale=True, mininterval=seconds, file=sys.stderr
+    ) as bar:
         for start in range(0, count, segment_length):
             session.read([tokens[start : start + segment_length]])
             bar.update(segment_length)

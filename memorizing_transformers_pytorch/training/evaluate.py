@@ -13,6 +13,7 @@ Shapes: B rows (documents), T tokens of a segment.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -99,7 +100,14 @@ def evaluate(
     losses: Losses = {name: [np.zeros(max(len(text) - 1, 0), np.float32) for text in texts] for name in modes.names}
     generator = torch.Generator().manual_seed(seed)
     total = sum(len(text) - 1 for text in texts if len(text) > 1)
-    with model.evaluating(), tqdm(total=total, unit=" tokens", unit_scale=True, disable=not progress) as bar:
+    bar = tqdm(
+        total=total,
+        unit=" tokens",
+        unit_scale=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log keeps every line
+        disable=not progress,
+    )
+    with model.evaluating(), bar:
         for batch in batches:
             read = _read_side_by_side(model, [texts[n] for n in batch], modes, segment_length, generator, bar)
             for name, rows_read in read.items():

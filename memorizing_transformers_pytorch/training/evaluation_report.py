@@ -35,8 +35,12 @@ def label(mode: str) -> str:
     return _CONTROL_LABELS.get(mode) or f"{int(mode):,} entries"
 
 
-def markdown(summary: Summary, title: str, what: str) -> str:
-    """The whole report. what: a sentence on the documents and the weights that were evaluated."""
+def markdown(summary: Summary, title: str, what: str, *, warning: str | None = None, origin: str | None = None) -> str:
+    """The whole report.
+
+    what: a sentence on the documents and the weights that were evaluated. warning: why the numbers may not mean what
+    they seem to. origin: of the numbers: weights, code and machine.
+    """
     documents, tokens = len(summary.names), sum(summary.tokens)
     scope = f"{documents} {'document' if documents == 1 else 'documents'}, {tokens:,} tokens, each read in order."
     if documents > 1:
@@ -44,9 +48,12 @@ def markdown(summary: Summary, title: str, what: str) -> str:
     else:
         brackets = "One document, so there are no intervals and no memory of another one."
     brackets = f"The same weights, local context and XL memory in each line. {brackets}"
-    parts = [f"# {title}", f"{what} {scope}", table(summary), brackets]
+    warnings = [] if warning is None else [f"**Warning:** {warning}."]
+    parts = [f"# {title}", f"{what} {scope}", *warnings, table(summary), brackets]
     if summary.controls:
         parts += [f"Controls, against the memory of {summary.controls_at:,} entries:", control_sentences(summary)]
+    if origin is not None:
+        parts.append(origin)
     return "\n\n".join(parts) + "\n"
 
 

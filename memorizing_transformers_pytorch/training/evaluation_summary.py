@@ -106,7 +106,8 @@ def summarise(
     draws: int = 10_000,
     seed: int = 0,
 ) -> Summary:
-    """losses: as `evaluate` returns them, with "off" among the modes. names, num_bytes (UTF-8): of each document.
+    """losses: as `evaluate` returns them, with "off" among the modes. names: of each document. num_bytes: UTF-8 bytes
+    of what of it is scored, that is without its first token.
 
     Documents without losses are left out. Raises ValueError for other numbers of names or bytes than documents, or
     without "off".

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,18 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def origin(found: Mapping[str, Any]) -> str:
+    """What `provenance` found, in a line for people."""
+    machine, versions = found["machine"], found["versions"]
+    code = "no checkout" if found["commit"] is None else f"commit {found['commit']}"
+    package = "memorizing_transformers_pytorch"
+    return (
+        f"{found['date']}; {code}, {package} {versions[package]}, torch {versions['torch']}, "
+        f"Python {versions['python']}; {machine['device']} ({machine['processor']}), {machine['threads']} of "
+        f"{machine['cores']} cores, {machine['system']}"
+    )
 
 
 def commit() -> str | None:

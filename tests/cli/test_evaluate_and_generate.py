@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,23 @@ import numpy as np
 import pytest
 import torch
 
-from memorizing_transformers_pytorch import MemorizingTransformer
+from memorizing_transformers_pytorch import MemorizingTransformer, cli
 from memorizing_transformers_pytorch.cli import evaluate as cli_evaluate
 from memorizing_transformers_pytorch.cli import generate as cli_generate
-from memorizing_transformers_pytorch.cli.evaluate import Evaluate, choose_sizes, evaluate_run, parse_sizes, read_texts
+from memorizing_transformers_pytorch.cli.arguments import chosen_device
+from memorizing_transformers_pytorch.cli.evaluate import (
+    Evaluate,
+    choose_sizes,
+    data_of,
+    evaluate_run,
+    parse_sizes,
+    read_texts,
+    scored_bytes,
+)
 from memorizing_transformers_pytorch.cli.generate import Generate, generate_text, pieces, read_text, until
 from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.data.config import DataConfig
+from memorizing_transformers_pytorch.data.prepare import prepare
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer
 from memorizing_transformers_pytorch.generation import generate
 from memorizing_transformers_pytorch.training.config import RunConfig, TrainingConfig
@@ -43,7 +54,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
     config = RunConfig(model=model, data=data, training=TrainingConfig(segment_length=32))
     folder = tmp_path / "run"
-    folder.mkdir()
+    state = {"processes": 1, "progress": {"step": 7}, "best": None}
+    state["text"] = prepare(data, 256, progress=False, tokenizer=ByteTokenizer()).fingerprint
+    (folder / "checkpoints" / "step-7").mkdir(parents=True)
+    (folder / "checkpoints" / "step-7" / "state.json").write_text(json.dumps(state))
     made = SimpleNamespace(
         folder=folder,
         config=config,
@@ -85,14 +99,95 @@ def test_an_evaluation_leaves_numbers_table_and_plot_and_prints_the_table(
     assert "another document's memory" in text
 
 
-def test_bits_per_byte_count_the_bytes_of_what_was_scored(run: SimpleNamespace) -> None:
+def test_bits_per_byte_are_the_bits_of_each_token_if_tokens_are_bytes(run: SimpleNamespace) -> None:
     for options in ({}, {"max_tokens": 40}):
         folder = evaluate_run(Evaluate(run=run.folder, memory="0", controls=False, **options))
-        kept = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        mode, tokens = kept["modes"]["off"], sum(document["tokens"] for document in kept["documents"])
-        read = tokens + len(kept["documents"])  # of each document the first byte is not scored
-        expected = mode["loss"]["value"] / np.log(2) * tokens / read
-        assert mode["bits_per_byte"] == pytest.approx(expected, rel=0.01)
+        mode = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["modes"]["off"]
+        assert mode["bits_per_byte"] == pytest.approx(mode["loss"]["value"] / np.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1, 2, 5, 9, 1_000])
+@pytest.mark.parametrize("text", ["naïve 記憶, mémoire 記憶", "é 記憶", "記"])
+def test_a_character_counts_as_bytes_that_are_scored_where_it_ends(text: str, max_tokens: int | None) -> None:
+    learned = BPETokenizer.train(["mémoire naïve " * 3], 262)
+    names = json.loads(learned.to_json())["model"]["vocab"]
+    sizes = {token: len(name) for name, token in names.items()}  # in a name each character is a byte
+    data = text.encode()
+    for tokenizer, size in ((ByteTokenizer(), dict.fromkeys(range(256), 1)), (learned, sizes)):
+        tokens = tokenizer.encode(text)
+        ends = np.cumsum([size[token] for token in tokens])
+        assert ends[-1] == len(data)
+        last = len(tokens) - 1 if max_tokens is None else min(max_tokens, len(tokens) - 1)
+        begin, end = (len(data[: ends[n]].decode(errors="ignore").encode()) for n in (0, last))
+        assert scored_bytes(np.array(tokens), len(data), max_tokens, tokenizer) == end - begin
+
+
+def test_the_report_says_from_where_the_numbers_are(run: SimpleNamespace) -> None:
+    folder = evaluate_run(Evaluate(run=run.folder, memory="0", max_tokens=9))
+    kept = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    last = (folder / "evaluation.md").read_text(encoding="utf-8").splitlines()[-1]
+    machine = kept["machine"]
+    for part in ("step 7", kept["date"], str(kept["commit"] or "no checkout"), machine["system"], machine["device"]):
+        assert part in last
+
+
+def test_a_text_that_has_changed_since_training_is_pointed_out(
+    run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warned(**options: object) -> list[bool]:
+        folder = evaluate_run(Evaluate(run=run.folder, memory="0", max_tokens=9, **options))
+        written = (folder / "evaluation.md").read_text(encoding="utf-8")
+        kept = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["warning"]
+        texts = (written, capsys.readouterr().err, kept or "")
+        return ["the text has changed since training" in text for text in texts]
+
+    assert warned() == [False] * 3
+    assert warned(cache=tmp_path / "another cache") == [False] * 3
+    (run.corpus / "new.txt").write_text(SENTENCE * 5, encoding="utf-8")
+    assert warned() == [True] * 3
+    assert warned(source=str(run.corpus)) == [False] * 3  # which says nothing of what is held out
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
+    run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_evaluate, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
+    (run.folder / "file").write_text("kept")
+    with pytest.raises(ValueError, match=r"expected a folder to write to, got .*below': Not a directory"):
+        evaluate_run(Evaluate(run=run.folder, output=run.folder / "file" / "below"))
+
+
+def test_the_report_is_printed_even_if_it_cannot_be_written(
+    run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(cli_evaluate, "plot", full)
+    with pytest.raises(OSError, match="no space left"):
+        evaluate_run(Evaluate(run=run.folder, memory="0", max_tokens=9))
+    assert "| off " in capsys.readouterr().out
+    assert not (run.folder / "evaluation").exists()
+
+
+def test_the_device_is_the_gpu_if_there_is_one_and_none_is_named(
+    run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    for module in (cli_evaluate, cli_generate):
+        monkeypatch.setattr(module, "load_run", lambda *given: used.append(given[2]) or run)
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        for device in (None, "cpu"):
+            evaluate_run(Evaluate(run=run.folder, memory="0", max_tokens=9, device=device))
+            generate_text(Generate(run=run.folder, prompt="x", max_new_tokens=0, device=device))
+    assert used == ["cpu"] * 4 + ["cuda"] * 2 + ["cpu"] * 2
+
+
+@pytest.mark.parametrize("name", ["nowhere", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"expected a device of this machine, such as cpu or cuda, got '{name}'"):
+        chosen_device(name)
 
 
 def test_the_same_seed_gives_the_same_numbers(run: SimpleNamespace) -> None:
@@ -139,7 +234,20 @@ def test_all_documents_of_another_text_can_be_read(run: SimpleNamespace, tmp_pat
         (other / name).write_text(f"ë{name * 50}", encoding="utf-8")
     texts = read_texts(Evaluate(run=run.folder, source=str(other)), run)
     assert sorted(texts.names) == ["a", "b", "c"]
-    assert [len(tokens) for tokens in texts.tokens] == texts.num_bytes == [52] * 3
+    assert [len(tokens) for tokens in texts.tokens] == texts.num_bytes == [52] * 3  # no token ends before the second
+
+
+def test_another_text_is_read_as_that_of_the_run(run: SimpleNamespace, tmp_path: Path) -> None:
+    own = DataConfig(source="hf:x", subset="a", streaming=True, pattern="*.md", group="folder", text_column="body")
+    read = data_of(Evaluate(run=run.folder, source="here", cache=tmp_path), own)
+    changed = {"source": "here", "subset": None, "streaming": False, "cache": tmp_path}
+    assert read == replace(own, **changed, valid=0, test=0, near_duplicates=None)
+    assert data_of(Evaluate(run=run.folder, source="hf:x", text_column="text"), own).subset == "a"
+    assert data_of(Evaluate(run=run.folder, source="hf:y", text_column="text"), own).text_column == "text"
+    assert data_of(Evaluate(run=run.folder), own) == own
+    (tmp_path / "rows.jsonl").write_text('{"body": "mémoire"}\n{"body": "bête"}\n', encoding="utf-8")
+    texts = read_texts(Evaluate(run=run.folder, source=str(tmp_path / "rows.jsonl"), text_column="body"), run)
+    assert sorted(map(len, texts.tokens)) == [5, 8]
 
 
 def test_a_single_document_is_evaluated_without_intervals_and_without_another_ones_memory(
@@ -184,6 +292,8 @@ def test_the_size_of_the_run_is_among_the_sizes_and_has_the_controls() -> None:
         ({"max_tokens": 0}, "expected max_tokens to be at least 1, got 0"),
         ({"rows": 0}, "expected rows to be at least 1, got 0"),
         ({"source": "nowhere"}, "expected a source .* got 'nowhere'"),
+        ({"text_column": "body"}, "expected text_column only with a source, got 'body'"),
+        ({"device": "nowhere"}, "expected a device of this machine, .* got 'nowhere'"),
     ],
 )
 def test_bad_options_of_an_evaluation_write_nothing(
@@ -191,7 +301,7 @@ def test_bad_options_of_an_evaluation_write_nothing(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_run(Evaluate(run=run.folder, **options))
-    assert list(run.folder.iterdir()) == []
+    assert [path.name for path in run.folder.iterdir()] == ["checkpoints"]
 
 
 def test_a_file_in_the_place_of_the_report_is_refused(run: SimpleNamespace) -> None:
@@ -199,6 +309,19 @@ def test_a_file_in_the_place_of_the_report_is_refused(run: SimpleNamespace) -> N
     with pytest.raises(ValueError, match="expected a folder to write to, got the file"):
         evaluate_run(Evaluate(run=run.folder))
     assert (run.folder / "evaluation").read_text() == "kept"
+
+
+def test_a_loss_that_is_not_finite_comes_with_a_remedy_that_the_command_line_accepts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(_: object) -> None:
+        raise FloatingPointError("not finite")
+
+    monkeypatch.setattr(cli, "run_command", failing)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["train"])
+    remedy = "go on with --resume --training.on-nan skip, or start again with a smaller --optimizer.learning-rate"
+    assert capsys.readouterr().err == f"memorizing-transformers: not finite; {remedy}\n"
 
 
 # generate

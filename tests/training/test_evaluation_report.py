@@ -102,6 +102,13 @@ def test_one_document_has_no_intervals_and_no_verdict() -> None:
     assert "from one document nothing follows for others" in text
 
 
+def test_a_report_begins_with_its_warning_and_ends_with_its_origin() -> None:
+    text = markdown(make_summary(*LENGTHS), "Title", "What.", warning="not so", origin="Made here.")
+    assert text.index("**Warning:** not so.") < text.index("| memory")
+    assert text.endswith("\n\nMade here.\n")
+    assert "Warning" not in markdown(make_summary(*LENGTHS), "Title", "What.")
+
+
 def test_everything_goes_through_json() -> None:
     kept = json.loads(json.dumps(make_summary(*LENGTHS).to_dict(), allow_nan=False))
     assert kept["modes"]["512"]["change"]["interval"][0] < kept["modes"]["512"]["change"]["value"] < 0

@@ -101,8 +101,10 @@ def test_a_run_whose_overwriting_was_broken_off_can_be_overwritten(
 ) -> None:
     run = train(make_config(tmp_path, training={"steps": 2}), tmp_path / "run")
     whole = content_of(run)
+    listed = Path.iterdir
     for at in range(6):
         with monkeypatch.context() as patch:
+            patch.setattr(Path, "iterdir", lambda path: iter(sorted(listed(path))))  # the configuration is not the last
             removed: list[Path] = []
 
             def unlink(path: Path, removed: list[Path] = removed, at: int = at) -> None:
