@@ -23,12 +23,12 @@ from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.prepare import prepare
 from memorizing_transformers_pytorch.data.text import text_bytes
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
+from memorizing_transformers_pytorch.evaluation.controls import CONTROLS
+from memorizing_transformers_pytorch.evaluation.evaluate import evaluate
+from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
+from memorizing_transformers_pytorch.evaluation.report import markdown, plot
+from memorizing_transformers_pytorch.evaluation.summary import Summary, summarise
 from memorizing_transformers_pytorch.training.checkpoint import read_state
-from memorizing_transformers_pytorch.training.controls import CONTROLS
-from memorizing_transformers_pytorch.training.evaluate import evaluate
-from memorizing_transformers_pytorch.training.evaluation_report import markdown, plot
-from memorizing_transformers_pytorch.training.evaluation_summary import Summary, summarise
-from memorizing_transformers_pytorch.training.provenance import origin, provenance
 from memorizing_transformers_pytorch.training.report import check_plots_are_possible
 from memorizing_transformers_pytorch.training.run import LoadedRun, checkpoint_of, load_run
 

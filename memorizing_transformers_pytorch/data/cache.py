@@ -7,14 +7,18 @@ when all of it is on the disk: it is whole, or not there. Several processes may 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,34 +28,35 @@ from memorizing_transformers_pytorch.data.document import SPLITS, Document, Spli
 from memorizing_transformers_pytorch.data.text import text_bytes
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 _ASIDE = ".building-"
 _STALE_SECONDS = 3600.0
+_SIGN_OF_LIFE_SECONDS = 60.0
 _CHARACTERS_AT_ONCE = 1 << 20
 _DOCUMENTS_AT_ONCE = 256
 
 
 class TokenisedDocuments(Sequence[np.ndarray]):
-    """The documents of one split: token ids that are read from disk as they are used.
+    """The documents of one split: token ids that are read from disk as they are used, and so are names and sizes.
 
-    Raises ValueError if the folder is damaged.
+    content: a hash of all tokens and names. Raises ValueError if the folder is damaged.
     """
 
     def __init__(self, folder: Path, split: Split) -> None:
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self._offsets = np.asarray(np.load(folder / f"{split}.offsets.npy", mmap_mode="r"))
-            self.num_bytes: np.ndarray = np.load(folder / f"{split}.bytes.npy")
-            with (folder / f"{split}.names").open(encoding="utf-8") as lines:
-                self.names: list[str] = [json.loads(line) for line in lines]
+            self.num_bytes: np.ndarray = np.load(folder / f"{split}.bytes.npy", mmap_mode="r")
+            self._names = folder / f"{split}.names"
             dtype = np.dtype(meta["dtype"])
             size = (folder / f"{split}.tokens").stat().st_size
+            found = size / dtype.itemsize, self._names.stat().st_size, len(self.num_bytes)
+            expected = int(self._offsets[-1]), meta["splits"][split]["names_size"], len(self)
+            self.content: str = meta["splits"][split]["content"]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"expected tokenised documents, got a damaged {str(folder)!r}: {error}") from error
-        found = size / dtype.itemsize, len(self.names), len(self.num_bytes)
-        expected = int(self._offsets[-1]), len(self), len(self)
         if found != expected:
-            what = f"{expected} tokens, names and sizes of {split}"
+            what = f"{expected} tokens, bytes of names and sizes of {split}"
             raise ValueError(f"expected {what} in {str(folder)!r}, got {found}; delete it")
         tokens = np.memmap(folder / f"{split}.tokens", dtype, mode="r") if size else np.empty(0, dtype)
         self._tokens = np.asarray(tokens)  # the same mapping, but slices of the plain class are made faster
@@ -70,6 +75,16 @@ class TokenisedDocuments(Sequence[np.ndarray]):
             raise IndexError(f"expected a document below {len(self)}, got {number}")
         number %= len(self)
         return self._tokens[self._offsets[number] : self._offsets[number + 1]]
+
+    @cached_property
+    def names(self) -> list[str]:
+        with self._names.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """How many tokens each has."""
+        return np.diff(self._offsets)
 
     @property
     def num_tokens_total(self) -> int:
@@ -96,8 +111,9 @@ def build(
     aside = cache / f"{_ASIDE}{fingerprint}-{uuid.uuid4().hex}"
     aside.mkdir()
     try:
-        _write(aside, documents, tokenizer, about)
-        _sync(aside)
+        with _signs_of_life(aside):
+            _write(aside, documents, tokenizer, about)
+            _sync(aside)
         try:
             aside.rename(folder)
         except OSError:
@@ -110,11 +126,30 @@ def build(
 
 
 def _remove_stale(cache: Path) -> None:
-    """What builders that were killed left behind. A living one writes all the time."""
+    """What builders that were killed left behind."""
     for aside in cache.glob(f"{_ASIDE}*"):
-        times = [path.stat().st_mtime for path in (aside, *aside.glob("*")) if path.exists()]
-        if times and max(times) < time.time() - _STALE_SECONDS:
-            shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its builder may be just done
+            if aside.stat().st_mtime < time.time() - _STALE_SECONDS:
+                shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _signs_of_life(aside: Path) -> Iterator[None]:
+    """Keep the folder's time recent while this process lives, even if the documents are long in coming."""
+    done = threading.Event()
+
+    def show() -> None:
+        while not done.wait(_SIGN_OF_LIFE_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(aside)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _write(
@@ -124,11 +159,12 @@ def _write(
     with ExitStack() as stack:
         writers = {split: stack.enter_context(_writer(aside, split)) for split in SPLITS}
         for some in _batches(documents):
-            encoded = tokenizer.encode_batch([document.text for _, document in some])
+            encoded = tokenizer.encode_arrays([document.text for _, document in some])
             for (split, document), tokens in zip(some, encoded, strict=True):
-                writers[split].add(document, np.asarray(tokens, dtype=dtype))
+                writers[split].add(document, tokens.astype(dtype))
     tokenizer.save(aside / "tokenizer.json")
-    meta = {**about, "dtype": dtype.str, "num_tokens": tokenizer.num_tokens}
+    splits = {split: writer.summary() for split, writer in writers.items()}
+    meta = {**about, "dtype": dtype.str, "num_tokens": tokenizer.num_tokens, "splits": splits}
     (aside / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
@@ -150,19 +186,27 @@ class _Writer:
 
     def __init__(self, tokens: Any, names: Any) -> None:
         self._tokens, self._names = tokens, names
+        self._content = hashlib.sha256()
+        self._names_size = 0
         self.offsets, self.num_bytes = array("q", [0]), array("q")
 
     def add(self, document: Document, tokens: np.ndarray) -> None:
-        self._tokens.write(tokens.tobytes())
-        self._names.write(json.dumps(document.name) + "\n")
+        name = json.dumps(document.name).encode() + b"\n"
+        self._tokens.write(tokens)
+        self._names.write(name)
+        self._names_size += len(name)
+        for part in (name, len(tokens).to_bytes(8, "little"), tokens.data):
+            self._content.update(part)
         self.offsets.append(self.offsets[-1] + len(tokens))
         self.num_bytes.append(len(text_bytes(document.text)))
+
+    def summary(self) -> dict[str, Any]:
+        return {"content": self._content.hexdigest(), "names_size": self._names_size}
 
 
 @contextmanager
 def _writer(aside: Path, split: Split) -> Iterator[_Writer]:
-    names = (aside / f"{split}.names").open("w", encoding="utf-8")
-    with (aside / f"{split}.tokens").open("wb") as tokens, names:
+    with (aside / f"{split}.tokens").open("wb") as tokens, (aside / f"{split}.names").open("wb") as names:
         writer = _Writer(tokens, names)
         yield writer
     np.save(aside / f"{split}.offsets.npy", np.asarray(writer.offsets, dtype=np.int64))

@@ -31,6 +31,8 @@ class DataConfig:
     """The column of .jsonl, .parquet and hf: that holds the text."""
     name_column: str | None = None
     """The column that names a document. Without one its name is a hash of its text."""
+    nulls: Literal["skip", "fail"] = "skip"
+    """What is done with rows whose text is null: skipped, with a warning that says how many, or refused."""
     subset: str | None = None
     """The configuration of an hf: dataset that has several."""
     hf_split: str = "train"
@@ -61,7 +63,8 @@ class DataConfig:
                 raise ValueError(f"expected {name} not to be empty, got ''")
         if self.source in ("hf:", "enwik8:"):
             raise ValueError(f"expected a name or path after {self.source!r}, got nothing")
-        for name, known in (("group", ("file", "folder")), ("errors", ("replace", "strict"))):
+        choices = {"group": ("file", "folder"), "errors": ("replace", "strict"), "nulls": ("skip", "fail")}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {getattr(self, name)!r}")
         self._check_numbers()

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from memorizing_transformers_pytorch.data.progress import bar
+
 _BLOCK_BYTES = 1 << 16
 _TIMEOUT_SECONDS = 30.0
 
@@ -38,11 +40,10 @@ def download(
     part = path.with_name(path.name + ".part")
     if part.exists() and part.stat().st_size > num_bytes:
         part.unlink()
-    bar: tqdm[Any] = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=path.name, disable=not progress)
-    with bar:
+    with bar(total=num_bytes, unit="B", unit_scale=True, desc=path.name, disable=not progress) as shown:
         failed = 0
         while (before := _size(part)) < num_bytes:
-            problem = _fetch(address, part, num_bytes, bar)
+            problem = _fetch(address, part, num_bytes, shown)
             failed = failed + 1 if _size(part) == before else 0
             if failed == attempts:
                 raise OSError(
@@ -57,7 +58,7 @@ def _size(part: Path) -> int:
     return part.stat().st_size if part.exists() else 0
 
 
-def _fetch(address: str, part: Path, num_bytes: int, bar: tqdm[Any]) -> str | None:
+def _fetch(address: str, part: Path, num_bytes: int, shown: tqdm[Any]) -> str | None:
     """Fetch what is missing of the part. Returns what went wrong, if trying again may help."""
     have = _size(part)
     request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
@@ -68,7 +69,7 @@ def _fetch(address: str, part: Path, num_bytes: int, bar: tqdm[Any]) -> str | No
             if length is not None and begin + int(length) != num_bytes:
                 part.unlink(missing_ok=True)
                 raise ValueError(f"expected {num_bytes:,} bytes at {address}, got {begin + int(length):,}")
-            _write(response, part, begin, num_bytes, bar)
+            _write(response, part, begin, num_bytes, shown)
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416:  # the part is longer than the server's file: begin anew and see
@@ -81,14 +82,14 @@ def _fetch(address: str, part: Path, num_bytes: int, bar: tqdm[Any]) -> str | No
     return "a connection cut off" if _size(part) < num_bytes else None
 
 
-def _write(response: BinaryIO, part: Path, begin: int, num_bytes: int, bar: tqdm[Any]) -> None:
+def _write(response: BinaryIO, part: Path, begin: int, num_bytes: int, shown: tqdm[Any]) -> None:
     """Write at a place, without truncating: another process that fetches the same file writes the same bytes."""
     part.touch()
     with part.open("r+b") as file:
         file.seek(begin)
         while block := response.read(_BLOCK_BYTES):
             file.write(block)
-            bar.update(file.tell() - bar.n)
+            shown.update(file.tell() - shown.n)
             if file.tell() > num_bytes:
                 break
 

@@ -3,8 +3,7 @@
 A document is the set of its runs of five words. Two are near-identical if these sets have a Jaccard similarity of at
 least the threshold. It is estimated by MinHash (Broder 1997) with 128 permutations, with a standard error of at most
 0.045, for the pairs that locality-sensitive hashing proposes. What is near-identical to one of a group joins the group.
-Kept in memory for each document: 512 bytes of sketch, its name, and some 60 bytes while the bands are compared; nothing
-of its text.
+Kept in memory for each document: its name and some 600 bytes, of which 512 are its sketch; nothing of its text.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.document import Document
-from memorizing_transformers_pytorch.data.tables import is_table, read_table
+from memorizing_transformers_pytorch.data.tables import is_table, read_table, without_nulls
 from memorizing_transformers_pytorch.data.text import decode
 
 # Tests, tables and generated text of the standard library; and what others installed into it.
@@ -41,6 +41,9 @@ class Files:
         self._config = config
 
     def __iter__(self) -> Iterator[Document]:
+        return without_nulls(self._documents(), self._config)
+
+    def _documents(self) -> Iterator[Document | None]:
         if self._config.group == "folder":
             for entry, members in groupby(self._paths, lambda path: path.relative_to(self._root).parts[0]):
                 yield Document(entry, "\n\n".join(self._read(path) for path in members))

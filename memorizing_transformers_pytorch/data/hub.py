@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.document import Document
-from memorizing_transformers_pytorch.data.tables import row_document
+from memorizing_transformers_pytorch.data.tables import check_columns, row_document, wanted_columns, without_nulls
 
 
 class HuggingFaceDataset:
-    """One split of a dataset: on disk, or streamed. Raises ValueError if there is none, or if `datasets` is missing."""
+    """One split of a dataset: on disk, or streamed.
+
+    Raises ValueError if there is none, if it cannot be read, or if `datasets` is missing.
+    """
 
     def __init__(self, config: DataConfig) -> None:
         try:
@@ -20,16 +24,15 @@ class HuggingFaceDataset:
             hint = "pip install 'memorizing_transformers_pytorch[datasets]'"
             raise ValueError(f"expected the library datasets for {config.source!r}, got none; {hint}") from error
         self._config = config
-        name = config.source.removeprefix("hf:")
-        try:
-            self._builder = datasets.load_dataset_builder(name, config.subset)
-        except OSError as error:
-            raise ValueError(f"expected a dataset, got {name!r}: {str(error).splitlines()[0]}") from error
+        self._name = config.source.removeprefix("hf:")
+        with _failures(f"expected a dataset, got {self._name!r}"):
+            self._builder = datasets.load_dataset_builder(self._name, config.subset)
         self._dataset: Any = None
 
     def __iter__(self) -> Iterator[Document]:
-        for number, row in enumerate(self._rows()):
-            yield row_document(row, f"{self._config.source}, row {number:,}", self._config)
+        rows = enumerate(self._rows())
+        source, config = self._config.source, self._config
+        return without_nulls((row_document(row, f"{source}, row {number:,}", config) for number, row in rows), config)
 
     def fingerprint(self) -> str:
         """The builder's own: its hash is that of the revision, or of the local files and their times of change."""
@@ -37,10 +40,34 @@ class HuggingFaceDataset:
         version = builder.config.version
         return f"{self._config.source} {builder.config_id} {version} {builder.hash} {self._config.hf_split}"
 
-    def _rows(self) -> Any:
-        if self._dataset is None and self._config.streaming:
-            self._dataset = self._builder.as_streaming_dataset(self._config.hf_split)
-        elif self._dataset is None:
-            self._builder.download_and_prepare()
-            self._dataset = self._builder.as_dataset(self._config.hf_split)
-        return self._dataset
+    def _rows(self) -> Iterator[Any]:
+        with self._reading():
+            if self._dataset is None:
+                self._dataset = self._opened()
+            columns = self._dataset.column_names  # None if they are known from the rows alone
+        if columns is not None:
+            check_columns(columns, self._config.source, self._config)
+        with self._reading():
+            yield from self._dataset if columns is None else self._dataset.select_columns(wanted_columns(self._config))
+
+    def _reading(self) -> Any:
+        return _failures(f"expected to read the dataset {self._name!r}, got an error")
+
+    def _opened(self) -> Any:
+        if self._config.streaming:
+            return self._builder.as_streaming_dataset(self._config.hf_split)
+        self._builder.download_and_prepare()
+        return self._builder.as_dataset(self._config.hf_split)
+
+
+@contextmanager
+def _failures(expected: str) -> Iterator[None]:
+    """As a ValueError of one line. What reads underneath (HTTP, Arrow, gzip) has no exception in common."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        causes = (error, error.__cause__)
+        reasons = [(str(cause).splitlines() or [type(cause).__name__])[0] for cause in causes if cause is not None]
+        raise ValueError(f"{expected}: {': '.join(reasons)}") from error

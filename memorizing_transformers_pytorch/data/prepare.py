@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from memorizing_transformers_pytorch.data import cache
 from memorizing_transformers_pytorch.data.cache import TokenisedDocuments
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.corpora import open_corpus
-from memorizing_transformers_pytorch.data.document import Corpus, Document, Split
+from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, Document, Split
+from memorizing_transformers_pytorch.data.progress import bar
 from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -29,6 +28,7 @@ _DECIDING = (
     "errors",
     "text_column",
     "name_column",
+    "nulls",
     "valid",
     "test",
     "near_duplicates",
@@ -36,7 +36,7 @@ _DECIDING = (
 
 
 class Prepared(NamedTuple):
-    """A corpus ready to train on. fingerprint: of everything that decides on its tokens and their split."""
+    """A corpus ready to train on. fingerprint: of its tokens and names and their split, wherever they came from."""
 
     tokenizer: Tokenizer
     train: TokenisedDocuments
@@ -68,13 +68,14 @@ def prepare(config: DataConfig, num_tokens: int, progress: bool = True, tokenize
     if tokenizer is None:
         tokenizer = _trained(config.cache, about, num_tokens, corpus, splitter, progress)
     about["tokenizer"] = _hash(tokenizer.to_json())
-    fingerprint = _hash(json.dumps(about))
-    documents = _sided(corpus, splitter, "tokenising", progress)
-    folder = cache.build(config.cache, fingerprint, documents, tokenizer, about)
-    train, valid, test = (TokenisedDocuments(folder, split) for split in ("train", "valid", "test"))
+    key = _hash(json.dumps(about))
+    if not (config.cache / key).is_dir():
+        splitter()  # what takes long or finds faults comes before anything is written
+    folder = cache.build(config.cache, key, _sided(corpus, splitter, "tokenising", progress), tokenizer, about)
+    train, valid, test = (TokenisedDocuments(folder, split) for split in SPLITS)
     if not train.num_tokens_total:
         raise ValueError(f"expected documents to train on in {config.source!r}, got none in the training split")
-    return Prepared(tokenizer, train, valid, test, fingerprint)
+    return Prepared(tokenizer, train, valid, test, _hash(train.content + valid.content + test.content))
 
 
 def _trained(
@@ -107,7 +108,7 @@ def _sided(
 
 
 def _shown(corpus: Iterable[Document], doing: str, progress: bool) -> Iterable[Document]:
-    return tqdm(corpus, desc=doing, unit=" documents", disable=not progress)
+    return bar(corpus, desc=doing, unit=" documents", disable=not progress)
 
 
 def _hash(text: str) -> str:

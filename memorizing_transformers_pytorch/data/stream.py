@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.config import IGNORE_INDEX
+from memorizing_transformers_pytorch.data.cache import TokenisedDocuments
 
 
 class Batch(NamedTuple):
@@ -43,6 +44,12 @@ class _Piece(NamedTuple):
     length: int
 
 
+def _lengths(documents: Sequence[np.ndarray]) -> np.ndarray:
+    if isinstance(documents, TokenisedDocuments):
+        return documents.lengths
+    return np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+
+
 class DocumentStream(Iterator[Batch]):
     """An endless stream of batches over documents, in a new order each time all have been handed out.
 
@@ -69,8 +76,8 @@ class DocumentStream(Iterator[Batch]):
         if not self._only or min(self._only) < 0 or max(self._only) >= rows:
             raise ValueError(f"expected only to hold some of {rows} rows, got {self._only}")
         self._documents = documents
-        self._lengths = [len(document) for document in documents]
-        self._usable = [number for number, length in enumerate(self._lengths) if length > 1]
+        self._lengths = _lengths(documents)
+        self._usable = np.flatnonzero(self._lengths > 1)
         if rows > len(self._usable):
             most = f"{len(self._usable)} rows, one for each document of at least 2 tokens"
             raise ValueError(f"expected at most {most}, got {rows}")
@@ -126,11 +133,11 @@ class DocumentStream(Iterator[Batch]):
         pieces: list[_Piece] = []
         column = 0
         while column < self._segment_length:
-            if place[0] < 0 or place[1] >= self._lengths[place[0]]:
+            if place[0] < 0 or place[1] >= self._lengths.item(place[0]):
                 if pieces and not self._pack:
                     break
                 place[:] = [self._next_document(), 0]
-            count = min(self._segment_length - column, self._lengths[place[0]] - place[1])
+            count = min(self._segment_length - column, self._lengths.item(place[0]) - place[1])
             pieces.append(_Piece(row, column, place[0], place[1], count))
             place[1] += count
             column += count
@@ -141,7 +148,7 @@ class DocumentStream(Iterator[Batch]):
             self._begin_epoch(self._epoch + 1)
             self._taken = 0
         self._taken += 1
-        return self._usable[int(self._order[self._taken - 1])]
+        return int(self._usable[self._order[self._taken - 1]])
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch

@@ -6,9 +6,12 @@ from typing import Literal
 
 
 def decode(data: bytes, where: str, errors: Literal["replace", "strict"]) -> str:
-    """UTF-8 to text. Raises ValueError that names the place for other bytes, if errors is strict."""
+    """UTF-8 to text, without the mark (BOM) that some write before it.
+
+    Raises ValueError that names the place for other bytes, if errors is strict.
+    """
     try:
-        return data.decode("utf-8", errors)
+        return data.decode("utf-8", errors).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
     except UnicodeDecodeError as error:
         found = f"byte 0x{data[error.start]:02x} at offset {error.start:,}"
         raise ValueError(f"expected UTF-8 in {where}, got {found}") from error

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -24,6 +25,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same as `encode_batch`, in arrays, which take much less memory."""
 
     def decode(self, tokens: Iterable[int]) -> str: ...
 
@@ -45,6 +49,9 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text_bytes(text), dtype=np.uint8) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(tokens).decode("utf-8", "replace")
@@ -97,8 +104,11 @@ class BPETokenizer:
         return list(self._tokenizer.encode(_unicode(text), add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [tokens.tolist() for tokens in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast([_unicode(text) for text in texts], add_special_tokens=False)
-        return [list(encoding.ids) for encoding in encodings]
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, tokens: Iterable[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))

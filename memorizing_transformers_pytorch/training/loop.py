@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from memorizing_transformers_pytorch.evaluation.evaluate import evaluate, mean_loss, mode_of
 from memorizing_transformers_pytorch.training import run as folders
 from memorizing_transformers_pytorch.training.begin import Begun, begin
 from memorizing_transformers_pytorch.training.checkpoint import (
@@ -22,7 +23,6 @@ from memorizing_transformers_pytorch.training.checkpoint import (
     write_checkpoint,
 )
 from memorizing_transformers_pytorch.training.config import RunConfig
-from memorizing_transformers_pytorch.training.evaluate import evaluate, mean_loss, mode_of
 from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish, stopping_on_signals
 from memorizing_transformers_pytorch.training.metrics import (
     Metrics,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+import time
+import tracemalloc
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memorizing_transformers_pytorch.data import cache as module
 from memorizing_transformers_pytorch.data.cache import TokenisedDocuments, build
 from memorizing_transformers_pytorch.data.document import SPLITS, Document, Split
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
@@ -43,7 +46,9 @@ def test_each_document_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert bytes(test[0].astype(np.uint8)) == b"raw \xe9"
     assert (len(valid), valid.num_tokens_total, valid.total_bytes, valid.names) == (0, 0, 0, [])
     assert load_tokenizer(folder / "tokenizer.json").num_tokens == 256
-    assert json.loads((folder / "meta.json").read_text()) == {"source": "here", "dtype": "<u2", "num_tokens": 256}
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta.pop("splits").keys() == set(SPLITS)
+    assert meta == {"source": "here", "dtype": "<u2", "num_tokens": 256}
 
 
 @given(st.lists(st.tuples(st.sampled_from(SPLITS), st.text(st.characters(codec="utf-8"))), max_size=20), st.booleans())
@@ -76,8 +81,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     class Wide(ByteTokenizer):
         num_tokens = 100_000  # type: ignore[assignment]
 
-        def encode(self, text: str) -> list[int]:
-            return [99_999 for _ in text]
+        def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+            return [np.full(len(text), 99_999) for text in texts]
 
     folder = build(tmp_path, "print", DOCUMENTS, Wide(), {})
     assert TokenisedDocuments(folder, "train")[0].tolist() == [99_999] * 4
@@ -111,6 +116,66 @@ def test_what_a_killed_build_left_is_never_used_and_removed_when_stale(tmp_path:
         os.utime(path, (1, 1))
     TokenisedDocuments(make(tmp_path), "train")
     assert sorted(path.name for path in tmp_path.iterdir()) == [living.name, "print"]
+
+
+def test_a_build_whose_documents_are_long_in_coming_is_no_stale_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SIGN_OF_LIFE_SECONDS", 0.01)
+
+    def late() -> Iterator[tuple[Split, Document]]:
+        (aside,) = tmp_path.iterdir()
+        for path in (*aside.iterdir(), aside):
+            os.utime(path, (1, 1))
+        end = time.monotonic() + 5
+        while aside.stat().st_mtime < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        make(tmp_path, "other")
+        yield from DOCUMENTS
+
+    folder = build(tmp_path, "print", late(), ByteTokenizer(), {})
+    assert TokenisedDocuments(folder, "train").names == ["one", "three", "four"]
+
+
+def test_a_builder_that_is_done_just_now_disturbs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([tmp_path / ".building-gone"]))
+    monkeypatch.setattr(Path, "exists", lambda _: True)  # as it was when it was asked
+    assert make(tmp_path).is_dir()
+
+
+def test_the_content_is_that_of_tokens_and_names_in_order(tmp_path: Path) -> None:
+    def content(*documents: tuple[str, str], cache: Path = tmp_path) -> str:
+        sided: list[tuple[Split, Document]] = [("train", Document(*document)) for document in documents]
+        folder = build(cache, str(documents), [*sided, ("test", Document("t", "t"))], ByteTokenizer(), {})
+        assert TokenisedDocuments(folder, "valid").content == none
+        return TokenisedDocuments(folder, "train").content
+
+    none = TokenisedDocuments(build(tmp_path, "empty", [], ByteTokenizer(), {}), "train").content
+    found = content(("a", "xy"), ("b", "z"))
+    others = [(("b", "z"), ("a", "xy")), (("a", "x"), ("b", "yz")), (("c", "xy"), ("b", "z"))]
+    assert len({none, found, *(content(*documents) for documents in others)}) == 5
+    assert content(("a", "xy"), ("b", "z"), cache=tmp_path / "elsewhere") == found
+
+
+def test_names_are_read_when_they_are_asked_for_and_lengths_are_an_array(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    train = TokenisedDocuments(folder, "train")
+    assert "names" not in vars(train)
+    assert isinstance(train.num_bytes, np.memmap)
+    assert isinstance(train.lengths, np.ndarray)
+    assert train.lengths.tolist() == [len(tokens) for tokens in train]
+    assert train.names is train.names
+
+
+def test_a_large_document_takes_little_more_memory_than_its_text(tmp_path: Path) -> None:
+    documents: list[tuple[Split, Document]] = [("train", Document("large", "x" * 4_000_000))]
+    tracemalloc.start()
+    try:
+        build(tmp_path, "print", documents, ByteTokenizer(), {})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * 4_000_000
 
 
 def test_builders_at_once_end_with_one_good_cache(tmp_path: Path) -> None:

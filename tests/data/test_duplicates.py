@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +58,24 @@ def test_short_and_empty_texts() -> None:
     }
     documents = [Document(name, text) for name, text in texts.items()]
     assert near_duplicate_leaders(documents, 0.8) == {"c": "c", "d": "c", "f": "f", "g": "f"}
+
+
+def test_little_is_kept_in_memory_of_each_document() -> None:
+    def names() -> Iterator[Document]:
+        yield from (Document(str(number), prose(number, 8)) for number in range(3000))
+
+    near_duplicate_leaders(names(), 0.8)
+    tracemalloc.start()
+    try:
+        assert near_duplicate_leaders(names(), 0.8) == {}
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3000 * 800
+
+
+def test_nothing_is_found_in_nothing() -> None:
+    assert near_duplicate_leaders([], 0.8) == near_duplicate_leaders([Document("a", "")], 0.8) == {}
 
 
 def test_documents_of_one_name_are_one() -> None:

@@ -89,6 +89,14 @@ def test_bytes_that_are_no_utf8_are_replaced_or_refused_with_their_place(tmp_pat
         read(tmp_path, errors="strict")
 
 
+def test_a_mark_before_the_text_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_bytes(b"\xef\xbb\xbfone \xef\xbb\xbf")
+    assert read(tmp_path) == [Document("notes", "one \N{ZERO WIDTH NO-BREAK SPACE}")]
+    (tmp_path / "notes").write_bytes(b"\xef\xbb\xbfone \xe9")
+    with pytest.raises(ValueError, match="byte 0xe9 at offset 7"):
+        read(tmp_path, errors="strict")
+
+
 def test_line_ends_are_kept(tmp_path: Path) -> None:
     (tmp_path / "dos").write_bytes(b"one\r\ntwo\r")
     assert read(tmp_path)[0].text == "one\r\ntwo\r"

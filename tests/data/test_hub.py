@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.corpora import open_corpus
 from memorizing_transformers_pytorch.data.document import Document
+from memorizing_transformers_pytorch.data.hub import HuggingFaceDataset
 
 ROWS = [{"text": f"text {number}", "title": f"title {number}"} for number in range(7)]
 
@@ -42,11 +44,12 @@ def test_the_fingerprint_changes_with_the_data(dataset: Path) -> None:
     assert open_corpus(config).fingerprint() != before
 
 
-def test_what_is_not_there_is_refused(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected a column 'body' in hf:.*, row 0, got 'text', 'title'"):
-        list(open_corpus(DataConfig(source=f"hf:{dataset}", text_column="body")))
-    with pytest.raises(ValueError, match=r"Unknown split \"dev\""):
-        list(open_corpus(DataConfig(source=f"hf:{dataset}", hf_split="dev")))
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_is_not_there_is_refused(dataset: Path, tmp_path: Path, streaming: bool) -> None:
+    with pytest.raises(ValueError, match=r"expected a column 'body' in hf:.*, got 'text', 'title'"):
+        list(open_corpus(DataConfig(source=f"hf:{dataset}", text_column="body", streaming=streaming)))
+    with pytest.raises(ValueError, match=r"expected to read the dataset '.*dataset', got an error: .* split:? \"?dev"):
+        list(open_corpus(DataConfig(source=f"hf:{dataset}", hf_split="dev", streaming=streaming)))
     with pytest.raises(ValueError, match=r"expected a dataset, got '.*nowhere'"):
         open_corpus(DataConfig(source=f"hf:{tmp_path}/no/where/nowhere"))
 
@@ -58,6 +61,51 @@ def test_a_hub_out_of_reach_is_one_line(dataset: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("datasets.load_dataset_builder", unreachable)
     with pytest.raises(ValueError, match=r"expected a dataset, got 'some/where': Couldn't reach it$"):
         open_corpus(DataConfig(source="hf:some/where"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_files_are_refused_in_one_line_that_names_the_dataset(dataset: Path, streaming: bool) -> None:
+    (dataset / "train.jsonl").write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(ValueError, match=r"expected to read the dataset '.*dataset', got an error: ") as caught:
+        list(open_corpus(DataConfig(source=f"hf:{dataset}", streaming=streaming)))
+    assert "\n" not in str(caught.value)
+    assert "JSON" in str(caught.value)
+
+
+def test_a_dataset_that_is_a_script_is_refused(dataset: Path) -> None:
+    (dataset / "train.jsonl").unlink()
+    (dataset / "dataset.py").write_text("")
+    with pytest.raises(ValueError, match=r"expected a dataset, got '.*dataset': Dataset scripts are no longer"):
+        open_corpus(DataConfig(source=f"hf:{dataset}"))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("cut\noff"), EOFError("cut"), RuntimeError("cut")])
+def test_a_stream_that_breaks_is_refused_in_one_line(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def breaking(_: object) -> Iterator[dict[str, str]]:
+        yield ROWS[0]
+        raise error
+
+    corpus = iter(open_corpus(DataConfig(source=f"hf:{dataset}", streaming=True)))
+    monkeypatch.setattr("datasets.IterableDataset.__iter__", breaking)
+    assert next(corpus).text == "text 0"
+    with pytest.raises(ValueError, match=r"expected to read the dataset '.*dataset', got an error: cut$"):
+        next(corpus)
+
+
+def test_columns_that_are_not_wanted_are_not_read(dataset: Path) -> None:
+    corpus = open_corpus(DataConfig(source=f"hf:{dataset}", text_column="title"))
+    assert isinstance(corpus, HuggingFaceDataset)
+    assert [list(row) for row in corpus._rows()] == [["title"]] * len(ROWS)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_text_are_skipped_and_counted(dataset: Path, streaming: bool) -> None:
+    rows = [*ROWS, {"text": None, "title": "none"}]
+    (dataset / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match=r"skipped 1 rows of 'hf:.*' whose column 'text' is null"):
+        assert len(list(open_corpus(DataConfig(source=f"hf:{dataset}", streaming=streaming)))) == len(ROWS)
 
 
 def test_a_missing_library_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

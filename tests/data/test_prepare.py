@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from memorizing_transformers_pytorch.data import cache
 from memorizing_transformers_pytorch.data import prepare as module
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.prepare import Prepared, prepare
+from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer
 from tests.data.texts import near_copy, prose
 
@@ -70,15 +72,40 @@ def test_whatever_changes_the_tokens_or_their_split_makes_another_cache(config: 
         replace(config, max_documents=39),
         replace(config, errors="strict"),
     ]
-    prints = [prepare(one, 300, progress=False).fingerprint for one in configs]
-    prints += [prepare(config, 290, progress=False).fingerprint]
-    prints += [prepare(replace(config, tokenizer="bytes"), 256, progress=False).fingerprint]
+    for one in configs:
+        prepare(one, 300, progress=False)
+    prepare(config, 290, progress=False)
+    prepare(replace(config, tokenizer="bytes"), 256, progress=False)
     (source / "0.txt").write_text("changed")
-    changed = prepare(config, 300, progress=False)
-    assert texts(changed)["0.txt"] == "changed"
+    assert texts(prepare(config, 300, progress=False))["0.txt"] == "changed"
     os.utime(source / "0.txt", ns=(1, 1))
-    prints += [changed.fingerprint, prepare(config, 300, progress=False).fingerprint]
-    assert len(set(prints)) == len(prints)
+    prepare(config, 300, progress=False)
+    assert sum(path.is_dir() for path in config.cache.iterdir()) == len(configs) + 4
+
+
+def test_the_fingerprint_is_that_of_the_content_wherever_it_lies(config: DataConfig, tmp_path: Path) -> None:
+    before = prepare(config, 300, progress=False)
+    moved = replace(config, source=str(tmp_path / "moved"))
+    Path(config.source).rename(moved.source)
+    os.utime(tmp_path / "moved" / "3.txt", ns=(1, 1))
+    assert prepare(moved, 300, progress=False, tokenizer=before.tokenizer).fingerprint == before.fingerprint
+    others = [replace(moved, test=0.4), replace(moved, valid=0.4), replace(moved, max_documents=39)]
+    prints = {prepare(one, 300, progress=False, tokenizer=before.tokenizer).fingerprint for one in others}
+    prints |= {prepare(moved, 290, progress=False).fingerprint, before.fingerprint}
+    assert len(prints) == 5
+    (tmp_path / "moved" / "0.txt").rename(tmp_path / "moved" / "00.txt")
+    assert prepare(moved, 300, progress=False, tokenizer=before.tokenizer).fingerprint not in prints
+
+
+def test_near_duplicates_are_looked_for_before_the_cache_is_begun(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looking(*arguments: Any, **options: Any) -> Splitter:
+        assert not config.cache.exists()
+        return make_splitter(*arguments, **options)
+
+    monkeypatch.setattr(module, "make_splitter", looking)
+    prepare(replace(config, tokenizer="bytes"), 256, progress=False)
 
 
 def test_near_copies_lie_on_one_side(config: DataConfig) -> None:

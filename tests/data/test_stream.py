@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memorizing_transformers_pytorch.config import IGNORE_INDEX
+from memorizing_transformers_pytorch.data.cache import TokenisedDocuments, build
+from memorizing_transformers_pytorch.data.document import Document
 from memorizing_transformers_pytorch.data.stream import Batch, DocumentStream
+from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
 
 
 def make_documents(lengths: list[int]) -> list[np.ndarray]:
@@ -156,6 +160,20 @@ def test_the_state_is_small() -> None:
     stream = DocumentStream(make_documents([5] * 300), rows=2, segment_length=4)
     next(stream)
     assert len(json.dumps(stream.state_dict())) < 200
+
+
+def test_cached_documents_are_counted_without_reading_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["one", "", "two", "x", "three " * 9]
+    cached = [("train", Document(str(number), text)) for number, text in enumerate(texts)]
+    folder = build(tmp_path, "print", cached, ByteTokenizer(), {})  # type: ignore[arg-type]
+    options: dict[str, Any] = {"rows": 2, "segment_length": 4, "pack": True}
+    with monkeypatch.context() as patched:
+        patched.setattr(TokenisedDocuments, "__getitem__", None)
+        stream = DocumentStream(TokenisedDocuments(folder, "train"), **options)
+    plain = DocumentStream([np.frombuffer(text.encode(), np.uint8) for text in texts], **options)
+    for _ in range(10):
+        assert same(next(stream), next(plain))
+        assert json.loads(json.dumps(stream.state_dict())) == plain.state_dict()
 
 
 def test_batches_are_moved_whole() -> None:

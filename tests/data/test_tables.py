@@ -64,6 +64,33 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, name: st
         read(path, text_column="year")
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_rows_without_text_are_skipped_and_counted_or_refused(tmp_path: Path, name: str) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        path = write(tmp_path / folder / name, [ROWS[0], {**ROWS[1], "text": None}, ROWS[2]])
+    with pytest.warns(UserWarning, match=r"skipped 2 rows of '.*' whose column 'text' is null") as told:
+        assert [document.text for document in read(tmp_path)] == 2 * ["text 0\n", "text 2\n"]
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="skipped 1 rows"):
+        assert len(read(path, max_documents=2)) == 2
+    where = "line 2" if name == "rows.jsonl" else "row 1"
+    with pytest.raises(ValueError, match=rf"expected text in column 'text' of '.*{name}', {where}, got NoneType"):
+        read(path, nulls="fail")
+
+
+def test_a_row_of_parquet_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.parquet", [*ROWS[:70], {**ROWS[70], "text": "\N{SNOWMAN}", "title": None}])
+    with pytest.raises(ValueError, match=r"expected text in column 'title' of '.*rows.parquet', row 70, got NoneType"):
+        read(path, text_column="title", nulls="fail")
+
+
+def test_a_mark_before_the_text_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}')
+    assert read(path)[0].text == "a"
+
+
 def test_halves_of_characters_are_replaced_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(r'{"text": "\ud83d\ude00 \ud83d!"}')

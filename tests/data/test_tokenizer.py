@@ -23,6 +23,7 @@ def test_every_text_comes_back(tokenizer: Tokenizer, texts: list[str]) -> None:
     encoded = [tokenizer.encode(text) for text in texts]
     assert [tokenizer.decode(tokens) for tokens in encoded] == texts
     assert tokenizer.encode_batch(texts) == encoded
+    assert [tokens.tolist() for tokens in tokenizer.encode_arrays(texts)] == encoded
     assert all(0 <= token < tokenizer.num_tokens for tokens in encoded for token in tokens)
 
 

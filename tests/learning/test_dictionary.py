@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch import KNNMemoryList, MemorizingTransformer
 from memorizing_transformers_pytorch.config import IGNORE_INDEX
-from memorizing_transformers_pytorch.training.controls import shuffled_values
+from memorizing_transformers_pytorch.evaluation.controls import shuffled_values
 
 VOCABULARY = 64
 KEY = VALUE = 4

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memorizing_transformers_pytorch.training.evaluate import Losses
-from memorizing_transformers_pytorch.training.evaluation_report import control_sentences, markdown, plot, table
-from memorizing_transformers_pytorch.training.evaluation_summary import Summary, by_position, summarise
+from memorizing_transformers_pytorch.evaluation.evaluate import Losses
+from memorizing_transformers_pytorch.evaluation.report import control_sentences, markdown, plot, table
+from memorizing_transformers_pytorch.evaluation.summary import Summary, by_position, summarise
 
 LENGTHS = (5, 40, 17, 90)
 

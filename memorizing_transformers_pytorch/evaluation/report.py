@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from memorizing_transformers_pytorch.training.controls import CONTROLS
-from memorizing_transformers_pytorch.training.evaluation_summary import Estimate, Summary, verdict
+from memorizing_transformers_pytorch.evaluation.controls import CONTROLS
+from memorizing_transformers_pytorch.evaluation.summary import Estimate, Summary, verdict
 
 _CONTROL_LABELS = {
     "other": "another document's memory",

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from memorizing_transformers_pytorch.evaluation.controls import CONTROLS, control
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.model import MemorizingTransformer
 from memorizing_transformers_pytorch.segment import XLMemories
-from memorizing_transformers_pytorch.training.controls import CONTROLS, control
 
 Losses = dict[str, list[np.ndarray]]
 """For each mode and document the losses (n - 1,) float32, in nats, of the tokens that follow the first of its n."""

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memorizing_transformers_pytorch.training.bootstrap import Interval, drawn_means, interval
-from memorizing_transformers_pytorch.training.controls import CONTROLS
-from memorizing_transformers_pytorch.training.evaluate import Losses, mode_of
+from memorizing_transformers_pytorch.evaluation.bootstrap import Interval, drawn_means, interval
+from memorizing_transformers_pytorch.evaluation.controls import CONTROLS
+from memorizing_transformers_pytorch.evaluation.evaluate import Losses, mode_of
 
 FIRST_POSITIONS = 16  # tokens in the first range of positions; from there ranges grow by the square root of two
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from memorizing_transformers_pytorch import KNNMemory
-from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.training.controls import (
+from memorizing_transformers_pytorch.evaluation.controls import (
     CONTROLS,
     control,
     other_rows,
     random_keys,
     shuffled_values,
 )
+from memorizing_transformers_pytorch.memory import KNNMemoryList
 
 
 def make_memory(dtype: torch.dtype = torch.float32) -> KNNMemory:
