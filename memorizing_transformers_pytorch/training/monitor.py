@@ -10,6 +10,7 @@ Shapes: B rows, H query heads, G key/value heads, T queries, K retrieved, D head
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -33,24 +34,36 @@ Seen = dict[str, Any]
 def watching(model: MemorizingTransformer, memories: Sequence[KNNMemory]) -> Iterator[dict[str, Seen]]:
     """Inside, what each memorizing layer does in its last forward pass is noted, under "layer N"."""
     seen: dict[str, Seen] = {}
+    noted: weakref.WeakSet[Any] = weakref.WeakSet()
     read = shifted(memories, model.config.shift_knn_memories_down)
     with ExitStack() as hooks:
         for number, memory in zip(model.config.layers_with_memory, read, strict=True):
             block: nn.Module = model.layers[number - 1][0]  # type: ignore[index]
-            handle = block.register_forward_hook(partial(_note, seen, f"layer {number}", memory))
+            handle = block.register_forward_hook(partial(_note, seen, noted, f"layer {number}", memory))
             hooks.callback(handle.remove)
         yield seen
 
 
 @torch.no_grad()
-def _note(seen: dict[str, Seen], name: str, memory: KNNMemory, block: nn.Module, _: Any, attended: Attended) -> None:
+def _note(
+    seen: dict[str, Seen],
+    noted: weakref.WeakSet[Any],
+    name: str,
+    memory: KNNMemory,
+    block: nn.Module,
+    _: Any,
+    attended: Attended,
+) -> None:
     attention, reading = block.fn, attended.reading
+    if reading is not None and reading.lookup in noted:
+        return  # gradient checkpointing runs the layer again, when the memory has changed
     assert isinstance(attention, KNNAttention)
     seen[name] = {"temperature": _rounded(attention.scale.exp())}
     if attention.gate is not None:
         seen[name]["gate"] = _rounded(attention.gate.sigmoid())
     if reading is None or not bool(reading.lookup.mask.any()):
         return
+    noted.add(reading.lookup)
     seen[name]["mass"] = _rounded(attention_mass(reading))
     seen[name]["recall"] = round(recall(reading, memory, SAMPLED_QUERIES), 4)
     ages = ages_of(reading, memory, SAMPLED_QUERIES)

@@ -27,7 +27,9 @@ def segment(start: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"combine": "gate"}, {"num_kv_heads": 2}, {"shift_knn_memories_down": 1}], ids=str
+    "changes",
+    [{}, {"combine": "gate"}, {"num_kv_heads": 2}, {"shift_knn_memories_down": 1}, {"gradient_checkpointing": True}],
+    ids=str,
 )
 def test_every_memorizing_layer_is_seen(changes: dict[str, Any]) -> None:
     model = make_model(**changes)
