@@ -13,13 +13,13 @@ from typing import Literal
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.generation import stream
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.progress import bar as progress_bar
 from memorizing_transformers_pytorch.segment import XLMemories
 from memorizing_transformers_pytorch.session import Session
 from memorizing_transformers_pytorch.training.run import load_run
@@ -126,10 +126,7 @@ def read_whole_segments(
     if count == 0:
         return tokens, None
     session = Session(model, memories, batch_size=1, segment_length=segment_length)
-    seconds = 0.1 if sys.stderr.isatty() else 10  # a log keeps every line
-    with tqdm(
-        total=len(tokens), desc="reading", unit=" tokens", unit_scale=True, mininterval=seconds, file=sys.stderr
-    ) as bar:
+    with progress_bar(total=len(tokens), desc="reading", unit=" tokens", unit_scale=True) as bar:
         for start in range(0, count, segment_length):
             session.read([tokens[start : start + segment_length]])
             bar.update(segment_length)

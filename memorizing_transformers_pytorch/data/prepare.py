@@ -16,9 +16,9 @@ from memorizing_transformers_pytorch.data.cache import TokenisedDocuments
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.corpora import open_corpus
 from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, Document, Split
-from memorizing_transformers_pytorch.data.progress import bar
 from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from memorizing_transformers_pytorch.progress import bar
 
 # What decides on the text and the side of a document. The corpus and the tokenizer have fingerprints of their own.
 _DECIDING = (

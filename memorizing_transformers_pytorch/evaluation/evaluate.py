@@ -13,11 +13,10 @@ Shapes: B rows (documents), T tokens of a segment.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from memorizing_transformers_pytorch.evaluation.controls import CONTROLS, control
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.progress import bar as progress_bar
 from memorizing_transformers_pytorch.segment import XLMemories
 
 Losses = dict[str, list[np.ndarray]]
@@ -100,14 +100,10 @@ def evaluate(
     losses: Losses = {name: [np.zeros(max(len(text) - 1, 0), np.float32) for text in texts] for name in modes.names}
     generator = torch.Generator().manual_seed(seed)
     total = sum(len(text) - 1 for text in texts if len(text) > 1)
-    bar = tqdm(
-        total=total,
-        unit=" tokens",
-        unit_scale=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log keeps every line
-        disable=not progress,
-    )
-    with model.evaluating(), bar:
+    with (
+        model.evaluating(),
+        progress_bar(total=total, unit=" tokens", unit_scale=True, disable=not progress) as bar,
+    ):
         for batch in batches:
             read = _read_side_by_side(model, [texts[n] for n in batch], modes, segment_length, generator, bar)
             for name, rows_read in read.items():
@@ -167,7 +163,7 @@ def _read_side_by_side(
     modes: _Modes,
     segment_length: int,
     generator: torch.Generator,
-    bar: tqdm[NoReturn],
+    bar: tqdm[Any],
 ) -> Losses:
     """Read texts, the longest first, from beginning to end; a row whose text has ended takes no further part."""
     needed = modes.within(len(texts[0]))

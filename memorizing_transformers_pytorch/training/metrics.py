@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from memorizing_transformers_pytorch.progress import bar as progress_bar
 from memorizing_transformers_pytorch.training.trainer import Step
 
 Record = dict[str, Any]
@@ -89,10 +87,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
     """
 
     def __init__(self, *, step: int, steps: int, bytes_per_token: float, disable: bool) -> None:
-        seconds = 0.1 if sys.stderr.isatty() else 10  # a log file should not be filled with bars
-        self._bar = tqdm(
-            initial=step, total=steps, unit=" steps", disable=disable, dynamic_ncols=True, mininterval=seconds
-        )
+        self._bar = progress_bar(initial=step, total=steps, unit=" steps", disable=disable, dynamic_ncols=True)
         self._nats_to_bits_per_byte = 1 / math.log(2) / bytes_per_token
 
     def record(self, step: Step, previous_tokens: int) -> Record:

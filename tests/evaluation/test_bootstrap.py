@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memorizing_transformers_pytorch.evaluation.bootstrap import drawn_means, interval
 from memorizing_transformers_pytorch.evaluation import bootstrap
+from memorizing_transformers_pytorch.evaluation.bootstrap import drawn_means, interval
 
 
 def test_a_draw_is_the_mean_over_all_tokens_of_documents_drawn_with_replacement() -> None:

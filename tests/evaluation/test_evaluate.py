@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from memorizing_transformers_pytorch import MemorizingTransformer
+from memorizing_transformers_pytorch.evaluation import evaluate as module
 from memorizing_transformers_pytorch.evaluation.controls import CONTROLS
 from memorizing_transformers_pytorch.evaluation.evaluate import evaluate, mean_loss
 from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.evaluation import evaluate as module
 
 LENGTHS = (25, 9, 40, 2, 31)
 
