@@ -129,6 +129,8 @@ def plots(output: Path, to: Path) -> None:
             lengths.plot(list(means), list(means.values()), color=COLORS[kind], label=label)
     lengths.set(xlabel="training time (local steps)", ylabel="held-out perplexity", xscale="log")
     lengths.set(title="By training time; a dot is a seed")
+    lengths.set_xticks([int(steps.replace(",", "")) for steps in LOCAL_STEPS.values()], LOCAL_STEPS.values())
+    lengths.minorticks_off()
     _plot_positions(output, positions)
     for axes in (lengths, positions):
         axes.legend(fontsize=8, frameon=False)
@@ -152,7 +154,8 @@ def _plot_positions(output: Path, axes: Any) -> None:
     memory, time = (result(output, f"{kind}-{there[-1]}-seed0") for kind in ("memory", "same-time"))
     assert memory is not None
     curves = [(memory, "off", "the same weights, off", ":", "tab:blue")]
-    curves += [(memory, mode, f"memory, {int(mode):,}", "-", None) for mode in ("512", ON, "65536")]
+    blues = {"512": "tab:cyan", ON: "tab:blue", "65536": "tab:purple"}
+    curves += [(memory, mode, f"memory, {int(mode):,}", "-", color) for mode, color in blues.items()]
     if time is not None:
         curves.append((time, "off", "no memory, same time", "-", "tab:orange"))
     for found, mode, label, style, color in curves:
@@ -165,7 +168,7 @@ def _plot_positions(output: Path, axes: Any) -> None:
 
 
 def write(output: Path, to: Path) -> None:
-    """tables.md and small-recipe.png in the folder `to`."""
+    """Print the tables, and draw small-recipe.png in the folder `to`."""
     to.mkdir(parents=True, exist_ok=True)
     cost = json.loads((output / "calibration.json").read_text())["cost"]
     evaluations = list(output.glob("*/evaluation/evaluation.json"))
@@ -173,6 +176,5 @@ def write(output: Path, to: Path) -> None:
     costs = ", ".join(f"{name} {value:.2f}" for name, value in cost.items())
     text = f"Commit {', '.join(commits)}. Cost of a step, in local steps: {costs}.\n\n"
     text += "\n".join(part(output) for part in (main_table, size_table, variant_table))
-    (to / "tables.md").write_text(text)
     plots(output, to)
     print(text)
