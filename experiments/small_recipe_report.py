@@ -56,6 +56,9 @@ def change(this: Result, mode: str, other: Result, other_mode: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As Markdown, without columns in which nothing is known."""
+    known = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
+    header, rows = [header[i] for i in known], [[row[i] for i in known] for row in rows]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
