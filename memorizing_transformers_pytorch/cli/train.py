@@ -22,7 +22,7 @@ from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.presets import run_preset
 from memorizing_transformers_pytorch.training.report import check_plots_are_possible
-from memorizing_transformers_pytorch.training.run import config_of, free_name, load_run
+from memorizing_transformers_pytorch.training.run import LoadedRun, config_of, free_name, load_run
 from memorizing_transformers_pytorch.training.settings import from_plain, merged, read_yaml, to_plain
 
 SAMPLE_READS_TOKENS = 8_192
@@ -118,12 +118,11 @@ def report(options: Train, folder: Path) -> None:
         evaluate_run(Evaluate(run=folder, memory=f"0,{size}", max_tokens=length, documents=count, device=device))
     if options.sample_tokens > 0:
         longest = max(documents, key=lambda n: len(test[n]))
-        print(sample(options.sample_tokens, folder, test.names[longest], test[longest].tolist()))
+        print(sample(options.sample_tokens, run, test.names[longest], test[longest].tolist()))
 
 
-def sample(count: int, folder: Path, name: str, tokens: list[int]) -> str:
+def sample(count: int, run: LoadedRun, name: str, tokens: list[int]) -> str:
     """Read a held-out document far beyond the local context, and go on writing it; kept as sample.txt."""
-    run = load_run(folder)
     read = tokens[:SAMPLE_READS_TOKENS]
     with run.model.knn_memories_context(batch_size=1) as memories:
         [written] = generate(
@@ -137,6 +136,6 @@ def sample(count: int, folder: Path, name: str, tokens: list[int]) -> str:
         )
     before, after = run.tokenizer.decode(read[-count:]), run.tokenizer.decode(written)
     text = f"{before}\n>>>>>>>> from here on the model writes <<<<<<<<\n{after}"
-    (folder / "sample.txt").write_text(text, encoding="utf-8")
+    (run.folder / "sample.txt").write_text(text, encoding="utf-8")
     line = "-" * 80
     return f"{name}, held out; the model has read {len(read)} tokens of it:\n{line}\n{text}\n{line}"
