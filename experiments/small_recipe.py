@@ -39,7 +39,7 @@ LOCAL_SHARE = 0.7  # of the time, before memory and baseline part
 TRAINED_ENTRIES = 2_048  # of the memory in training
 SIZES = (0, 512, 2_048, 8_192, 65_536)
 HELD_OUT_TOKENS = 32_768  # read of each held-out document
-LENGTHS = {"10": 1_000, "30": 3_000}  # minutes of one core, about: local steps
+LENGTHS = {"10": 1_000, "30": 3_000, "60": 6_000, "120": 12_000}  # minutes of one core, about: local steps
 
 
 # What a run is
@@ -76,7 +76,7 @@ def branches(length: str, seed: int, cost: Mapping[str, float], **model: Any) ->
     local = round(budget * LOCAL_SHARE)
     left = budget - local
     with_memory = local + round(left / cost["memory"])
-    longest = length == list(LENGTHS)[-1]
+    every_size = length in ("30", list(LENGTHS)[-1])
 
     def job(kind: str, steps: int, from_step: int, **options: Any) -> Job:
         config = changed(
@@ -88,7 +88,7 @@ def branches(length: str, seed: int, cost: Mapping[str, float], **model: Any) ->
         return Job(name=f"{kind}-{length}-seed{seed}", config={**config, "seed": seed}, **trunk, **options)
 
     jobs = [
-        job("memory", with_memory, local, sizes=SIZES if longest else (0, 8_192), controls=longest),
+        job("memory", with_memory, local, sizes=SIZES if every_size else (0, 8_192), controls=every_size),
         job("same-time", budget, budget),
     ]
     if length == "10":
@@ -139,12 +139,14 @@ def variants(cost: Mapping[str, float]) -> list[Job]:
         variant("plain-memory-never", 1.0, model={"qk_init": "independent", "short_conv": 0}),
         variant("memory-always", memory, share=1.0),
         variant("trained-with-8192", cost["memory-8192"], memory={"growth": []}),
-        variant("random-start", memory, model={"qk_init": "independent"}),
         variant("layer-3", memory, model={"memorizing_layers": 3}),
-        variant("wider-convolution", memory, model={"short_conv": 6}),
         variant("layer-1", memory, model={"memorizing_layers": 1}),
+        variant("local-first-40", memory, share=0.6),
+        variant("local-first-85", memory, share=0.15),
         variant("segment-128", cost["segment-128"], training={"segment_length": 128, "rows": 16}),
         variant("bytes", memory, model={"num_tokens": 256}, data={"tokenizer": "bytes"}),
+        variant("random-start", memory, model={"qk_init": "independent"}),
+        variant("wider-convolution", memory, model={"short_conv": 6}),
     ]
 
 
@@ -153,11 +155,13 @@ def all_jobs(cost: Mapping[str, float], texts: Mapping[str, str]) -> list[Job]:
     return [
         *branches("10", 0, cost),
         *branches("10", 1, cost),
-        *branches("30", 0, cost),
-        *variants(cost),
         *branches("10", 2, cost),
-        *other_texts(cost, texts),
+        *branches("30", 0, cost),
+        *branches("120", 0, cost),
+        *branches("60", 0, cost),
         wide("10", 0, 1_024, cost),
+        *other_texts(cost, texts),
+        *variants(cost),
         wide("10", 1, 1_024, cost),
         wide("10", 2, 1_024, cost),
     ]

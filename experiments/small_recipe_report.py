@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from memorizing_transformers_pytorch.evaluation.bootstrap import drawn_means, interval
 
-LENGTHS = ("10", "30")
-LOCAL_STEPS = {"10": "1,000", "30": "3,000"}
+LENGTHS = ("10", "30", "60", "120")
+LOCAL_STEPS = {"10": "1,000", "30": "3,000", "60": "6,000", "120": "12,000"}
 SEEDS = (0, 1, 2)
 ON = "8192"
 COLORS = {"memory": "tab:blue", "same-time": "tab:orange", "same-tokens": "tab:gray", "window1024": "tab:green"}
