@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memorizing_transformers_pytorch.config import ModelConfig
+from memorizing_transformers_pytorch.durable import replacing
 from memorizing_transformers_pytorch.model import MemorizingTransformer
 
 _CONFIG_KEY = "model_config"
@@ -26,9 +26,8 @@ def save_checkpoint(model: MemorizingTransformer, path: str | Path) -> None:
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
         del weights[_OUTPUT_WEIGHT]
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(weights, aside, metadata={_CONFIG_KEY: json.dumps(model.config.to_dict())})
-    aside.replace(path)
+    with replacing(path) as aside:
+        save_file(weights, aside, metadata={_CONFIG_KEY: json.dumps(model.config.to_dict())})
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

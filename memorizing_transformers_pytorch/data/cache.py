@@ -27,6 +27,7 @@ import numpy as np
 from memorizing_transformers_pytorch.data.document import SPLITS, Document, Split
 from memorizing_transformers_pytorch.data.text import text_bytes
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
+from memorizing_transformers_pytorch.durable import sync, sync_folder
 
 FORMAT = 2
 _ASIDE = ".building-"
@@ -113,13 +114,13 @@ def build(
     try:
         with _signs_of_life(aside):
             _write(aside, documents, tokenizer, about)
-            _sync(aside)
+            sync_folder(aside)
         try:
             aside.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was first
                 raise
-        _sync(cache)
+        sync(cache)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
@@ -211,12 +212,3 @@ def _writer(aside: Path, split: Split) -> Iterator[_Writer]:
         yield writer
     np.save(aside / f"{split}.offsets.npy", np.asarray(writer.offsets, dtype=np.int64))
     np.save(aside / f"{split}.bytes.npy", np.asarray(writer.num_bytes, dtype=np.int64))
-
-
-def _sync(folder: Path) -> None:
-    for path in (*(file for file in folder.iterdir() if file.is_file()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ from memorizing_transformers_pytorch.data.corpora import open_corpus
 from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, Document, Split
 from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from memorizing_transformers_pytorch.durable import replacing
 from memorizing_transformers_pytorch.progress import bar
 
 # What decides on the text and the side of a document. The corpus and the tokenizer have fingerprints of their own.
@@ -93,9 +92,8 @@ def _trained(
     sided = _sided(corpus, splitter, "training the tokenizer", progress)
     tokenizer = BPETokenizer.train((document.text for split, document in sided if split == "train"), num_tokens)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{path.name}-{uuid.uuid4().hex}"
-    tokenizer.save(aside)
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        tokenizer.save(aside)
     return tokenizer
 
 

@@ -30,7 +30,7 @@ def read_table(path: Path, config: DataConfig) -> Iterator[Document | None]:
 
 
 def row_document(row: Mapping[str, Any], where: str, config: DataConfig) -> Document | None:
-    """The document of a row, named by its column or by a hash of its text, whatever its place among the others.
+    """The document of a row, named by its column, or without a name by a hash of its text, whatever its place.
 
     None if its text is null and such rows are skipped. Raises ValueError for a column that is missing or no text.
     """
@@ -41,7 +41,7 @@ def row_document(row: Mapping[str, Any], where: str, config: DataConfig) -> Docu
     if not isinstance(text, str):
         raise ValueError(f"expected text in column {config.text_column!r} of {where}, got {type(text).__name__}")
     text = without_surrogates(text, where, config.errors)
-    if config.name_column is not None:
+    if config.name_column is not None and row[config.name_column] is not None:
         return Document(str(row[config.name_column]), text)
     return Document(hashlib.sha256(text_bytes(text)).hexdigest()[:16], text)
 

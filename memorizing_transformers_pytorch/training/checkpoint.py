@@ -9,12 +9,12 @@ of that name is complete, whatever happened. (So is `step-N.replaced`, there for
     optimizer.safetensors   the tensors of the optimiser
     process-R.safetensors   what process R alone has: memories, state of its rows, random numbers
     state.json              everything else; the number of processes
+    checksums.json          of all these; what is read is checked
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memorizing_transformers_pytorch.checkpoint import load_weights, read_weights, save_checkpoint
+from memorizing_transformers_pytorch.durable import sync, sync_folder, verify, write_checksums
 from memorizing_transformers_pytorch.training.state import (
     load_own_state,
     load_shared_state,
@@ -115,14 +116,14 @@ def _write_parts(trainer: Trainer, aside: Path, extra: dict[str, Any]) -> None:
 
 def _publish(aside: Path, folder: Path) -> None:
     """Bring everything to the disk, then give it its name."""
-    for path in [*aside.iterdir(), aside]:
-        _fsync(path)
+    write_checksums(aside)
+    sync_folder(aside)
     replaced = folder.with_name(f"{folder.name}.replaced")
     if folder.exists():  # the same step, written once before
         _discard(replaced)
         folder.rename(replaced)
     aside.rename(folder)
-    _fsync(folder.parent)
+    sync(folder.parent)
     _discard(replaced)
 
 
@@ -133,14 +134,6 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         folder.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -180,14 +173,16 @@ def restore(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
         raise ValueError(
             f"expected {state['processes']} processes, as {checkpoint} has, got {accelerator.num_processes}"
         )
+    own = f"process-{accelerator.process_index}.safetensors"
     with _naming(checkpoint):
+        verify(checkpoint, MODEL, OPTIMIZER, STATE, own, *([] if trainer.average is None else [AVERAGE]))
         load_weights(trainer.model, read_weights(checkpoint / MODEL))
         if trainer.average is not None:
             load_weights(trainer.averaged_model, read_weights(checkpoint / AVERAGE))
             trainer.average.n_averaged.fill_(state["optimizer"]["average_updates"])
         _load_optimizer(trainer, load_file(checkpoint / OPTIMIZER), state["optimizer"])
         load_shared_state(trainer, state)
-        load_own_state(trainer, load_file(checkpoint / f"process-{accelerator.process_index}.safetensors"))
+        load_own_state(trainer, load_file(checkpoint / own))
     return state
 
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from memorizing_transformers_pytorch.durable import replacing
 from memorizing_transformers_pytorch.progress import bar as progress_bar
 from memorizing_transformers_pytorch.training.trainer import Step
 
@@ -38,9 +39,8 @@ class Metrics(AbstractContextManager["Metrics"]):
 
     def __init__(self, path: Path, *, step: int, tensorboard: Path | None = None) -> None:
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        aside = path.with_suffix(".incomplete")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        aside.replace(path)
+        with replacing(path) as aside:
+            aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._writer: Any = None
         if tensorboard is not None:

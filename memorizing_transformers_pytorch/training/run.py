@@ -18,6 +18,7 @@ import torch
 
 from memorizing_transformers_pytorch.checkpoint import load_checkpoint
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer, load_tokenizer
+from memorizing_transformers_pytorch.durable import replacing, verify
 from memorizing_transformers_pytorch.model import MemorizingTransformer
 from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, checkpoints_of, last_of, read_state
 from memorizing_transformers_pytorch.training.config import RunConfig
@@ -84,8 +85,9 @@ def load_run(folder: Path, which: str = "last", device: torch.device | str | Non
     config = config_of(folder)
     checkpoint = checkpoint_of(folder, which)
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    weights = checkpoint / (AVERAGE if config.optimizer.ema_decay > 0 else MODEL)
-    model = load_checkpoint(weights, device or "cpu").eval()
+    weights = AVERAGE if config.optimizer.ema_decay > 0 else MODEL
+    verify(checkpoint, weights)
+    model = load_checkpoint(checkpoint / weights, device or "cpu").eval()
     return LoadedRun(folder, config, model, tokenizer, int(read_state(checkpoint)["progress"]["step"]))
 
 
@@ -149,9 +151,8 @@ def keep_config(config: RunConfig, folder: Path) -> None:
 
     It does not name the folder, so that it can be used for another run.
     """
-    aside = folder / f".{CONFIG}.incomplete"
-    write_yaml(dataclasses.replace(config, output=None), aside)
-    aside.replace(folder / CONFIG)
+    with replacing(folder / CONFIG) as aside:
+        write_yaml(dataclasses.replace(config, output=None), aside)
 
 
 def check_same(config: RunConfig, folder: Path) -> None:

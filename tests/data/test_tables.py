@@ -123,3 +123,11 @@ def test_a_missing_library_is_named_with_how_to_get_it(tmp_path: Path, monkeypat
     (tmp_path / "rows.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pip install 'memorizing_transformers_pytorch\[datasets\]'"):
         read(tmp_path / "rows.parquet")
+
+
+def test_rows_without_a_name_are_named_by_their_text(tmp_path: Path) -> None:
+    rows = [{"text": "one", "title": None}, {"text": "two", "title": None}, {"text": "three", "title": "3"}]
+    names = [document.name for document in read(write(tmp_path / "rows.jsonl", rows), name_column="title")]
+    assert names[2] == "3"
+    assert names[:2] == [document.name for document in read(write(tmp_path / "same.jsonl", rows))][:2]
+    assert len(set(names)) == 3

@@ -138,7 +138,14 @@ def after(calls: int, action: Callable[..., Any], then: Callable[..., Any]) -> C
 
 @pytest.mark.parametrize(
     ("name", "calls"),
-    [("save_file", 0), ("save_file", 1), ("save_checkpoint", 0), ("save_checkpoint", 1), ("_fsync", 3)],
+    [
+        ("save_file", 0),
+        ("save_file", 1),
+        ("save_checkpoint", 0),
+        ("save_checkpoint", 1),
+        ("sync_folder", 0),
+        ("write_checksums", 0),
+    ],
 )
 @pytest.mark.parametrize("failure", [full_disk, full_disk_within_safetensors])
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_which(
@@ -281,6 +288,19 @@ def test_a_file_that_is_cut_off_or_missing_is_refused_with_its_checkpoint(
     with pytest.raises(ValueError, match=r"expected a (whole )?checkpoint, got") as raised:
         restore(make_trainer(RICH), damaged)
     assert str(damaged) in str(raised.value)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(NAMES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_noticed(checkpoint_folder: Path, tmp_path: Path, name: str, where: float, bit: int) -> None:
+    damaged = tmp_path / "step-2"
+    shutil.rmtree(damaged, ignore_errors=True)
+    shutil.copytree(checkpoint_folder, damaged)
+    content = bytearray((damaged / name).read_bytes())
+    content[int(where * len(content))] ^= 1 << bit
+    (damaged / name).write_bytes(content)
+    with pytest.raises(ValueError, match="expected"):
+        restore(make_trainer(RICH), damaged)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "3", '{"processes": 1}', "\x00", "{"])
