@@ -5,15 +5,42 @@ Shapes: R rows in scope, H query heads, G key/value heads, N entries, D head wid
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import SupportsIndex
 
+import torch
 from torch import Tensor
+
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NonFiniteError(ValueError):
     """NaN or infinity where numbers were expected: the numbers went wrong, not their shape."""
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn about something that is accepted but has no effect; once per message and process."""
+    warnings.warn(message, stacklevel=3)
+
+
+def check_options(
+    sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device, index: str, *, mapped: bool
+) -> None:
+    """Whether there can be such a memory. sizes: numbers by the names of the arguments."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"expected {name} to be at least 1, got {size}")
+    if dtype not in STORAGE_DTYPES:
+        raise ValueError(f"expected dtype to be one of {STORAGE_DTYPES}, got {dtype}")
+    if device.type != "cpu":
+        if mapped:
+            raise ValueError(f"expected device 'cpu' for a memory-mapped memory, got {str(device)!r}")
+        if index not in ("exact", "auto"):
+            raise ValueError(f"expected index 'exact' or 'auto' for a memory on {str(device)!r}, got {index!r}")
 
 
 def checked_rows(indices: Iterable[int], num_rows: int) -> list[int]:
@@ -38,6 +65,21 @@ def checked_entries(memories: Tensor, rows: int, heads: int, dim: int) -> Tensor
     if not memories.is_floating_point():
         raise ValueError(f"expected floating-point entries, got {memories.dtype}")
     return memories
+
+
+def check_mask_and_origins(mask: Tensor | None, origins: Tensor, shape: tuple[int, int], fields: int) -> None:
+    """mask: bool (R, N), or None for all. origins: integers (R, N, fields)."""
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+        raise ValueError(f"expected a bool mask {shape}, got {mask.dtype} {tuple(mask.shape)}")
+    if origins.is_floating_point() or origins.shape != (*shape, fields):
+        raise ValueError(f"expected integer origins {(*shape, fields)}, got {origins.dtype} {tuple(origins.shape)}")
+
+
+def check_finite(entries: Tensor, mask: Tensor | None) -> None:
+    """entries (R, G, N, 2, D), of which only those where the mask (R, N) is True matter."""
+    checked = entries if mask is None else entries.masked_fill(~mask[:, None, :, None, None].to(entries.device), 0)
+    if not bool(checked.isfinite().all()):
+        raise NonFiniteError(f"expected keys and values that are finite in {entries.dtype}, got NaN or infinity")
 
 
 def check_queries(queries: Tensor, topk: int, rows: int, heads: int, dim: int) -> None:

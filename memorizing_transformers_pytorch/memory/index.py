@@ -1,7 +1,7 @@
 """Finding the stored keys that have the largest inner product with a query.
 
-An index sees the keys of one row where they lie in the store and answers with places in the ring. It keeps nothing
-of its own here: brute force over the buffer is exact, and needs neither insertion nor deletion.
+An index sees the keys of one row where they lie in the store and answers with places in the ring. The exact index keeps
+nothing of its own: brute force over the buffer needs neither insertion nor deletion.
 
 Shapes: G key/value heads, Q queries, N entries in the row, K retrieved, D head width.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 # A block of converted keys should stay in cache; a block of scores should not fill the memory of a GPU.
 MAX_BLOCK_ENTRIES = 65_536
 MAX_BLOCK_SCORES = 2**26
+MAX_GATHERED = 2**20  # numbers, that fit into the cache
 
 
 class Best(NamedTuple):
@@ -27,11 +28,31 @@ class Best(NamedTuple):
     places: Tensor
 
 
+class Ring(NamedTuple):
+    """The entries of one row, and what has become of them since an index last looked.
+
+    keys: (G, N, D), those in places 0 ... N - 1. row: its number. cursor: the place that is written next.
+    written: how many entries were written since the row was last empty, with those that are overwritten by now.
+    life: a number of its own for each time that a row of any store was emptied; another life is another document.
+    """
+
+    keys: Tensor
+    row: int
+    cursor: int
+    written: int
+    life: int
+
+
 class Index(Protocol):
     """Searches the keys of one row. Implementations may approximate which entries they find, never their scores."""
 
-    def search(self, queries: Tensor, keys: Tensor, topk: int) -> Best:
-        """queries (G, Q, D), keys (G, N, D) -> the min(topk, N) best entries for each query, as (G, Q, K)."""
+    def search(self, ring: Ring, queries: Tensor, topk: int) -> Best:
+        """queries (G, Q, D) -> the min(topk, N) best entries for each query, as (G, Q, K)."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What searches, in words."""
         ...
 
 
@@ -41,16 +62,23 @@ class ExactIndex:
     (On a GPU as exact as `torch.set_float32_matmul_precision` allows.) 16-bit keys are converted a block at a time.
     """
 
-    def search(self, queries: Tensor, keys: Tensor, topk: int) -> Best:
-        accumulate = torch.float64 if queries.dtype == torch.float64 else torch.float32
-        on_faiss = keys.device.type == "cpu" and accumulate == torch.float32
-        best_in_block = _best_by_faiss if on_faiss else _best_by_matmul
-        if on_faiss and keys.dtype == torch.float32:
-            block_entries = max(keys.shape[1], 1)
-        else:
-            scores_per_entry = max(queries.shape[0] * queries.shape[1], 1)
-            block_entries = max(min(MAX_BLOCK_ENTRIES, MAX_BLOCK_SCORES // scores_per_entry), topk)
-        return _running_best(queries.to(accumulate), keys, topk, block_entries, best_in_block)
+    description = "exact"
+
+    def search(self, ring: Ring, queries: Tensor, topk: int) -> Best:
+        return best_of(queries, ring.keys, topk)
+
+
+def best_of(queries: Tensor, keys: Tensor, topk: int) -> Best:
+    """The min(topk, N) best of the keys (G, N, D) for each of the queries (G, Q, D), as (G, Q, K)."""
+    accumulate = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    on_faiss = keys.device.type == "cpu" and accumulate == torch.float32
+    best_in_block = _best_by_faiss if on_faiss else _best_by_matmul
+    if on_faiss and keys.dtype == torch.float32:
+        block_entries = max(keys.shape[1], 1)
+    else:
+        scores_per_entry = max(queries.shape[0] * queries.shape[1], 1)
+        block_entries = max(min(MAX_BLOCK_ENTRIES, MAX_BLOCK_SCORES // scores_per_entry), topk)
+    return _running_best(queries.to(accumulate), keys, topk, block_entries, best_in_block)
 
 
 def _running_best(
@@ -91,8 +119,11 @@ def _best_by_faiss(queries: Tensor, keys: Tensor, topk: int) -> Best:
     return Best(scores, places)
 
 
-def make_index(name: str) -> Index:
-    """The index called `name`. Raises ValueError for an unknown one."""
-    if name != "exact":
-        raise ValueError(f"expected index to be 'exact', got {name!r}")
-    return ExactIndex()
+def inner_products(queries: Tensor, keys: Tensor, places: Tensor) -> Tensor:
+    """queries (Q, D), keys (N, D), places (Q, K) -> (Q, K), in the dtype of the queries, a few queries at a time."""
+    at_once = max(MAX_GATHERED // max(places.shape[1] * keys.shape[1], 1), 1)
+    parts = [
+        (keys[some_places].to(some) @ some.unsqueeze(-1)).squeeze(-1)
+        for some, some_places in zip(torch.split(queries, at_once), torch.split(places, at_once), strict=True)
+    ]
+    return torch.cat(parts)

@@ -7,9 +7,7 @@ Shapes: R rows in scope, H query heads, G key/value heads, N entries added, K re
 
 from __future__ import annotations
 
-import functools
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,19 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.checks import NonFiniteError, check_queries, checked_entries, checked_rows
-from memorizing_transformers_pytorch.memory.index import make_index
+from memorizing_transformers_pytorch.memory import checks
+from memorizing_transformers_pytorch.memory.auto import make_index
+from memorizing_transformers_pytorch.memory.recall import recall_of
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Retrieved
 from memorizing_transformers_pytorch.memory.snapshot import restored, take_snapshot
 from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN, StagedEntries, Store
-
-STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Warn about something that is accepted but has no effect; once per message and process."""
-    warnings.warn(message, stacklevel=3)
+from memorizing_transformers_pytorch.memory.structure import some
 
 
 class KNNMemory(AbstractContextManager["KNNMemory"]):
@@ -43,7 +35,9 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     num_kv_heads: key/value heads G. Query head h reads key/value head h // (H / G).
     dtype: how keys and values are stored: torch.float32, torch.bfloat16 or torch.float16.
     device: where they lie; the CPU unless said otherwise.
-    index: "exact", brute force over the stored keys.
+    index: "exact", brute force over the stored keys; "auto", which passes to inverted lists where these are cheaper and
+        find 95% of the best entries; or any faiss factory string, such as "IVF1024,SQfp16". All but "exact" need the
+        CPU ("auto" is exact on a GPU). `index_in_use` says what searches.
     directory: keep the entries in memory-mapped files in a fresh folder below this one, instead of in RAM. The files
         are removed by `cleanup()`, or at the end of a `with` block.
     memmap_filename, multiprocessing: arguments of the original package. The first only chooses the directory (files
@@ -51,7 +45,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     `seconds_searching` adds up the time that look-ups took.
 
-    Raises ValueError for sizes below 1, another dtype, an unknown index, or a directory together with a GPU.
+    Raises ValueError for sizes below 1, another dtype, an unknown index, or a directory or faiss index with a GPU.
     """
 
     def __init__(
@@ -69,19 +63,13 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         directory: str | Path | None = None,
     ) -> None:
         sizes = {"dim": dim, "max_memories": max_memories, "num_indices": num_indices, "num_kv_heads": num_kv_heads}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"expected {name} to be at least 1, got {size}")
-        if dtype not in STORAGE_DTYPES:
-            raise ValueError(f"expected dtype to be one of {STORAGE_DTYPES}, got {dtype}")
         if multiprocessing is not None:
-            warn_once("multiprocessing has no effect: the exact search already uses every core")
+            checks.warn_once("multiprocessing has no effect: the exact search already uses every core")
         if memmap_filename is not None:
             directory = Path(memmap_filename).parent if directory is None else directory
-            warn_once(f"memmap_filename only chooses the directory, {directory}; files get names that never clash")
+            checks.warn_once(f"memmap_filename only chooses the directory, {directory}; files get unique names")
         device = torch.device(device or "cpu")
-        if directory is not None and device.type != "cpu":
-            raise ValueError(f"expected device 'cpu' for a memory-mapped memory, got {str(device)!r}")
+        checks.check_options(sizes, dtype, device, index, mapped=directory is not None)
 
         self.dim = dim
         self.max_memories = max_memories
@@ -91,7 +79,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         self.device = device
         self.scoped_indices = list(range(num_indices))
         self.seconds_searching = 0.0
-        self._index = make_index(index)
+        self.index = index
+        self._index = make_index("exact" if index == "auto" and device.type != "cpu" else index, dim)
         self._open_store: Store | None = Store(
             rows=num_indices,
             kv_heads=num_kv_heads,
@@ -104,8 +93,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     def __repr__(self) -> str:
         entries = "closed" if self._open_store is None else f"entries={list(self.num_entries)}"
-        shape = f"dim={self.dim}, max_memories={self.max_memories}, num_indices={self.num_indices}"
-        return f"KNNMemory({shape}, num_kv_heads={self.num_kv_heads}, dtype={self.dtype}, {entries})"
+        names = ("dim", "max_memories", "num_indices", "num_kv_heads", "dtype", "index")
+        return f"KNNMemory({', '.join(f'{name}={getattr(self, name)!r}' for name in names)}, {entries})"
 
     @property
     def store(self) -> Store:
@@ -119,6 +108,11 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         """How many entries each row holds, of all rows."""
         return tuple(self.store.filled)
 
+    @property
+    def index_in_use(self) -> str:
+        """What searches, in words: the structure, how far it looks, and its recall as measured last."""
+        return self._index.description
+
     @contextmanager
     def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemory]:
         """Inside, batches consist of just these rows, in this order, and no other row changes.
@@ -126,7 +120,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         Row numbers are always those of the whole memory: an inner scope replaces the outer one until it ends.
         Raises ValueError for rows that are out of range, repeated or none.
         """
-        rows = checked_rows(indices, self.num_indices)
+        rows = checks.checked_rows(indices, self.num_indices)
         if not rows:
             raise ValueError("expected at least one row in the scope, got none")
         outer, self.scoped_indices = self.scoped_indices, rows
@@ -149,7 +143,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
             batch_indices = self.scoped_indices
         elif not isinstance(batch_indices, Iterable):
             batch_indices = [batch_indices]
-        rows = checked_rows(batch_indices, self.num_indices)
+        rows = checks.checked_rows(batch_indices, self.num_indices)
         if not set(rows) <= set(self.scoped_indices):
             raise ValueError(f"expected rows of the scope {self.scoped_indices}, got {rows}")
         return rows
@@ -169,19 +163,13 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     def stage(self, memories: Tensor, mask: Tensor | None = None, origins: Tensor | None = None) -> StagedEntries:
         """Check and convert what `add` would store, storing nothing: several memories can so change all or none."""
         _ = self.store  # refuses a closed memory
-        memories = checked_entries(memories, len(self.scoped_indices), self.num_kv_heads, self.dim)
+        memories = checks.checked_entries(memories, len(self.scoped_indices), self.num_kv_heads, self.dim)
         rows, _, count = memories.shape[:3]
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows, count)):
-            raise ValueError(f"expected a bool mask ({rows}, {count}), got {mask.dtype} {tuple(mask.shape)}")
         if origins is None:
             origins = torch.full((rows, count, ORIGIN_FIELDS), UNKNOWN)
-        elif origins.is_floating_point() or origins.shape != (rows, count, ORIGIN_FIELDS):
-            expected = f"integer origins ({rows}, {count}, {ORIGIN_FIELDS})"
-            raise ValueError(f"expected {expected}, got {origins.dtype} {tuple(origins.shape)}")
+        checks.check_mask_and_origins(mask, origins, (rows, count), ORIGIN_FIELDS)
         stored = memories.detach().to(self.device, self.dtype)
-        checked = stored if mask is None else stored.masked_fill(~mask[:, None, :, None, None].to(self.device), 0)
-        if not bool(checked.isfinite().all()):
-            raise NonFiniteError(f"expected keys and values that are finite in {self.dtype}, got NaN or infinity")
+        checks.check_finite(stored, mask)
         keys, values = stored.unbind(dim=-2)
         mask = None if mask is None else mask.to(self.device)
         return StagedEntries(list(self.scoped_indices), keys, values, origins.to(self.device, torch.int64), mask)
@@ -197,7 +185,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         Returns slots, scores and mask, each (R, ..., topk), on the device of the queries. Keys and values stay where
         they are. Raises ValueError for other shapes or topk < 1, NonFiniteError for queries that are not finite.
         """
-        check_queries(queries, topk, len(self.scoped_indices), self.num_kv_heads, self.dim)
+        checks.check_queries(queries, topk, len(self.scoped_indices), self.num_kv_heads, self.dim)
         grouped = queries.detach().to(self.device).reshape(queries.shape[0], self.num_kv_heads, -1, self.dim)
         score_dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
         shape = (*grouped.shape[:3], topk)
@@ -212,11 +200,10 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     def _search_row(self, row: int, queries: Tensor, topk: int, slots: Tensor, scores: Tensor, mask: Tensor) -> None:
         """Search one row with queries (G, Q, D), and fill in its slots, scores and mask, each (G, Q, topk)."""
-        filled = self.store.filled[row]
-        found = min(topk, filled)
+        found = min(topk, self.store.filled[row])
         if found == 0:
             return
-        best = self._index.search(queries, self.store.keys[row, :, :filled], topk)
+        best = self._index.search(self.store.ring(row), queries, topk)
         bases = torch.tensor([self.store.slot_base(row, head) for head in range(self.num_kv_heads)], device=self.device)
         slots[..., :found] = best.places + bases[:, None, None]
         scores[..., :found] = best.scores
@@ -246,6 +233,16 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         flat = slots.to(self.device)
         key_values = torch.stack((self.store.keys.flatten(0, 2)[flat], self.store.values.flatten(0, 2)[flat]), dim=-2)
         return key_values.to(queries.device).masked_fill(~mask[..., None, None], 0), mask
+
+    def recall(self, queries: Tensor, topk: int, sample: int = 64) -> float:
+        """The share of the truly best entries that the index finds for some of the queries.
+
+        queries: as for `retrieve`, (R, ..., T, D). sample: how many of the T are tried, evenly spread.
+        """
+        if queries.ndim > (2 if self.num_kv_heads == 1 else 3):
+            queries = some(queries, sample)
+        found = self.retrieve(queries, topk)
+        return recall_of(queries, found.scores, [self.store.ring(row) for row in self.scoped_indices])
 
     def origins(self, slots: Tensor) -> Tensor:
         """slots (...) -> (..., 3) int64: document id, position in the document, token id; -1 where not given."""

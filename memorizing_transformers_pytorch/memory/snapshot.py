@@ -39,6 +39,7 @@ def restored(like: Store, snapshot: Mapping[str, Tensor]) -> Store:
     new = like.empty_like()
     new.clock = int(snapshot["clock"])
     new.filled, new.cursors = snapshot["filled"].tolist(), snapshot["cursors"].tolist()
+    new.written_to = list(new.filled)
     for name, dim in (("keys", 1), ("values", 1), ("origins", 0), ("written", 0)):
         whole: Tensor = getattr(new, name)
         for row, part in enumerate(snapshot[name].split_with_sizes(new.filled, dim)):

@@ -9,6 +9,7 @@ Shapes: R rows, G key/value heads, M capacity, N entries added, D head width.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 import weakref
@@ -19,10 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.index import Ring
 from memorizing_transformers_pytorch.memory.retrieved import Lookup
 
 ORIGIN_FIELDS = 3  # document id, position in the document, token id
 UNKNOWN = -1
+
+_lives = itertools.count(1)  # see `Ring.life`
 
 _BYTES_AS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
@@ -44,9 +48,9 @@ class Store:
     """Entries of R rows in RAM, on a GPU, or (with a directory) in memory-mapped files of its own.
 
     keys, values: (R, G, M, D). origins: (R, M, 3) int64. written: (R, M) int64, the clock at which a place was
-    last written. filled: entries in each row. cursors: the place in each that is written next. readers: lookups that
-    must not lose what they have found. Files lie in a fresh folder and are removed by `close`, or at the latest when
-    the store is collected.
+    last written. filled: entries in each row. cursors: the place in each that is written next. written_to: how many
+    entries each was given since it was last empty. readers: lookups that must not lose what they have found. Files lie
+    in a fresh folder and are removed by `close`, or at the latest when the store is collected.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class Store:
         self.clock = 0
         self.readers: weakref.WeakSet[Lookup] = weakref.WeakSet()
         self.cursors = [0] * rows
+        self.written_to = [0] * rows
+        self._lives = [next(_lives) for _ in range(rows)]
         self._folder = None if directory is None else _fresh_folder(directory)
         self._remove_files = weakref.finalize(self, _remove_folder, self._folder)
 
@@ -109,10 +115,17 @@ class Store:
             start, cursor = start + run, (cursor + run) % self.capacity
         self.cursors[row] = cursor
         self.filled[row] = min(self.filled[row] + count, self.capacity)
+        self.written_to[row] += count
 
     def clear(self, rows: list[int]) -> None:
         for row in rows:
-            self.filled[row] = self.cursors[row] = 0
+            self.filled[row] = self.cursors[row] = self.written_to[row] = 0
+            self._lives[row] = next(_lives)
+
+    def ring(self, row: int) -> Ring:
+        """The entries of a row as an index sees them."""
+        keys = self.keys[row, :, : self.filled[row]]
+        return Ring(keys, row, self.cursors[row], self.written_to[row], self._lives[row])
 
     def empty_like(self, capacity: int | None = None) -> Store:
         """A new store of the same kind, with another capacity if given, in a folder of its own beside this one's."""
@@ -138,7 +151,7 @@ class Store:
             new.values[row, :, :kept] = self.values[row][:, places]
             new.origins[row, :kept] = self.origins[row][places]
             new.written[row, :kept] = self.written[row][places]
-            new.filled[row], new.cursors[row] = kept, kept % capacity
+            new.filled[row], new.cursors[row], new.written_to[row] = kept, kept % capacity, kept
         return new
 
     def slot_base(self, row: int, kv_head: int) -> int:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.memory import KNNMemory
+from memorizing_transformers_pytorch.memory.recall import recall_of
 from memorizing_transformers_pytorch.memory_step import shifted
 from memorizing_transformers_pytorch.model import MemorizingTransformer
 from memorizing_transformers_pytorch.nn.attention import Attended, KNNAttention, Reading
 
 SAMPLED_QUERIES = 16  # of each row and head, for recall and age
-SAME_SCORE = 1e-5  # by which two inner products of unit vectors in float32 may differ and be the same
 
 Seen = dict[str, Any]
 
@@ -105,18 +105,9 @@ def ages_of(reading: Reading, memory: KNNMemory, count: int) -> Tensor:
 
 
 def recall(reading: Reading, memory: KNNMemory, count: int) -> float:
-    """The share of the best entries that were found, for some of the queries. Entries as good as the last of the best
-    count as such: the same keys may be there several times."""
-    scores, mask = _sampled(reading.lookup.scores, count), _sampled(reading.lookup.mask, count)
-    queries = _sampled(reading.queries, count).to(memory.device, scores.dtype)
-    found = wanted = 0
-    for i, row in enumerate(memory.scoped_indices):
-        if not bool(mask[i].any()):
-            continue
-        keys = memory.store.keys[row, :, : memory.store.filled[row]].to(scores.dtype)
-        with torch.autocast(keys.device.type, enabled=False):  # the hook runs inside that of the model
-            products = queries[i].reshape(keys.shape[0], -1, keys.shape[-1]) @ keys.mT
-        best = products.topk(min(scores.shape[-1], keys.shape[1]), dim=-1).values.to(scores.device)
-        least = best[..., -1].reshape(*scores.shape[1:3], 1) - SAME_SCORE
-        found, wanted = found + int(((scores[i] >= least) & mask[i]).sum()), wanted + best.numel()
-    return found / max(wanted, 1)
+    """The share of the best entries that were found, for some of the queries, in the rows that found any."""
+    mask = _sampled(reading.lookup.mask, count)
+    scores = _sampled(reading.lookup.scores, count).masked_fill(~mask, -torch.inf)
+    rows = mask.flatten(1).any(dim=1).nonzero().squeeze(1).tolist()
+    rings = [memory.store.ring(memory.scoped_indices[i]) for i in rows]
+    return recall_of(_sampled(reading.queries, count)[rows], scores[rows], rings)

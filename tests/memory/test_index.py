@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, index
-from memorizing_transformers_pytorch.memory.index import Best, ExactIndex, make_index
+from memorizing_transformers_pytorch.memory.index import Best, best_of
 
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 HEADS, QUERIES, ENTRIES, DIM = 3, 11, 101, 7
@@ -32,7 +32,7 @@ def assert_same(found: Best, expected: Best, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("topk", [1, 5, ENTRIES, ENTRIES + 7])
 def test_the_exact_index_finds_the_largest_inner_products(dtype: torch.dtype, topk: int) -> None:
     queries, keys = queries_and_keys(dtype)
-    assert_same(ExactIndex().search(queries, keys, topk), brute_force(queries, keys, topk))
+    assert_same(best_of(queries, keys, topk), brute_force(queries, keys, topk))
 
 
 @by_dtype
@@ -48,10 +48,10 @@ def test_blocked_search_equals_unblocked_search(
     max_scores: int,
 ) -> None:
     queries, keys = queries_and_keys(dtype)
-    unblocked = ExactIndex().search(queries.to(query_dtype), keys, topk)
+    unblocked = best_of(queries.to(query_dtype), keys, topk)
     monkeypatch.setattr(index, "MAX_BLOCK_ENTRIES", max_entries)
     monkeypatch.setattr(index, "MAX_BLOCK_SCORES", max_scores)
-    assert_same(ExactIndex().search(queries.to(query_dtype), keys, topk), unblocked)
+    assert_same(best_of(queries.to(query_dtype), keys, topk), unblocked)
 
 
 @pytest.mark.parametrize(("max_entries", "max_scores", "largest"), [(9, 2**26, 9), (2**16, HEADS * QUERIES * 8, 8)])
@@ -69,7 +69,7 @@ def test_no_block_is_larger_than_allowed(
     monkeypatch.setattr(index, "MAX_BLOCK_ENTRIES", max_entries)
     monkeypatch.setattr(index, "MAX_BLOCK_SCORES", max_scores)
     queries, keys = queries_and_keys()
-    ExactIndex().search(queries.double(), keys, topk=5)
+    best_of(queries.double(), keys, topk=5)
     assert max(sizes) == largest
     assert sum(sizes) == ENTRIES
 
@@ -78,9 +78,9 @@ def test_no_block_is_larger_than_allowed(
 @pytest.mark.parametrize("topk", [1, 5, ENTRIES])
 def test_faiss_equals_matrix_products(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, topk: int) -> None:
     queries, keys = queries_and_keys(dtype)
-    by_faiss = ExactIndex().search(queries, keys, topk)
+    by_faiss = best_of(queries, keys, topk)
     monkeypatch.setattr(index, "_best_by_faiss", index._best_by_matmul)
-    assert_same(by_faiss, ExactIndex().search(queries, keys, topk))
+    assert_same(by_faiss, best_of(queries, keys, topk))
 
 
 def test_autocast_does_not_shorten_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_autocast_does_not_shorten_matrix_products(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, True), (torch.float32, False)], ids=str)
 def test_scores_accumulate_in_float64_for_float64_queries_only(dtype: torch.dtype, exact: bool) -> None:
     queries = torch.tensor([[[1.0, 2.0**-40]]], dtype=dtype)
-    found = ExactIndex().search(queries, torch.ones(1, 1, 2), topk=1)
+    found = best_of(queries, torch.ones(1, 1, 2), topk=1)
     assert found.scores.dtype == dtype
     assert (found.scores.item() == 1 + 2.0**-40) is exact
 
@@ -106,19 +106,13 @@ def test_scores_accumulate_in_float64_for_float64_queries_only(dtype: torch.dtyp
 def test_16_bit_keys_accumulate_in_float32(dtype: torch.dtype) -> None:
     """In bfloat16 257 ones would make 256; in float16 257 times 300 would make infinity."""
     queries, keys = torch.tensor([[[1.0], [300.0]]]).expand(-1, -1, 257), torch.ones(1, 1, 257, dtype=dtype)
-    assert ExactIndex().search(queries.to(dtype), keys, topk=1).scores.flatten().tolist() == [257, 77100]
+    assert best_of(queries.to(dtype), keys, topk=1).scores.flatten().tolist() == [257, 77100]
 
 
 @pytest.mark.parametrize("query_dtype", [torch.float32, torch.float64], ids=str)
 def test_searching_nothing_is_refused(query_dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="expected at least one entry to search, got 0"):
-        ExactIndex().search(torch.ones(HEADS, QUERIES, DIM, dtype=query_dtype), torch.ones(HEADS, 0, DIM), topk=1)
-
-
-def test_only_known_indices_are_made() -> None:
-    assert isinstance(make_index("exact"), ExactIndex)
-    with pytest.raises(ValueError, match="expected index to be 'exact', got 'hnsw'"):
-        make_index("hnsw")
+        best_of(torch.ones(HEADS, QUERIES, DIM, dtype=query_dtype), torch.ones(HEADS, 0, DIM), topk=1)
 
 
 # On a GPU

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.memory.knn_memory import STORAGE_DTYPES, warn_once
+from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES, warn_once
 
 DIM, CAPACITY, ROWS = 3, 5, 3
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, NonFiniteError
-from memorizing_transformers_pytorch.memory.knn_memory import STORAGE_DTYPES
+from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
 
 DIM, CAPACITY, ROWS, HEADS = 3, 7, 3, 2
 

@@ -24,8 +24,8 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.memory.knn_memory import STORAGE_DTYPES
+from memorizing_transformers_pytorch.memory import KNNMemory, approximate, auto, structure
+from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
 
 DIM = 5
 COUNTS = st.integers(0, 4) | st.integers(0, 25)
@@ -51,9 +51,9 @@ class Entry:
 class MemoryMachine(RuleBasedStateMachine):
     """Does everything twice: with the memory, and with the lists."""
 
-    def __init__(self, dtype: torch.dtype, kv_heads: int, directory: Path | None) -> None:
+    def __init__(self, dtype: torch.dtype, kv_heads: int, directory: Path | None = None, index: str = "exact") -> None:
         super().__init__()
-        self.dtype, self.kv_heads, self.directory = dtype, kv_heads, directory
+        self.dtype, self.kv_heads, self.directory, self.index = dtype, kv_heads, directory, index
         self.random = torch.Generator().manual_seed(0)
         self.num_added = 0
         self.scopes: list[tuple[list[int], AbstractContextManager[KNNMemory]]] = []
@@ -70,9 +70,8 @@ class MemoryMachine(RuleBasedStateMachine):
     def open(self, rows: int, capacity: int, count: int) -> None:
         self.lists: list[list[Entry]] = [[] for _ in range(rows)]
         self.capacity = capacity
-        self.memory = KNNMemory(
-            DIM, capacity, rows, num_kv_heads=self.kv_heads, dtype=self.dtype, directory=self.directory
-        )
+        kind = {"dtype": self.dtype, "directory": self.directory, "index": self.index}
+        self.memory = KNNMemory(DIM, capacity, rows, num_kv_heads=self.kv_heads, **kind)
         self.add(count, masked=True, with_origins=True)
 
     def teardown(self) -> None:
@@ -230,9 +229,68 @@ def test_a_memory_equals_a_list_of_the_last_entries_of_each_row(
         def __init__(self) -> None:
             super().__init__(dtype, kv_heads, tmp_path if mapped else None)
 
+    run(Machine)
+    assert list(tmp_path.iterdir()) == []
+
+
+def run(machine: type[MemoryMachine]) -> None:
     unhurried = [HealthCheck.too_slow]
     run_state_machine_as_test(
-        Machine,
+        machine,
         settings=settings(max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=unhurried),
     )
-    assert list(tmp_path.iterdir()) == []
+
+
+# Approximate indices: small structures, from the first entries on
+
+
+@pytest.fixture
+def from_the_first_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LEAST_ENTRIES": 1, "LEAST_PER_LIST": 1, "CODEBOOK_NEEDS": 1}.items():
+        monkeypatch.setattr(structure, name, value)
+
+
+@pytest.mark.usefixtures("from_the_first_entries")
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("index", ["IVF2,Flat", "Flat", "IVF3,SQfp16"])
+def test_an_approximate_index_that_looks_at_all_equals_the_list_too(
+    monkeypatch: pytest.MonkeyPatch, index: str, kv_heads: int
+) -> None:
+    """With every list probed these leave nothing out: they follow the ring exactly."""
+    monkeypatch.setattr(approximate, "TARGET_RECALL", 1.1)
+
+    class Machine(MemoryMachine):
+        def __init__(self) -> None:
+            super().__init__(torch.float16, kv_heads, index=index)
+
+    run(Machine)
+
+
+@pytest.mark.usefixtures("from_the_first_entries")
+@pytest.mark.parametrize("index", ["IVF3,Flat", "IVF2,SQ8", "SQ4", "HNSW4", "auto"])
+def test_an_approximate_index_may_miss_entries_but_finds_no_wrong_ones(
+    monkeypatch: pytest.MonkeyPatch, index: str
+) -> None:
+    monkeypatch.setattr(approximate, "TARGET_RECALL", 0.0)
+    monkeypatch.setattr(auto, "WORTH_TRYING", 4)
+
+    class Machine(MemoryMachine):
+        def __init__(self) -> None:
+            super().__init__(torch.float32, 2, index=index)
+
+        def check_found(
+            self, row: int, kv_head: int, queries: Tensor, slots: Tensor, scores: Tensor, mask: Tensor
+        ) -> None:
+            keys = {entry.slots[kv_head]: entry.pairs[kv_head, 0] for entry in self.lists[row]}
+            num_found = min(slots.shape[-1], len(keys))
+            assert torch.equal(mask, (torch.arange(slots.shape[-1]) < num_found).expand_as(mask))
+            assert not slots[~mask].any()
+            assert not scores[~mask].any()
+            for query, query_slots, query_scores in zip(queries, slots, scores, strict=True):
+                found = query_slots[:num_found].tolist()
+                assert len(set(found)) == num_found
+                true = [float(query.double() @ keys[slot].double()) for slot in found]
+                assert query_scores[:num_found].tolist() == pytest.approx(true, rel=1e-5, abs=1e-5)
+                assert true == pytest.approx(sorted(true, reverse=True), rel=1e-5, abs=1e-5)
+
+    run(Machine)

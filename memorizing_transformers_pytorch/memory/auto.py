@@ -1,0 +1,83 @@
+"""Choosing an index, by name or by what searching costs on this machine.
+
+Shapes: G key/value heads, Q queries, N entries in the row, K retrieved, D head width.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+from torch import Tensor
+
+from memorizing_transformers_pytorch.memory.approximate import TARGET_RECALL, ApproximateIndex
+from memorizing_transformers_pytorch.memory.index import Best, ExactIndex, Index, Ring, best_of
+
+WORTH_TRYING = 16_384  # entries; a smaller row is scanned faster than anything could be built
+
+log = logging.getLogger(__name__)
+
+
+class AutoIndex:
+    """Exact, until on the machine at hand an approximate index is faster, its upkeep included, and finds enough.
+
+    When a row first has 16,384 entries, and whenever it has doubled since, both answer the same queries: inverted lists
+    with float16 codes, one for about sqrt(N) / 2 entries, are used from then on if they were faster with a recall of
+    95%. The choice depends on times, so two runs may choose differently. It is logged, and said by `description`.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self._dim = dim
+        self._approximate: ApproximateIndex | None = None
+        self._decided_at = 0
+        self.description = f"exact, below {WORTH_TRYING:,} entries"
+
+    def search(self, ring: Ring, queries: Tensor, topk: int) -> Best:
+        """As `Index.search`."""
+        count = ring.keys.shape[1]
+        if count >= max(2 * self._decided_at, WORTH_TRYING):
+            return self._decide(ring, queries, topk)
+        if self._approximate is None or count < WORTH_TRYING:
+            return best_of(queries, ring.keys, topk)
+        return self._approximate.search(ring, queries, topk)
+
+    def _decide(self, ring: Ring, queries: Tensor, topk: int) -> Best:
+        """Let both search, and keep the cheaper one."""
+        count = self._decided_at = ring.keys.shape[1]
+        candidate = ApproximateIndex(self._dim, f"IVF{number_of_lists(count)},SQfp16")
+        began = time.perf_counter()
+        candidate.follow(ring)
+        building = time.perf_counter() - began
+        candidate.search(ring, queries, topk)  # measures how far it must look
+        began = time.perf_counter()
+        found = candidate.search(ring, queries, topk)
+        searched = time.perf_counter()
+        best = best_of(queries, ring.keys, topk)
+        ended = time.perf_counter()
+        # What a search costs with the upkeep: each entry is put in once for about as many queries as there are tokens.
+        tokens = queries.shape[1]
+        approximate = searched - began + building * min(tokens / count, 1.0)
+        exact = ended - searched
+        recall = candidate.recall
+        chosen = approximate < exact and recall is not None and recall >= TARGET_RECALL
+        self._approximate = candidate if chosen else None
+        times = f"{exact / approximate:.1f} times as fast at {count:,} entries"
+        if chosen:
+            self.description = f"{candidate.description} (against exact {times})"
+        else:
+            self.description = f"exact ({candidate.description}, was {times})"
+        log.info("index: %s", self.description)
+        return found if chosen else best
+
+
+def number_of_lists(entries: int) -> int:
+    """A power of two near 2 * sqrt(entries)."""
+    return int(2 ** round(math.log2(2 * math.sqrt(entries))))
+
+
+def make_index(name: str, dim: int) -> Index:
+    """The index "exact" or "auto", or the structure of a faiss factory string. Raises ValueError for another name."""
+    if name == "exact":
+        return ExactIndex()
+    return AutoIndex(dim) if name == "auto" else ApproximateIndex(dim, name)

@@ -1,0 +1,145 @@
+"""The structures of FAISS that an approximate index is made of, and what each kind can do.
+
+Shapes: N keys of one row and head, D head width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+LEAST_ENTRIES = 1_024  # below, a row is searched exactly
+LEAST_PER_LIST = 39  # as many keys faiss wants to learn a centroid from
+TRAINED_PER_LIST = 64  # keys, if there are as many
+CODEBOOK_NEEDS = LEAST_PER_LIST * 256
+FETCHED_OF_CODES = 4  # times as many candidates are scored anew where a structure knows the keys only roughly
+BLOCK_ENTRIES = 65_536
+LARGEST = 65_504.0  # that float16 codes can hold
+
+_ROUGH = re.compile(r"PQ|RQ|LSQ|LSH|SQ[468]|RaBitQ|PCA|Refine")
+_CODEBOOKS = re.compile(r"PQ|RQ|LSQ")
+
+
+class Kind:
+    """A kind of structure: what its factory string stands for.
+
+    num_lists: of an inverted file; 0 for others. takes_single: whether entries can be added and removed one by one.
+    fetched: how many times as many candidates to ask for as are wanted. least_entries: with fewer it cannot be trained.
+    knob: the parameter by which it searches longer and finds more, if it has one.
+
+    Raises ValueError for a string that faiss does not know, or one that does not fit the width.
+    """
+
+    def __init__(self, factory: str, dim: int) -> None:
+        self.factory = factory
+        self._dim = dim
+        empty = self.empty()
+        lists = faiss.try_extract_index_ivf(empty)
+        self.num_lists = 0 if lists is None else int(lists.nlist)
+        self.takes_single = lists is not None and _can_forget(empty)
+        self.fetched = FETCHED_OF_CODES if _ROUGH.search(factory) else 1
+        codebooks = CODEBOOK_NEEDS if _CODEBOOKS.search(factory) else 0
+        self.least_entries = max(LEAST_ENTRIES, LEAST_PER_LIST * self.num_lists, codebooks)
+        self.knob = "nprobe" if self.num_lists else "efSearch" if "HNSW" in factory else None
+
+    def empty(self) -> Any:
+        """A structure without entries or training."""
+        try:
+            return faiss.index_factory(self._dim, self.factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            reason = str(error).rsplit(": ", 1)[-1]
+            expected = "expected index to be 'exact', 'auto' or a faiss factory string"
+            raise ValueError(f"{expected} for width {self._dim}, got {self.factory!r}: {reason}") from None
+
+    def trained(self, keys: Tensor) -> Any:
+        """A structure without entries that has learned from keys (N, D)."""
+        structure = self.empty()
+        lists: Any = faiss.try_extract_index_ivf(structure)
+        if lists is not None:
+            lists.cp.min_points_per_centroid = 1  # no warning: there are least_entries
+        structure.train(vectors(some(keys, max(TRAINED_PER_LIST * self.num_lists, CODEBOOK_NEEDS))))
+        return structure
+
+    def filled(self, template: Any, keys: Tensor) -> Any:
+        """A copy of a trained structure, with keys (N, D) whose ids are their places."""
+        structure = faiss.clone_index(template)
+        if self.takes_single:
+            _allow_single(structure)
+        for ids, block in _blocks(keys):
+            if self.takes_single:
+                structure.add_with_ids(block, ids)
+            else:
+                structure.add(block)  # numbered in this order
+        return structure
+
+
+def replace(structure: Any, ids: Tensor, keys: Tensor) -> None:
+    """Put keys (N, D) in the place of those that had these ids, if there were any."""
+    structure.remove_ids(faiss.IDSelectorArray(ids.numpy()))
+    structure.add_with_ids(vectors(keys), ids.numpy())
+
+
+def nearest(structure: Any, queries: Tensor, count: int) -> Tensor:
+    """The ids (Q, count) of what it finds for queries (Q, D); below 0 where it finds less."""
+    return torch.from_numpy(structure.search(vectors(queries), count)[1])
+
+
+def set_knob(structure: Any, knob: str, value: int) -> None:
+    faiss.ParameterSpace().set_index_parameter(structure, knob, value)
+
+
+def nearness(structure: Any, keys: Tensor) -> float | None:
+    """How near keys (N, D) are to their best centroids, as a mean of cosines up to scale; None if there are none.
+
+    It falls as keys drift away from those that the centroids were learned from.
+    """
+    lists, prepared = faiss.try_extract_index_ivf(structure), vectors(keys)
+    if lists is None:
+        return None
+    if isinstance(structure, faiss.IndexPreTransform):
+        chain: Any = structure.chain
+        for i in range(chain.size()):
+            prepared = chain.at(i).apply(prepared)
+    scores, _ = lists.quantizer.search(prepared, 1)
+    lengths = np.linalg.norm(prepared, axis=1, keepdims=True)
+    return float((scores / np.maximum(lengths, 1e-20)).mean())
+
+
+def some(keys: Tensor, count: int) -> Tensor:
+    """At most so many of the vectors (..., N, D), evenly spread."""
+    size = keys.shape[-2]
+    places = torch.linspace(0, size - 1, min(count, size), dtype=torch.float64).round().long()
+    return keys.index_select(-2, places.to(keys.device))
+
+
+def vectors(keys: Tensor) -> np.ndarray:
+    return keys.float().clamp(-LARGEST, LARGEST).contiguous().numpy()
+
+
+def _blocks(keys: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(0, keys.shape[0], BLOCK_ENTRIES):
+        block = keys[start : start + BLOCK_ENTRIES]
+        yield np.arange(start, start + block.shape[0]), vectors(block)
+
+
+def _allow_single(structure: Any) -> None:
+    """Keep track of where each id lies, so that it can be removed in no time."""
+    hashtable: Any = faiss.DirectMap.Hashtable  # type: ignore[attr-defined]
+    faiss.extract_index_ivf(structure).set_direct_map_type(hashtable)
+
+
+def _can_forget(structure: Any) -> bool:
+    """Whether ids can be removed, which faiss tells only when it is tried."""
+    copy = faiss.clone_index(structure)
+    try:
+        _allow_single(copy)
+        copy.remove_ids(faiss.IDSelectorArray(np.zeros(1, dtype=np.int64)))
+    except RuntimeError:
+        return False
+    return True
