@@ -135,6 +135,7 @@ class MemorizingTransformer(nn.Module):
                 num_indices=batch_size,
                 num_kv_heads=config.num_kv_heads,
                 dtype=getattr(torch, config.memory_dtype),
+                index=config.memory_index,
                 device=self.device if config.knn_memories_directory is None else None,
                 directory=config.knn_memories_directory,
             )

@@ -69,6 +69,8 @@ class Evaluate:
     """Documents that are read side by side."""
     checkpoint: Literal["last", "best"] = "last"
     """Which weights of the run."""
+    index: str | None = None
+    """How memories are searched: exact, auto or a faiss factory string; as in training unless given."""
     output: Path | None = None
     """Folder to write to; "evaluation" in the run unless given. What is there is replaced at the end."""
     seed: int = 0
@@ -101,7 +103,7 @@ def evaluate_run(options: Evaluate) -> Path:
     folder = options.output or options.run / "evaluation"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder to write to, got the file {str(folder)!r}")
-    run = load_run(options.run, options.checkpoint, chosen_device(options.device))
+    run = load_run(options.run, options.checkpoint, chosen_device(options.device), options.index)
     sizes, controls_at = choose_sizes(wanted, run.config.model, options.controls)
     with _written_to(folder) as aside:
         texts = read_texts(options, run)

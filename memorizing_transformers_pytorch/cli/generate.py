@@ -49,6 +49,8 @@ class Generate:
     """End before this text."""
     memory: bool = True
     """Read and write with the memory, or on the local context alone."""
+    index: str | None = None
+    """How the memory is searched: exact, auto or a faiss factory string; as in training unless given."""
     segment_length: int | None = None
     """Local context; that of the run unless given."""
     seed: int = 0
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str], program: str) -> None:
 def generate_text(options: Generate) -> None:
     """Read, with a progress bar, then print the continuation as it is written. Raises ValueError for bad input."""
     before, prompt = read_input(options)
-    run = load_run(options.run, options.checkpoint, chosen_device(options.device))
+    run = load_run(options.run, options.checkpoint, chosen_device(options.device), options.index)
     segment_length = run.config.training.segment_length if options.segment_length is None else options.segment_length
     tokens = run.tokenizer.encode(before + prompt)
     if not tokens:

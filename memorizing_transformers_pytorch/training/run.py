@@ -77,9 +77,12 @@ def checkpoint_of(folder: Path, which: str = "last") -> Path:
     return found[step]
 
 
-def load_run(folder: Path, which: str = "last", device: torch.device | str | None = None) -> LoadedRun:
+def load_run(
+    folder: Path, which: str = "last", device: torch.device | str | None = None, index: str | None = None
+) -> LoadedRun:
     """The model and tokenizer of a run, from its "last" or its "best" checkpoint; averaged weights if it keeps those.
 
+    index: how its memories are searched, unless as in training.
     Raises ValueError for a folder that is not a run, or has no such checkpoint.
     """
     config = config_of(folder)
@@ -88,6 +91,8 @@ def load_run(folder: Path, which: str = "last", device: torch.device | str | Non
     weights = AVERAGE if config.optimizer.ema_decay > 0 else MODEL
     verify(checkpoint, weights)
     model = load_checkpoint(checkpoint / weights, device or "cpu").eval()
+    if index is not None:
+        model.config = dataclasses.replace(model.config, memory_index=index)
     return LoadedRun(folder, config, model, tokenizer, int(read_state(checkpoint)["progress"]["step"]))
 
 

@@ -1,0 +1,305 @@
+"""Approximate indices find nearly what the exact one finds, and never anything that is not there.
+
+`test_state_machine` follows them through any sequence of calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import faiss
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from memorizing_transformers_pytorch import MemorizingTransformer
+from memorizing_transformers_pytorch.memory import KNNMemory, auto
+from memorizing_transformers_pytorch.memory.approximate import TARGET_RECALL, ApproximateIndex
+from memorizing_transformers_pytorch.memory.index import Ring, inner_products
+from memorizing_transformers_pytorch.memory.structure import Kind
+
+DIM, CAPACITY, TOPK = 16, 4_096, 8
+FACTORIES = ["IVF64,Flat", "IVF64,SQfp16", "IVF64,SQ8", "OPQ8,IVF16,PQ8", "IVF64,PQ8x4fs", "HNSW16", "SQ8"]
+by_factory = pytest.mark.parametrize("factory", FACTORIES)
+
+
+def clustered(count: int, seed: int, heads: int = 2) -> Tensor:
+    """Unit vectors (heads, count, DIM) around a few directions, as keys of trained models are; others for each seed."""
+    random = torch.Generator().manual_seed(seed)
+    centres = torch.randn(64, DIM, generator=random)
+    chosen = torch.randint(64, (heads, count), generator=random)
+    return normalize(centres[chosen] + 0.6 * torch.randn(heads, count, DIM, generator=random), dim=-1)
+
+
+def add(memory: KNNMemory, keys: Tensor) -> None:
+    """keys (G, N, D) into one row; the values are the same."""
+    memory.add(torch.stack((keys, keys), dim=-2)[None])
+
+
+def filled(index: str, count: int = CAPACITY, seed: int = 0) -> KNNMemory:
+    memory = KNNMemory(DIM, CAPACITY, num_kv_heads=2, index=index)
+    for keys in clustered(count, seed).split(1_024, dim=1):  # type: ignore[no-untyped-call]
+        add(memory, keys)
+    return memory
+
+
+def queries_like(keys: Tensor, count: int, seed: int = 5) -> Tensor:
+    """Queries (1, G, count, D) near some of the keys (G, N, D)."""
+    random = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(keys.shape[1], (count,), generator=random)
+    return normalize(keys[:, chosen] + 0.1 * torch.randn(2, count, DIM, generator=random), dim=-1)[None]
+
+
+@by_factory
+def test_nearly_everything_is_found_while_the_ring_turns(factory: str) -> None:
+    memory = filled(factory)
+    for step in range(12):
+        keys = clustered(512, seed=0)[:, : 200 + step]
+        add(memory, keys)
+        queries = queries_like(memory.store.keys[0], 200, seed=step)
+        assert memory.recall(queries, TOPK, sample=200) > TARGET_RECALL - 0.1
+
+
+@by_factory
+def test_the_newest_entry_is_found_at_once_and_an_overwritten_one_never(factory: str) -> None:
+    memory = filled(factory)
+    oldest, newest = memory.store.keys[0, :, :1].clone(), normalize(-clustered(1, seed=9), dim=-1)
+    assert memory.retrieve(oldest[None], 1).scores.min() > 0.999
+    add(memory, newest)
+    assert memory.retrieve(newest[None], 1).scores.min() > 0.999
+    assert memory.retrieve(oldest[None], TOPK).scores.max() < 0.999
+
+
+@by_factory
+def test_a_cleared_row_is_empty_at_once_and_finds_its_next_document_only(factory: str) -> None:
+    memory = filled(factory)
+    first = memory.store.keys[0].clone()
+    memory.retrieve(queries_like(first, 10), TOPK)
+    memory.clear()
+    assert not memory.retrieve(queries_like(first, 10), TOPK).mask.any()
+    add(memory, -first)
+    assert memory.retrieve(first[None, :, :50], TOPK).scores.max() < 0.999
+    assert memory.recall(queries_like(-first, 100), TOPK, sample=100) > TARGET_RECALL - 0.1
+
+
+def test_rows_with_keys_of_different_kinds_do_not_disturb_each_other() -> None:
+    memory = KNNMemory(DIM, CAPACITY, num_indices=2, num_kv_heads=2, index="IVF64,Flat")
+    keys = torch.stack((clustered(CAPACITY, seed=1), clustered(CAPACITY, seed=2)))
+    memory.add(torch.stack((keys, keys), dim=-2))
+    queries = torch.cat([queries_like(row, 100) for row in keys])
+    assert memory.recall(queries, TOPK, sample=100) >= TARGET_RECALL - 0.05
+    structures = {id(head) for row in memory._index._rows.values() for head in row.heads}  # type: ignore[attr-defined]
+    memory.retrieve(queries, TOPK)
+    again = {id(head) for row in memory._index._rows.values() for head in row.heads}  # type: ignore[attr-defined]
+    assert structures == again  # nothing was built twice
+
+
+def test_centroids_are_learned_again_when_the_keys_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainings = []
+    train = Kind.trained
+    monkeypatch.setattr(Kind, "trained", lambda kind, keys: trainings.append(1) or train(kind, keys))
+    memory = filled("IVF64,Flat")
+    for step in range(10):
+        add(memory, clustered(512, seed=0)[:, step : step + 400])
+        memory.retrieve(queries_like(memory.store.keys[0], 50), TOPK)
+    assert len(trainings) == 2  # once for each head: the same clusters come again
+    for step in range(12):
+        add(memory, clustered(400, seed=3 + step // 6))
+        memory.retrieve(queries_like(memory.store.keys[0], 50), TOPK)
+    assert 2 < len(trainings) <= 2 + 2 * 8  # at most once for a quarter of the ring
+    assert memory.recall(queries_like(memory.store.keys[0], 100), TOPK, sample=100) > TARGET_RECALL - 0.1
+
+
+def test_centroids_are_learned_again_when_there_are_many_more_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained_on = []
+    train = Kind.trained
+    monkeypatch.setattr(Kind, "trained", lambda kind, keys: trained_on.append(len(keys)) or train(kind, keys))
+    memory = KNNMemory(DIM, 32 * 1_024, num_kv_heads=2, index="IVF16,Flat")
+    for _ in range(17):
+        add(memory, clustered(1_024, seed=0))
+        memory.retrieve(queries_like(memory.store.keys[0, :, :1_024], 5), TOPK)
+    assert sorted(set(trained_on)) == [1_024, 4_096, 16_384]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_are_those_of_the_keys_in_the_store(dtype: torch.dtype, storage: torch.dtype) -> None:
+    memory = KNNMemory(DIM, CAPACITY, num_kv_heads=2, dtype=storage, index="IVF64,SQ8")
+    add(memory, clustered(CAPACITY, seed=0))
+    queries = queries_like(memory.store.keys[0].float(), 40).to(dtype)
+    found = memory.retrieve(queries, TOPK)
+    keys = memory.store.keys.flatten(0, 2)[found.slots].to(dtype)
+    assert found.scores.dtype == dtype
+    torch.testing.assert_close(found.scores, (keys @ queries.unsqueeze(-1)).squeeze(-1))
+    assert (found.scores.diff(dim=-1) <= 0).all()
+
+
+def test_keys_too_large_for_float16_codes_are_found_with_their_scores() -> None:
+    memory = KNNMemory(DIM, CAPACITY, index="IVF16,SQfp16")
+    keys = clustered(CAPACITY, seed=0, heads=1)
+    keys[0, 7] *= 1e6
+    memory.add(torch.stack((keys, keys), dim=-2)[0][None])
+    found = memory.retrieve(keys[0, None, 7:8], 1)
+    assert int(found.slots) == 7
+    assert float(found.scores) == pytest.approx(1e12, rel=1e-4)
+
+
+def test_more_are_found_than_the_probed_lists_hold() -> None:
+    memory = filled("IVF64,Flat")
+    found = memory.retrieve(queries_like(memory.store.keys[0], 3), CAPACITY)
+    assert found.mask.all()
+    assert all(len(set(slots.tolist())) == CAPACITY for slots in found.slots.flatten(0, 2))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (101, 13)])
+def test_inner_products_in_parts_equal_those_at_once(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+    monkeypatch.setattr("memorizing_transformers_pytorch.memory.index.MAX_GATHERED", 200)
+    queries, keys = torch.randn(shape[0], DIM), torch.randn(50, DIM).to(torch.bfloat16)
+    places = torch.randint(50, shape)
+    expected = (queries.double() @ keys.double().mT).gather(1, places)
+    torch.testing.assert_close(inner_products(queries, keys, places).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+# Kinds
+
+
+@pytest.mark.parametrize(
+    ("factory", "lists", "takes_single", "fetched", "least", "knob"),
+    [
+        ("IVF64,Flat", 64, True, 1, 2_496, "nprobe"),
+        ("IVF8,SQfp16", 8, True, 1, 1_024, "nprobe"),
+        ("IVF8,SQ8", 8, True, 4, 1_024, "nprobe"),
+        ("OPQ4,IVF8,PQ4", 8, True, 4, 9_984, "nprobe"),
+        ("IVF8,PQ4x4fs", 8, False, 4, 9_984, "nprobe"),
+        ("HNSW16", 0, False, 1, 1_024, "efSearch"),
+        ("Flat", 0, False, 1, 1_024, None),
+    ],
+)
+def test_what_each_kind_can_do(
+    factory: str, lists: int, takes_single: bool, fetched: int, least: int, knob: str | None
+) -> None:
+    kind = Kind(factory, DIM)
+    assert (kind.num_lists, kind.takes_single, kind.fetched) == (lists, takes_single, fetched)
+    assert (kind.least_entries, kind.knob) == (least, knob)
+
+
+@pytest.mark.parametrize("name", ["", "hnsw", "IVF", "IVF0x", "exact ", "PQ3"])
+def test_what_faiss_does_not_know_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"expected index to be 'exact', 'auto' or a faiss factory string .*, got"):
+        KNNMemory(DIM, index=name)
+
+
+def test_the_index_in_use_says_what_it_is_and_finds() -> None:
+    memory = KNNMemory(DIM, CAPACITY, num_kv_heads=2, index="IVF64,Flat")
+    assert memory.index_in_use == "IVF64,Flat (exact below 2,496 entries)"
+    memory = filled("IVF64,Flat")
+    memory.retrieve(queries_like(memory.store.keys[0], 100), TOPK)
+    assert "IVF64,Flat, nprobe" in memory.index_in_use
+    assert "index='IVF64,Flat'" in repr(memory)
+    assert KNNMemory(DIM).index_in_use == "exact"
+
+
+# The automatic choice
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Times that the next look-ups of `auto` shall see."""
+    times: list[float] = []
+    monkeypatch.setattr(auto.time, "perf_counter", lambda: times.pop(0) if times else 0.0)
+    yield times
+    assert not times
+
+
+def ring_of(keys: Tensor) -> Ring:
+    return Ring(keys, row=0, cursor=0, written=keys.shape[1], life=1)
+
+
+APPROXIMATE_IS_FASTER = [0.0, 1.0, 2.0, 3.0, 9.0]  # building, then searching for 1 against 6 seconds
+EXACT_IS_FASTER = [0.0, 1.0, 2.0, 3.0, 3.5]
+UPKEEP_IS_TOO_MUCH = [0.0, 1e9, 1e9 + 1, 1e9 + 2, 1e9 + 9]
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen"), [(APPROXIMATE_IS_FASTER, True), (EXACT_IS_FASTER, False), (UPKEEP_IS_TOO_MUCH, False)]
+)
+def test_the_cheaper_index_is_chosen(clock: list[float], times: list[float], chosen: bool) -> None:
+    keys, index = clustered(auto.WORTH_TRYING, seed=0), auto.AutoIndex(DIM)
+    assert index.description == "exact, below 16,384 entries"
+    queries = queries_like(keys, 100)[0]
+    index.search(ring_of(keys[:, :100]), queries, TOPK)
+    assert "IVF" not in index.description
+    clock.extend(times)
+    index.search(ring_of(keys), queries, TOPK)
+    assert index.description.startswith("IVF256,SQfp16, nprobe" if chosen else "exact (IVF256,SQfp16, nprobe")
+    assert "times as fast at 16,384 entries" in index.description
+
+
+def test_an_index_that_finds_too_little_is_not_chosen(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ApproximateIndex, "recall", TARGET_RECALL - 0.01)
+    keys, index = clustered(auto.WORTH_TRYING, seed=0), auto.AutoIndex(DIM)
+    clock.extend(APPROXIMATE_IS_FASTER)
+    index.search(ring_of(keys), queries_like(keys, 100)[0], TOPK)
+    assert index.description.startswith("exact (")
+
+
+def test_the_choice_is_made_again_when_the_row_has_doubled(clock: list[float]) -> None:
+    keys, index = clustered(60_000, seed=0), auto.AutoIndex(DIM)
+    queries = queries_like(keys, 100)[0]
+    for count, times in ((16_384, EXACT_IS_FASTER), (30_000, []), (32_768, APPROXIMATE_IS_FASTER), (60_000, [])):
+        clock.extend(times)
+        index.search(ring_of(keys[:, :count]), queries, TOPK)
+    assert index.description.startswith("IVF256")
+    small = index.search(ring_of(keys[:, :100]), queries, TOPK)  # a row that has just begun is searched exactly
+    torch.testing.assert_close(small.scores, (queries @ keys[:, :100].mT).topk(TOPK).values)
+
+
+@pytest.mark.parametrize("entries", [16_384, 65_536, 262_144, 1_000_000])
+def test_there_are_about_twice_the_square_root_as_many_lists(entries: int) -> None:
+    assert 2**0.5 * entries**0.5 <= auto.number_of_lists(entries) <= 2 * 2**0.5 * entries**0.5
+
+
+# In a model
+
+
+def test_a_model_searches_as_its_configuration_says() -> None:
+    model = MemorizingTransformer(num_tokens=50, dim=16, dim_head=8, depth=2, memory_index="IVF4,Flat")
+    with model.knn_memories_context(batch_size=2) as memories:
+        assert memories[0].index == "IVF4,Flat"
+        for tokens in torch.randint(1, 50, (20, 2, 64)):
+            model(tokens, memories).sum().backward()
+        assert "nprobe" in memories[0].index_in_use
+    model = MemorizingTransformer(num_tokens=50, dim=16, dim_head=8, depth=2, memory_index="nonsense")
+    with pytest.raises(ValueError, match="expected index to be"):
+        model.create_knn_memories(batch_size=2)
+
+
+def test_the_recall_of_an_exact_search_is_one_and_of_an_empty_memory_too() -> None:
+    memory = KNNMemory(DIM, CAPACITY, num_indices=3)
+    assert memory.recall(torch.randn(3, 5, DIM), TOPK) == 1.0
+    memory.add(torch.randn(3, 100, 2, DIM))
+    memory.clear([1])
+    for shape in ((3, 5, DIM), (3, DIM), (3, 2, 200, DIM), (3, 0, DIM)):
+        assert memory.recall(torch.randn(shape), TOPK) == 1.0
+
+
+@pytest.mark.parametrize("probes", [1, 8])
+def test_the_recall_is_the_share_of_the_best_entries_that_were_found(probes: int) -> None:
+    keys = torch.randn(1, CAPACITY, DIM)
+    structure = faiss.index_factory(DIM, "IVF64,Flat", faiss.METRIC_INNER_PRODUCT)
+    structure.train(keys[0].numpy())
+    structure.add(keys[0].numpy())
+    structure.nprobe = probes
+    queries = torch.randn(1, 200, DIM)
+    ids = structure.search(queries[0].numpy(), TOPK)[1]
+    best = (queries[0] @ keys[0].mT).topk(TOPK).indices
+    expected = sum(len(set(a) & set(b)) for a, b in zip(ids.tolist(), best.tolist(), strict=True)) / best.numel()
+
+    memory = KNNMemory(DIM, CAPACITY, index="IVF64,Flat")
+    memory.add(torch.stack((keys, keys), dim=-2)[0][None])
+    memory.retrieve(queries, TOPK)
+    row = memory._index._rows[0]  # type: ignore[attr-defined]
+    row.heads, row.training.effort = [structure], probes
+    assert memory.recall(queries, TOPK, sample=200) == pytest.approx(expected, abs=1e-3)
+    assert expected < 1
