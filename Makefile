@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check golden clean
+.PHONY: train test check bench golden clean
 
 train: .venv/ready  ## train a small model in about ten minutes, test it and let it write
 	$(BIN)/memorizing-transformers train
@@ -15,6 +15,9 @@ check: .venv/ready  ## lint, format, types, sizes
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_sizes.py
+
+bench: .venv/ready  ## measure what a memory costs and write docs/performance.md; QUICK=1 for some minutes
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick --results .bench/quick.json --page .bench/quick.md)
 
 golden: .venv/ready  ## make tests/golden anew, by running the original package in an environment of its own
 	scripts/make_golden.sh

@@ -1,0 +1,250 @@
+"""docs/performance.md and its plots, from the results of the measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from memorizing_transformers_pytorch.evaluation.provenance import origin
+
+Results = Mapping[str, Any]
+NONE = "not measured"
+GIB = 1 << 30
+PARTS = ("rest", "search", "attend", "add")
+COLORS = dict(zip(PARTS, ("tab:gray", "tab:blue", "tab:orange", "tab:green"), strict=True))
+
+
+def write_page(results: Results, path: Path) -> None:
+    """Write the page and, beside it, the plots."""
+    sections = [INTRODUCTION, targets(results)]
+    for name, section in SECTIONS.items():
+        if name in results:
+            where = origin(results[name]).replace("; ", ", ")
+            quick = " **The quick form: fewer rounds, smaller memories.**" if results[name]["quick"] else ""
+            sections += [section(results[name]["found"]), f"({where}.{quick})\n"]
+    path.write_text("\n".join(sections), encoding="utf-8")
+    folder = path.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    if "parts" in results:
+        draw_parts(results["parts"]["found"], folder / "step.png")
+    if "sweep" in results:
+        draw_sweep(results["sweep"]["found"], folder / "recall.png")
+
+
+INTRODUCTION = """# Performance
+
+What a memory costs in time and space, measured by
+
+```sh
+make bench            # an hour or two; `make bench QUICK=1` takes some minutes
+```
+
+Rivals run in processes of their own, all built first and then asked in turn, round after round; numbers are medians, in
+brackets the range. Ratios are of medians within one run; the machine is named under each table. Beside this package
+runs the original, memorizing-transformers-pytorch 0.4.1, in an environment of its own. "Trained" keys and queries are
+those of a small model trained for the purpose (`benchmarks/vectors.py`), "random" ones are unit vectors.
+"""
+
+
+# Targets
+
+
+def targets(results: Results) -> str:
+    """Every target beside its result."""
+    lines = ["## Targets\n", "| measure | target | on this CPU |", "|---|---|---|"]
+    for measure, target, value in measured(results):
+        lines.append(f"| {measure} | {target} | {NONE if value is None else value} |")
+    return "\n".join(lines) + "\n"
+
+
+def measured(results: Results) -> Iterator[tuple[str, str, str | None]]:
+    step = results.get("step", {}).get("found", {})
+    yield "step, 8K full / no memory", "<= 1.15", ratio(step, "8192", "0")
+    yield "step, 65K full / no memory", "<= 1.6", best_ratio(step, ("65536", "65536 auto"), "0")
+    yield "step, 262K full / no memory", "report; <= 3 approximate", best_ratio(step, ("262144", "262144 auto"), "0")
+    yield "step, original / ours at 7,680 full", ">= 2", ratio(step, "original", "7680")
+    yield "the same, ours in bfloat16", ">= 4", ratio(step, "original", "7680 bf16")
+    yield "peak memory of that step, ours / original", "<= 0.5", ratio(step, "7680", "original", "peak_bytes")
+    look_up = results.get("look_up", {}).get("found", {})
+    for size in (8_192, 65_536, 262_144, 1_000_000):
+        yield f"add + search at {size:,}, original / ours at equal recall", ">= 3", at_equal_recall(look_up, size)
+    writing = results.get("writing", {}).get("found", {}).get("1", {})
+    for size, target in (("65536", ">= 0.8"), ("1000000", ">= 0.5")):
+        yield f"writing with {int(size):,} entries / none", target, ratio(writing, size, "0", "tokens_per_second")
+    scale = results.get("scale", {}).get("found", {})
+    big = scale.get("mapped")
+    space = None
+    if big is not None and scale["entries"] >= 10_000_000:
+        space = f"{big['peak_bytes']['median'] / GIB:.1f} GiB, recall {big['recall']['median']:.3f}"
+    yield "10M entries in a row", "< 12 GiB, recall@32 >= 0.95", space
+
+
+def ratio(found: Results, one: str, other: str, field: str = "seconds") -> str | None:
+    if one not in found or other not in found:
+        return None
+    return f"{found[one][field]['median'] / found[other][field]['median']:.2f}"
+
+
+def best_ratio(found: Results, names: Sequence[str], other: str) -> str | None:
+    known = [(float(value), name) for name in names if (value := ratio(found, name, other)) is not None]
+    if not known:
+        return None
+    value, name = min(known)
+    return f"{value:.2f} ({'auto: ' + found[name]['index'] if 'auto' in name else 'exact'})"
+
+
+def at_equal_recall(look_up: Results, size: int) -> str | None:
+    """Against the original's graph, searched as far as it takes to find as much as ours, or as far as was tried."""
+    found = look_up.get(f"{size} trained", {})
+    graphs = [name for name in found if name.startswith("original")]
+    if not graphs:
+        return None
+
+    def recall(name: str) -> float:
+        return float(found[name]["recall"]["median"]) if "recall" in found[name] else 1.0
+
+    def seconds(name: str) -> float:
+        return float(found[name]["seconds"]["median"])
+
+    ours = min(("exact", "auto"), key=seconds)
+    enough = [name for name in graphs if recall(name) >= min(recall(ours), 0.95)]
+    graph = min(enough, key=seconds) if enough else max(graphs, key=recall)
+    times = seconds(graph) / seconds(ours)
+    return f"{times:.1f} ({graph}: recall {recall(graph):.2f}; ours, {ours}: {recall(ours):.2f})"
+
+
+# Sections
+
+
+def step_section(found: Results) -> str:
+    lines = [
+        "## A training step\n\nThe enwik8 model (width 512, depth 8, memory in layer 4, XL memory in 7 and 8, segments "
+        f"of 512),\n{found['rows']} rows: forward, backward, Adam.\n"
+    ]
+    lines += ["| memory | seconds | against none | peak GiB | index |", "|---|---|---|---|---|"]
+    none = found["0"]["seconds"]["median"]
+    for name, each in found.items():
+        if name != "rows":
+            peak = each["peak_bytes"]["median"] / GIB
+            cells = [name, spread(each["seconds"]), f"{each['seconds']['median'] / none:.2f}", f"{peak:.2f}"]
+            lines.append(f"| {' | '.join(cells)} | {each.get('index') or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def parts_section(found: Results) -> str:
+    lines = ["## Where the time of a step goes\n", "![Where the time goes](performance/step.png)\n"]
+    lines += ["| memory | " + " | ".join(PARTS) + " |", "|---" * (len(PARTS) + 1) + "|"]
+    for name, parts in found.items():
+        lines.append(f"| {name} | " + " | ".join(f"{parts[part]:.3f} s" for part in PARTS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def look_up_section(found: Results) -> str:
+    lines = [
+        "## The memory alone\n\nAdding a segment of 512 and searching with its 8 x 512 queries for 32 entries each.\n"
+    ]
+    for name, racers in found.items():
+        size, keys = name.split()
+        header = "| index | add + search | add | search | recall |"
+        lines += [f"{int(size):,} {keys} keys:\n", header, "|---|---|---|---|---|"]
+        for racer, each in racers.items():
+            recall = each.get("recall", {}).get("median", 1.0)
+            cells = [racer, spread(each["seconds"]), spread(each["add"]), spread(each["search"]), f"{recall:.3f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def sweep_section(found: Results) -> str:
+    return (
+        "## Recall and time\n\n![Recall against time](performance/recall.png)\n\nSearches with the queries of a "
+        "segment in trained keys; each point looks twice as far as the one before.\n"
+    )
+
+
+def writing_section(found: Results) -> str:
+    lines = ["## Writing\n\nTokens per second of `generate`, all rows together.\n"]
+    lines += ["| rows | memory | tokens/s | against none |", "|---|---|---|---|"]
+    for batch, racers in found.items():
+        none = racers["0"]["tokens_per_second"]["median"]
+        for size, each in racers.items():
+            value = each["tokens_per_second"]
+            speed = f"{value['median']:.1f} [{value['least']:.1f}, {value['most']:.1f}]"
+            lines.append(f"| {batch} | {int(size):,} | {speed} | {value['median'] / none:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def growth_section(found: Results) -> str:
+    base = ", ".join(f"{name} {value:,}" for name, value in found["base"].items())
+    lines = [f"## How the cost of a look-up grows\n\nExact search and adding, from {base}; one is changed at a time.\n"]
+    lines += ["| in | exponent | seconds |", "|---|---|---|"]
+    for name, each in found.items():
+        if name != "base":
+            seconds = ", ".join(
+                f"{size:,}: {value:.3f}" for size, value in zip(each["sizes"], each["seconds"], strict=True)
+            )
+            lines.append(f"| {name} | {each['exponent']:.2f} | {seconds} |")
+    return "\n".join(lines) + "\n"
+
+
+def scale_section(found: Results) -> str:
+    each = found["mapped"]
+    fill, build, search, recall, peak = (
+        each[name]["median"] for name in ("fill", "build", "search", "recall", "peak_bytes")
+    )
+    return (
+        f"## {found['entries']:,} entries in one row\n\nMemory-mapped, width 64, {each['index']}:\n"
+        f"filled in {fill:.0f} s, the index built in {build:.0f} s; then a segment is added and its 8 x 512 queries\n"
+        f"are answered in {search:.3f} s with a recall of {recall:.3f}; at most {peak / GIB:.1f} GiB resident, mapped\n"
+        "pages included.\n"
+    )
+
+
+SECTIONS = {
+    "step": step_section,
+    "parts": parts_section,
+    "look_up": look_up_section,
+    "sweep": sweep_section,
+    "writing": writing_section,
+    "growth": growth_section,
+    "scale": scale_section,
+}
+
+
+def spread(value: Mapping[str, float]) -> str:
+    return f"{value['median']:.3f} [{value['least']:.3f}, {value['most']:.3f}]"
+
+
+# Plots
+
+
+def draw_parts(found: Results, path: Path) -> None:
+    figure = Figure(figsize=(7, 0.6 * len(found) + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    left = [0.0] * len(found)
+    names = [name if name != "0" else "no memory" for name in found]
+    for part in PARTS:
+        widths = [parts[part] for parts in found.values()]
+        axes.barh(names, widths, left=left, label=part, color=COLORS[part])
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds of a training step")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def draw_sweep(found: Results, path: Path) -> None:
+    figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (size, curves) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        for name, points in curves.items():
+            seconds, recalls = [p["seconds"] for p in points], [p["recall"] for p in points]
+            axes.plot(seconds, recalls, marker="o", markersize=3, label=name)
+        axes.set(title=f"{int(size):,} entries", xscale="log", xlabel="seconds for 4,096 queries", ylabel="recall@32")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)

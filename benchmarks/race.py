@@ -1,0 +1,84 @@
+"""Contestants side by side: each in a process of its own, all built first, then asked in turn, round after round."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What a process shall do: an action of a script with options; python: of which environment."""
+
+    script: str
+    action: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    python: str = sys.executable
+
+
+class Running:
+    """A contestant that has been started."""
+
+    def __init__(self, contestant: Contestant) -> None:
+        command = [contestant.python, str(HERE / contestant.script), contestant.action, json.dumps(contestant.options)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.built = self._answer()
+
+    def go(self) -> Record:
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Record:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self.stop()
+            raise RuntimeError(f"{self._process.args} ended with {self._process.returncode}")
+        answer: Record = json.loads(line)
+        return answer
+
+    def stop(self) -> None:
+        self._process.communicate()
+
+
+def race(contestants: Mapping[str, Contestant], rounds: int, warm_up: int = 1) -> dict[str, list[Record]]:
+    """What each answered in each round. The order turns, so that nobody always follows the same one."""
+    running = {}
+    try:
+        for name, contestant in contestants.items():
+            print(f"  building {name}", flush=True)
+            running[name] = Running(contestant)
+        found: dict[str, list[Record]] = {name: [] for name in contestants}
+        for number in range(-warm_up, rounds):
+            names = list(contestants)
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                answer = running[name].go()
+                if number >= 0:
+                    found[name].append(answer)
+                    print(f"  round {number + 1}: {name} {answer['seconds']:.3f} s", flush=True)
+    finally:
+        for each in running.values():
+            each.stop()
+    return found
+
+
+def median(records: Sequence[Record], name: str = "seconds") -> float:
+    values = sorted(record[name] for record in records)
+    return float(values[len(values) // 2])
+
+
+def summary(records: Sequence[Record], name: str = "seconds") -> Record:
+    """Median and range."""
+    values = [record[name] for record in records]
+    return {"median": median(records, name), "least": min(values), "most": max(values), "rounds": len(values)}
