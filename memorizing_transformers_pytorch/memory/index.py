@@ -8,12 +8,15 @@ Shapes: G key/value heads, Q queries, N entries in the row, K retrieved, D head 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import faiss
 import torch
 from torch import Tensor
+
+from memorizing_transformers_pytorch import kernels
 
 # A block of converted keys should stay in cache; a block of scores should not fill the memory of a GPU.
 MAX_BLOCK_ENTRIES = 65_536
@@ -71,6 +74,8 @@ class ExactIndex:
 def best_of(queries: Tensor, keys: Tensor, topk: int) -> Best:
     """The min(topk, N) best of the keys (G, N, D) for each of the queries (G, Q, D), as (G, Q, K)."""
     accumulate = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    if accumulate == torch.float32 and keys.shape[1] and kernels.available(keys):
+        return _best_by_kernels(queries.float(), keys, min(topk, keys.shape[1]))
     on_faiss = keys.device.type == "cpu" and accumulate == torch.float32
     best_in_block = _best_by_faiss if on_faiss else _best_by_matmul
     if on_faiss and keys.dtype == torch.float32:
@@ -104,8 +109,57 @@ def _better_of(left: Best, right: Best, topk: int) -> Best:
 
 
 def _best_by_matmul(queries: Tensor, keys: Tensor, topk: int) -> Best:
+    """Of all products, by buckets: those with the topk largest maxima hold the topk largest products."""
+    count = keys.shape[1]
     with torch.autocast(keys.device.type, enabled=False):
-        return Best(*(queries @ keys.mT).topk(topk, dim=-1))
+        scores = queries @ keys.mT
+    buckets = _num_buckets(count, topk)
+    if 2 * buckets > count:
+        return Best(*scores.topk(topk, dim=-1))
+    places = _members(_bucket_maxima(scores, buckets).topk(topk, dim=-1).indices, buckets, count)
+    return _best_members(scores.gather(-1, places.clamp_min(0)), places, topk)
+
+
+def _best_by_kernels(queries: Tensor, keys: Tensor, topk: int) -> Best:
+    """The same without writing all products down: those in the best buckets are computed once more."""
+    from memorizing_transformers_pytorch.kernels.bags import bag_products
+    from memorizing_transformers_pytorch.kernels.buckets import bucket_maxima
+
+    count = keys.shape[1]
+    buckets = min(_num_buckets(count, topk), count)
+    found = []
+    for head_queries, head_keys in zip(queries, keys, strict=True):
+        chosen = bucket_maxima(head_queries, head_keys, buckets).topk(topk, dim=-1).indices
+        places = _members(chosen, buckets, count)
+        found.append(_best_members(bag_products(head_queries, head_keys, places.clamp_min(0)), places, topk))
+    return Best(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+
+def _num_buckets(count: int, topk: int) -> int:
+    """A power of two near sqrt(N * K), so that there are about as many buckets as entries in the best of them."""
+    return max(int(2 ** round(math.log2(math.sqrt(count * topk)))), topk)
+
+
+def _bucket_maxima(scores: Tensor, buckets: int) -> Tensor:
+    """scores (..., N) -> (..., L): the largest of each bucket, n % L being that of score number n."""
+    rest = scores.shape[-1] % buckets
+    whole = scores[..., : scores.shape[-1] - rest]
+    maxima = whole.view(*scores.shape[:-1], -1, buckets).amax(dim=-2)
+    if rest:
+        maxima[..., :rest] = torch.maximum(maxima[..., :rest], scores[..., scores.shape[-1] - rest :])
+    return maxima
+
+
+def _members(chosen: Tensor, buckets: int, count: int) -> Tensor:
+    """Buckets (..., K) -> the places (..., K * n) of what is in them, -1 where one has fewer."""
+    steps = torch.arange(0, count, buckets, device=chosen.device)
+    places = (chosen.unsqueeze(-1) + steps).flatten(-2)
+    return places.masked_fill(places >= count, -1)
+
+
+def _best_members(scores: Tensor, places: Tensor, topk: int) -> Best:
+    scores, order = scores.masked_fill(places < 0, -torch.inf).topk(topk, dim=-1)
+    return Best(scores, places.gather(-1, order).clamp_min(0))
 
 
 def _best_by_faiss(queries: Tensor, keys: Tensor, topk: int) -> Best:

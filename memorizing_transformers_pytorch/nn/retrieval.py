@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memorizing_transformers_pytorch import kernels
 from memorizing_transformers_pytorch.memory.retrieved import Table
 
 
@@ -111,8 +112,14 @@ def _within(numbers: Tensor, table: Table) -> Tensor:
 def weighted_sums(weights: Tensor, table: Tensor, slots: Tensor) -> Tensor:
     """weights (..., K), table (N, D), slots (..., K) -> (..., D) in the dtype and on the device of the weights."""
     table, slots = _at_precision(table, slots.to(table.device), weights.dtype)
-    scaled, total = _fit_dtype(weights, table)
     bags = slots.reshape(-1, slots.shape[-1])
+    if kernels.available(table):
+        from memorizing_transformers_pytorch.kernels.bags import bag_sums
+
+        return (
+            bag_sums(weights.to(table.device).reshape(bags.shape), table, bags).view(*slots.shape[:-1], -1).to(weights)
+        )
+    scaled, total = _fit_dtype(weights, table)
     sums = F.embedding_bag(bags, table, per_sample_weights=scaled.reshape(bags.shape), mode="sum")
     return sums.view(*slots.shape[:-1], -1).to(weights) * total
 
@@ -120,6 +127,11 @@ def weighted_sums(weights: Tensor, table: Tensor, slots: Tensor) -> Tensor:
 def sampled_inner_products(vectors: Tensor, table: Tensor, slots: Tensor) -> Tensor:
     """vectors (..., D), table (N, D), slots (..., K) -> (..., K) in the dtype and on the device of the vectors."""
     table, slots = _at_precision(table, slots.to(table.device), vectors.dtype)
+    if kernels.available(table):
+        from memorizing_transformers_pytorch.kernels.bags import bag_products
+
+        flat = vectors.to(table.device).reshape(-1, vectors.shape[-1])
+        return bag_products(flat, table, slots.reshape(-1, slots.shape[-1])).view(slots.shape).to(vectors)
     scaled, total = _fit_dtype(vectors, table)
     num_bags, bag_size = slots.shape[:-1].numel(), slots.shape[-1]
     offsets = torch.arange(num_bags, device=table.device) * bag_size
