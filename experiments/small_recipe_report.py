@@ -17,6 +17,7 @@ from memorizing_transformers_pytorch.evaluation.bootstrap import drawn_means, in
 LENGTHS = ("10", "30", "60", "120")
 LOCAL_STEPS = {"10": "1,000", "30": "3,000", "60": "6,000", "120": "12,000"}
 SEEDS = (0, 1, 2)
+TEXTS = ("plays", "coq")
 ON = "8192"
 COLORS = {"memory": "tab:blue", "same-time": "tab:orange", "same-tokens": "tab:gray", "window1024": "tab:green"}
 
@@ -98,8 +99,29 @@ def size_table(output: Path) -> str:
     return table(["memory", *(f"{LOCAL_STEPS[length]} local steps" for length, _ in columns)], rows)
 
 
+def text_table(output: Path) -> str:
+    """The recipe and its baseline on other corpora."""
+    rows = []
+    for text in TEXTS:
+        found, baseline = (result(output, f"variant-{text}-{kind}") for kind in ("recipe", "memory-never"))
+        if found is not None and baseline is not None:
+            documents = str(len(found.tokens))
+            cells = [perplexity(baseline, "off"), perplexity(found, "off"), f"**{perplexity(found, ON)}**"]
+            rows.append([text, documents, *cells, change(found, ON, baseline, "off")])
+    header = [
+        "text",
+        "test documents",
+        "same time, no memory",
+        "memory off",
+        "**memory, 8,192**",
+        "against the same time",
+    ]
+    return table(header, rows)
+
+
 def variant_table(output: Path) -> str:
     names = sorted(path.name for path in output.glob("variant-*") if (path / "done.json").is_file())
+    names = [name for name in names if not any(name.startswith(f"variant-{text}-") for text in TEXTS)]
     baseline = result(output, "variant-memory-never")
     rows = []
     for name in sorted(names, key=lambda name: name != "variant-recipe"):
@@ -178,6 +200,6 @@ def write(output: Path, to: Path) -> None:
     commits = sorted({str(json.loads(path.read_text())["commit"])[:8] for path in evaluations})
     costs = ", ".join(f"{name} {value:.2f}" for name, value in cost.items())
     text = f"Commit {', '.join(commits)}. Cost of a step, in local steps: {costs}.\n\n"
-    text += "\n".join(part(output) for part in (main_table, size_table, variant_table))
+    text += "\n".join(part(output) for part in (main_table, size_table, text_table, variant_table))
     plots(output, to)
     print(text)
