@@ -194,7 +194,7 @@ def sweep(*, entries: int, index: str, efforts: list[int], vectors: str | None =
     memory = KNNMemory(DIM_HEAD, entries, index=index)
     fill(memory, keys)
     memory.retrieve(queries[None], TOPK)
-    (row,) = memory._index._rows.values()  # type: ignore[attr-defined]
+    (row,) = memory.searcher._rows.values()  # type: ignore[attr-defined]
 
     def action() -> dict[str, Any]:
         points = []

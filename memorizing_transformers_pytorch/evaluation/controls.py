@@ -4,7 +4,8 @@ other        the memory of another document, read as far: is it the right text t
 shuffled     the document's own memory with its values permuted: are keys and values used together?
 random keys  the document's own memory with keys of random direction: does it matter which entries are found?
 
-Inside a `with` block the memories are so, for reading only; afterwards they are bit for bit what they were.
+Inside a `with` block the memories are so, for reading only; afterwards they are bit for bit what they were. Memories
+with changed entries are searched exactly.
 
 Shapes: R rows in scope, G key/value heads, N entries of a row, D head width.
 """
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.memory.index import ExactIndex
 
 CONTROLS = ("other", "shuffled", "random keys")
 
@@ -79,6 +81,8 @@ def _replaced(memory: KNNMemory, table: Tensor, change: Callable[[Tensor], Tenso
     """Inside, the entries (G, N, D) of each row in scope of the table (rows, G, M, D) are changed so."""
     if memory.store.readers:
         raise RuntimeError("the entries of this memory may still be needed by a backward pass: change them later")
+    # An index that keeps something of the entries must not learn from what they are for a while.
+    searcher, memory.searcher = memory.searcher, ExactIndex()
     entries = [table[row, :, : memory.store.filled[row]] for row in memory.scoped_indices]
     kept = [view.clone() for view in entries]
     try:
@@ -88,3 +92,4 @@ def _replaced(memory: KNNMemory, table: Tensor, change: Callable[[Tensor], Tenso
     finally:
         for view, before in zip(entries, kept, strict=True):
             view.copy_(before)
+        memory.searcher = searcher

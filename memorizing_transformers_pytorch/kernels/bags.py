@@ -1,58 +1,81 @@
 """Sums over retrieved entries, and inner products with them, read where they lie: nothing is gathered.
 
-Each program takes one bag: the K slots of one query. They are each other's gradients; see `nn.retrieval`.
+Each program takes one bag, the K slots of one query: for sums a block of columns, entry after entry; for products a
+block of entries, column after column. They are each other's gradients; see `nn.retrieval`.
 
 Shapes: N slots in the table, D width, B bags, K slots in each.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _sum_kernel(weights, slots, table, sums, size, width, K: tl.constexpr, D: tl.constexpr):
-    bag = tl.program_id(0).to(tl.int64)
-    entries, columns = tl.arange(0, K), tl.arange(0, D)
-    there, inside = entries < size, columns < width
-    weight = tl.load(weights + bag * size + entries, mask=there, other=0.0).to(tl.float32)
-    slot = tl.load(slots + bag * size + entries, mask=there, other=0)
-    rows = tl.load(table + slot[:, None] * width + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-    tl.store(sums + bag * width + columns, tl.sum(weight[:, None] * rows.to(tl.float32), axis=0), mask=inside)
+ENTRIES, COLUMNS = 32, 64  # of the block of a table that a program holds
 
 
 @triton.jit
-def _product_kernel(vectors, slots, table, products, size, width, K: tl.constexpr, D: tl.constexpr):
-    bag = tl.program_id(0).to(tl.int64)
-    entries, columns = tl.arange(0, K), tl.arange(0, D)
-    there, inside = entries < size, columns < width
-    vector = tl.load(vectors + bag * width + columns, mask=inside, other=0.0).to(tl.float32)
+def sum_kernel(
+    weights, slots, table, sums, size, width, num_blocks, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    bag = (tl.program_id(0) // num_blocks).to(tl.int64)
+    columns = tl.program_id(0) % num_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, size, ENTRIES):
+        entries = start + tl.arange(0, ENTRIES)
+        there = entries < size
+        weight = tl.load(weights + bag * size + entries, mask=there, other=0.0).to(tl.float32)
+        slot = tl.load(slots + bag * size + entries, mask=there, other=0)
+        mask = there[:, None] & inside[None, :]
+        rows = tl.load(table + slot[:, None] * width + columns[None, :], mask=mask, other=0.0)
+        total += tl.sum(weight[:, None] * rows.to(tl.float32), axis=0)
+    tl.store(sums + bag * width + columns, total, mask=inside)
+
+
+@triton.jit
+def product_kernel(
+    vectors, slots, table, products, size, width, num_blocks, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    bag = (tl.program_id(0) // num_blocks).to(tl.int64)
+    entries = tl.program_id(0) % num_blocks * ENTRIES + tl.arange(0, ENTRIES)
+    there = entries < size
     slot = tl.load(slots + bag * size + entries, mask=there, other=0)
-    rows = tl.load(table + slot[:, None] * width + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-    tl.store(products + bag * size + entries, tl.sum(vector[None, :] * rows.to(tl.float32), axis=1), mask=there)
+    total = tl.zeros((ENTRIES,), tl.float32)
+    for start in range(0, width, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        inside = columns < width
+        vector = tl.load(vectors + bag * width + columns, mask=inside, other=0.0).to(tl.float32)
+        mask = there[:, None] & inside[None, :]
+        rows = tl.load(table + slot[:, None] * width + columns[None, :], mask=mask, other=0.0)
+        total += tl.sum(vector[None, :] * rows.to(tl.float32), axis=1)
+    tl.store(products + bag * size + entries, total, mask=there)
 
 
 def bag_sums(weights: Tensor, table: Tensor, slots: Tensor) -> Tensor:
     """weights (B, K), table (N, D), slots (B, K) -> float32 (B, D): the sum of weight times entry over each bag."""
     sums = weights.new_empty(slots.shape[0], table.shape[1], dtype=torch.float32)
-    return _launch(_sum_kernel, weights, slots, table, sums)
+    return _launch(sum_kernel, table.shape[1], COLUMNS, weights, slots, table, sums)
 
 
 def bag_products(vectors: Tensor, table: Tensor, slots: Tensor) -> Tensor:
     """vectors (B, D), table (N, D), slots (B, K) -> float32 (B, K): the inner products of vector and entries."""
     products = vectors.new_empty(slots.shape, dtype=torch.float32)
-    return _launch(_product_kernel, vectors, slots, table, products)
+    return _launch(product_kernel, slots.shape[1], ENTRIES, vectors, slots, table, products)
 
 
-def _launch(kernel: object, numbers: Tensor, slots: Tensor, table: Tensor, result: Tensor) -> Tensor:
+def _launch(kernel: Any, parted: int, block: int, numbers: Tensor, slots: Tensor, table: Tensor, out: Tensor) -> Tensor:
+    """Fill `out` by a program for each bag and block of the size that is `parted`."""
     bags, size = slots.shape
-    if result.numel() and size:
-        width = table.shape[1]
-        blocks = {"K": triton.next_power_of_2(size), "D": triton.next_power_of_2(width)}
-        arguments = (numbers.contiguous(), slots.contiguous(), table.contiguous(), result, size, width)
-        kernel[(bags,)](*arguments, **blocks)  # type: ignore[index]
-        return result
-    return result.zero_()
+    if out.numel() == 0 or size == 0:
+        return out.zero_()
+    num_blocks = triton.cdiv(parted, block)
+    sizes = (size, table.shape[1], num_blocks)
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        tensors = (numbers.contiguous(), slots.contiguous(), table.contiguous(), out)
+        kernel[(bags * num_blocks,)](*tensors, *sizes, ENTRIES=ENTRIES, COLUMNS=COLUMNS)
+    return out

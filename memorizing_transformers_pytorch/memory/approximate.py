@@ -5,25 +5,29 @@ take and forget single entries: they are brought up to date before every search.
 built anew now and then; until then entries that were overwritten are passed over, and newer ones searched exactly.
 The scores are always those of the keys in the store. Centroids and codes are learned from what is remembered: by
 inverted lists once for all rows, which hold keys of one layer, and again when the keys have drifted away from them or
-are many more; by the others whenever they are built.
+are many more; by the others whenever they are built. How near new keys are to the centroids is compared with how near
+those were from which they were not learned.
 
 Shapes: G key/value heads, Q queries, N entries in the row, K retrieved, D head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.index import Best, Ring, best_of, inner_products
+from memorizing_transformers_pytorch.memory.index import Best, Ring, best_members, best_of, inner_products
 from memorizing_transformers_pytorch.memory.recall import share_found
-from memorizing_transformers_pytorch.memory.structure import Kind, nearest, nearness, replace, set_knob, some
+from memorizing_transformers_pytorch.memory.structure import Kind, nearest, nearness, parted, replace, set_knob, some
 
 TARGET_RECALL = 0.95
 SAMPLED_QUERIES = 128  # of each head, to measure the recall
+WORTHWHILE = 0.005  # of recall, for looking twice as far
+TRIES = 2  # to look twice as far, without gaining that much: the codes are too rough for the target
 SAMPLED_ENTRIES = 4_096  # of each head, to notice that keys have drifted
 OUTGROWN = 4  # times as many entries in a row as there were in training call for other centroids
 DRIFTED = 0.9  # as near to their centroids as they were, and the keys call for others
@@ -35,7 +39,8 @@ class _Training:
     """What was learned from a row with so many entries.
 
     templates: for each head a structure without entries. nearness: of the keys to their centroids, if it has any.
-    effort, recall: as measured last, with so many queries of a head, in a row of so many entries.
+    effort, recall: as measured last, for so many entries per query, with so many queries of a head, in a row of so
+    many entries.
     """
 
     templates: list[Any]
@@ -43,6 +48,7 @@ class _Training:
     nearness: float | None
     effort: int = 1
     recall: float = 0.0
+    measured_for: int = 0
     measured_with: int = 0
     measured_in: int = 0
 
@@ -51,6 +57,10 @@ class _Training:
         heads = [nearness(template, head) for template, head in zip(self.templates, keys, strict=True)]
         known = [each for each in heads if each is not None]
         return sum(known) / len(known) if known else None
+
+    def measured(self, topk: int, queries: int, entries: int) -> bool:
+        """Whether the effort was measured for as many as are wanted, with as many queries, in a row about as large."""
+        return topk <= self.measured_for and queries <= self.measured_with and entries < 2 * self.measured_in
 
     def serves(self, entries: int, near: float | None) -> bool:
         """Whether it is good for a row of so many entries, so near to the centroids."""
@@ -95,6 +105,11 @@ class ApproximateIndex:
         self._rows: dict[int, _Row] = {}
 
     @property
+    def least_entries(self) -> int:
+        """With fewer in a row, it is searched exactly."""
+        return self._kind.least_entries
+
+    @property
     def recall(self) -> float | None:
         """As measured last; None before."""
         return self._training.recall if self._training is not None and self._training.measured_with else None
@@ -113,9 +128,14 @@ class ApproximateIndex:
             self._rows.pop(ring.row, None)
             return best_of(queries, ring.keys, topk)
         row = self.follow(ring)
-        if self._must_measure(row.training, ring, queries):
+        if not row.training.measured(topk, min(queries.shape[1], SAMPLED_QUERIES), ring.keys.shape[1]):
             self._measure(row, ring, queries, topk)
         return self._search(row, ring, queries, topk)
+
+    def forget(self, rows: Iterable[int] | None = None) -> None:
+        """As `Index.forget`. What was learned stays, for the documents to come."""
+        for row in list(self._rows) if rows is None else rows:
+            self._rows.pop(row, None)
 
     def follow(self, ring: Ring) -> _Row:
         """The structures of the row, up to date as far as they can be."""
@@ -123,7 +143,7 @@ class ApproximateIndex:
         if row is None or row.life != ring.life or self._must_rebuild(row, ring):
             row = self._rows[ring.row] = self._built(ring)
         elif self._kind.takes_single and row.written < ring.written:
-            self._take(row, ring)
+            self.take(ring, ring.written - row.written)
         return row
 
     def _must_rebuild(self, row: _Row, ring: Ring) -> bool:
@@ -137,18 +157,24 @@ class ApproximateIndex:
 
     def _built(self, ring: Ring) -> _Row:
         """The structures of all that is in the row, with the last training if that serves, else with one of its own."""
-        training, sample = self._training, some(ring.keys, SAMPLED_ENTRIES)
-        shared = training is not None and self._kind.takes_single
-        if training is None or not (shared and training.serves(ring.keys.shape[1], training.nearness_of(sample))):
-            templates = [self._kind.trained(keys) for keys in ring.keys]
-            training = self._training = _Training(templates, ring.keys.shape[1], None)
-            training.nearness = training.nearness_of(sample)
+        training, size = self._training, ring.keys.shape[1]
+        near = None if training is None else training.nearness_of(some(ring.keys, SAMPLED_ENTRIES))
+        if training is None or not (self._kind.takes_single and training.serves(size, near)):
+            training = self._training = self._trained(ring.keys)
+            near = training.nearness
         heads = [self._kind.filled(empty, keys) for empty, keys in zip(training.templates, ring.keys, strict=True)]
-        return _Row(ring.life, ring.written, training, heads, training.nearness, ring.written)
+        return _Row(ring.life, ring.written, training, heads, near, ring.written)
 
-    def _take(self, row: _Row, ring: Ring) -> None:
-        """Put the newest entries in the place of those that they have overwritten."""
-        places = _newest(ring, ring.written - row.written)
+    def _trained(self, keys: Tensor) -> _Training:
+        """What can be learned from most of the keys (G, N, D), and how near the others are to it."""
+        learned, held_out = parted(keys)
+        training = _Training([self._kind.trained(head) for head in learned], keys.shape[1], None)
+        training.nearness = training.nearness_of(some(held_out, SAMPLED_ENTRIES))
+        return training
+
+    def take(self, ring: Ring, count: int) -> None:
+        """Put so many of the newest entries of a row in inverted lists, in the place of those they have overwritten."""
+        row, places = self._rows[ring.row], _newest(ring, count)
         for structure, keys in zip(row.heads, ring.keys, strict=True):
             replace(structure, places, keys[places])
         row.takes(row.training.nearness_of(ring.keys[:, places]), places.numel(), ring.keys.shape[1])
@@ -169,33 +195,41 @@ class ApproximateIndex:
         count = keys.shape[0]
         fetched = min(self._kind.fetched * topk + (topk if newest.numel() else 0), count)
         if self._kind.knob is not None:
-            least = 1 if self._kind.num_lists else fetched  # a graph visits as many nodes as are wanted, or more
-            set_knob(structure, self._kind.knob, max(effort, least))
+            set_knob(structure, self._kind.knob, max(effort, self._kind.least_effort(fetched)))
         ids = nearest(structure, queries, fetched)
-        places = ids.clamp(0, count - 1)
-        usable = ids >= 0
+        places, usable = ids.clamp(0, count - 1), ids >= 0
         if newest.numel():
             overwritten = torch.zeros(count, dtype=torch.bool).index_fill(0, newest, True)
+            usable &= ~overwritten[places]
+        too_few = usable.sum(dim=1) < min(topk, count - newest.numel())
+        if newest.numel():
             late = newest[best_of(queries[None], keys[newest][None], topk).places[0]]
             places = torch.cat((places, late), dim=1)
-            usable = torch.cat((usable & ~overwritten[places[:, :fetched]], torch.ones_like(late).bool()), dim=1)
-        return _best_candidates(queries, keys, places, usable, min(topk, count))
-
-    def _must_measure(self, training: _Training, ring: Ring, queries: Tensor) -> bool:
-        grown = ring.keys.shape[1] >= 2 * training.measured_in
-        return grown or training.measured_with < min(queries.shape[1], SAMPLED_QUERIES)
+            usable = torch.cat((usable, torch.ones_like(late).bool()), dim=1)
+        best = _best_candidates(queries, keys, places, usable, min(topk, count))
+        _search_anew(best, too_few, queries, keys)
+        return best
 
     def _measure(self, row: _Row, ring: Ring, queries: Tensor, topk: int) -> None:
-        """Find the smallest effort that is enough for a sample of the queries."""
+        """Find the smallest effort that is enough for a sample of the queries, or beyond which little is gained."""
         training, sample = row.training, some(queries, SAMPLED_QUERIES)
         best = best_of(sample, ring.keys, topk)
-        training.measured_with, training.measured_in = sample.shape[1], ring.keys.shape[1]
-        training.effort, most = 1, self._kind.num_lists or ring.keys.shape[1]
-        while True:
-            training.recall = share_found(self._search(row, ring, sample, topk), best)
-            if training.recall >= TARGET_RECALL or self._kind.knob is None or training.effort >= most:
-                return
-            training.effort = min(2 * training.effort, most)
+        training.measured_for, training.measured_with, training.measured_in = topk, sample.shape[1], ring.keys.shape[1]
+
+        def recall(effort: int) -> float:
+            training.effort = effort
+            return share_found(self._search(row, ring, sample, topk), best)
+
+        size = ring.keys.shape[1]
+        most = 0 if self._kind.knob is None else self._kind.num_lists or size
+        tried = chosen = self._kind.least_effort(min(self._kind.fetched * topk, size))
+        training.recall, in_vain = recall(chosen), 0
+        while training.recall < TARGET_RECALL and tried < most and in_vain < TRIES:
+            tried, in_vain = min(2 * tried, most), in_vain + 1
+            found = recall(tried)
+            if found >= training.recall + WORTHWHILE:
+                chosen, training.recall, in_vain = tried, found, 0
+        training.effort = chosen
 
 
 def _newest(ring: Ring, count: int) -> Tensor:
@@ -205,13 +239,14 @@ def _newest(ring: Ring, count: int) -> Tensor:
 
 
 def _best_candidates(queries: Tensor, keys: Tensor, places: Tensor, usable: Tensor, topk: int) -> Best:
-    """The best of the usable places (Q, n), with the scores that their keys have; of too few, the best of all keys."""
+    """The best of the usable places (Q, n), with the scores that their keys have."""
     accumulate = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    scores = inner_products(queries.to(accumulate), keys, places).masked_fill(~usable, -torch.inf)
-    scores, order = scores.topk(topk, dim=-1)
-    best = Best(scores, places.gather(1, order))
-    too_few = (usable.sum(dim=1) < topk).nonzero().squeeze(1)
-    if too_few.numel():
-        whole = best_of(queries[too_few][None], keys[None], topk)
-        best.scores[too_few], best.places[too_few] = whole.scores[0], whole.places[0]
-    return best
+    scores = inner_products(queries.to(accumulate), keys, places)
+    return best_members(scores, places.masked_fill(~usable, -1), topk)
+
+
+def _search_anew(best: Best, which: Tensor, queries: Tensor, keys: Tensor) -> None:
+    """Replace what was found for these queries (Q,) by what exact search finds."""
+    if bool(which.any()):
+        whole = best_of(queries[which][None], keys[None], best.scores.shape[-1])
+        best.scores[which], best.places[which] = whole.scores[0], whole.places[0]

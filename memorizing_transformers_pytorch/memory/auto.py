@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -31,34 +32,43 @@ class AutoIndex:
         self._dim = dim
         self._approximate: ApproximateIndex | None = None
         self._decided_at = 0
+        self._seen: dict[int, tuple[int, int]] = {}  # of each row: the life, and how many entries it had been given
         self.description = f"exact, below {WORTH_TRYING:,} entries"
 
     def search(self, ring: Ring, queries: Tensor, topk: int) -> Best:
         """As `Index.search`."""
-        count = ring.keys.shape[1]
+        count, new = ring.keys.shape[1], self._new(ring, queries.shape[1])
         if count >= max(2 * self._decided_at, WORTH_TRYING):
-            return self._decide(ring, queries, topk)
+            return self._decide(ring, queries, topk, new)
         if self._approximate is None or count < WORTH_TRYING:
             return best_of(queries, ring.keys, topk)
         return self._approximate.search(ring, queries, topk)
 
-    def _decide(self, ring: Ring, queries: Tensor, topk: int) -> Best:
-        """Let both search, and keep the cheaper one."""
+    def forget(self, rows: Iterable[int] | None = None) -> None:
+        """As `Index.forget`. The choice stays, for the documents to come."""
+        for row in list(self._seen) if rows is None else rows:
+            self._seen.pop(row, None)
+        if self._approximate is not None:
+            self._approximate.forget(rows)
+
+    def _new(self, ring: Ring, queries: int) -> int:
+        """How many entries the row was given since it was last searched; taken to be as many as the first queries."""
+        life, written = self._seen.get(ring.row, (0, 0))
+        self._seen[ring.row] = ring.life, ring.written
+        return min(ring.written - written if life == ring.life else queries, ring.keys.shape[1])
+
+    def _decide(self, ring: Ring, queries: Tensor, topk: int, new: int) -> Best:
+        """Let both search, and keep the cheaper one: its upkeep is to take in the new entries before each search."""
         count = self._decided_at = ring.keys.shape[1]
         candidate = ApproximateIndex(self._dim, f"IVF{number_of_lists(count)},SQfp16")
+        candidate.search(ring, queries, topk)  # builds it, and measures how far it must look
         began = time.perf_counter()
-        candidate.follow(ring)
-        building = time.perf_counter() - began
-        candidate.search(ring, queries, topk)  # measures how far it must look
-        began = time.perf_counter()
+        if count >= candidate.least_entries:
+            candidate.take(ring, new)
         found = candidate.search(ring, queries, topk)
         searched = time.perf_counter()
         best = best_of(queries, ring.keys, topk)
-        ended = time.perf_counter()
-        # What a search costs with the upkeep: each entry is put in once for about as many queries as there are tokens.
-        tokens = queries.shape[1]
-        approximate = searched - began + building * min(tokens / count, 1.0)
-        exact = ended - searched
+        exact, approximate = time.perf_counter() - searched, searched - began
         recall = candidate.recall
         chosen = approximate < exact and recall is not None and recall >= TARGET_RECALL
         self._approximate = candidate if chosen else None

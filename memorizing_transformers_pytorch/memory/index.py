@@ -9,7 +9,7 @@ Shapes: G key/value heads, Q queries, N entries in the row, K retrieved, D head 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import faiss
@@ -53,6 +53,10 @@ class Index(Protocol):
         """queries (G, Q, D) -> the min(topk, N) best entries for each query, as (G, Q, K)."""
         ...
 
+    def forget(self, rows: Iterable[int] | None = None) -> None:
+        """Let go of whatever is kept of these rows, or of all: their entries are gone."""
+        ...
+
     @property
     def description(self) -> str:
         """What searches, in words."""
@@ -69,6 +73,9 @@ class ExactIndex:
 
     def search(self, ring: Ring, queries: Tensor, topk: int) -> Best:
         return best_of(queries, ring.keys, topk)
+
+    def forget(self, rows: Iterable[int] | None = None) -> None:
+        """Nothing is kept."""
 
 
 def best_of(queries: Tensor, keys: Tensor, topk: int) -> Best:
@@ -117,7 +124,7 @@ def _best_by_matmul(queries: Tensor, keys: Tensor, topk: int) -> Best:
     if 2 * buckets > count:
         return Best(*scores.topk(topk, dim=-1))
     places = _members(_bucket_maxima(scores, buckets).topk(topk, dim=-1).indices, buckets, count)
-    return _best_members(scores.gather(-1, places.clamp_min(0)), places, topk)
+    return best_members(scores.gather(-1, places.clamp_min(0)), places, topk)
 
 
 def _best_by_kernels(queries: Tensor, keys: Tensor, topk: int) -> Best:
@@ -131,7 +138,7 @@ def _best_by_kernels(queries: Tensor, keys: Tensor, topk: int) -> Best:
     for head_queries, head_keys in zip(queries, keys, strict=True):
         chosen = bucket_maxima(head_queries, head_keys, buckets).topk(topk, dim=-1).indices
         places = _members(chosen, buckets, count)
-        found.append(_best_members(bag_products(head_queries, head_keys, places.clamp_min(0)), places, topk))
+        found.append(best_members(bag_products(head_queries, head_keys, places.clamp_min(0)), places, topk))
     return Best(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
 
@@ -157,9 +164,11 @@ def _members(chosen: Tensor, buckets: int, count: int) -> Tensor:
     return places.masked_fill(places >= count, -1)
 
 
-def _best_members(scores: Tensor, places: Tensor, topk: int) -> Best:
-    scores, order = scores.masked_fill(places < 0, -torch.inf).topk(topk, dim=-1)
-    return Best(scores, places.gather(-1, order).clamp_min(0))
+def best_members(scores: Tensor, places: Tensor, topk: int) -> Best:
+    """The best where there is a place: before any gap even an entry whose product overflows to minus infinity."""
+    ranks = scores.clamp_min(torch.finfo(scores.dtype).min).masked_fill(places < 0, -torch.inf)
+    order = ranks.topk(topk, dim=-1).indices
+    return Best(scores.gather(-1, order), places.gather(-1, order))
 
 
 def _best_by_faiss(queries: Tensor, keys: Tensor, topk: int) -> Best:

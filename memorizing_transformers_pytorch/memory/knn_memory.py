@@ -43,7 +43,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     memmap_filename, multiprocessing: arguments of the original package. The first only chooses the directory (files
         get names of their own), the second has no effect; both say so once.
 
-    `seconds_searching` adds up the time that look-ups took.
+    `seconds_searching` adds up the time that look-ups took. `searcher` is the `Index`: it may be exchanged.
 
     Raises ValueError for sizes below 1, another dtype, an unknown index, or a directory or faiss index with a GPU.
     """
@@ -80,7 +80,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         self.scoped_indices = list(range(num_indices))
         self.seconds_searching = 0.0
         self.index = index
-        self._index = make_index("exact" if index == "auto" and device.type != "cpu" else index, dim)
+        self.searcher = make_index("exact" if index == "auto" and device.type != "cpu" else index, dim)
         self._open_store: Store | None = Store(
             rows=num_indices,
             kv_heads=num_kv_heads,
@@ -111,7 +111,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     @property
     def index_in_use(self) -> str:
         """What searches, in words: the structure, how far it looks, and its recall as measured last."""
-        return self._index.description
+        return self.searcher.description
 
     @contextmanager
     def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemory]:
@@ -134,7 +134,9 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
         Raises ValueError for rows that are out of range or outside the scope.
         """
-        self.store.clear(self.rows_to_clear(batch_indices))
+        rows = self.rows_to_clear(batch_indices)
+        self.store.clear(rows)
+        self.searcher.forget(rows)
 
     def rows_to_clear(self, batch_indices: int | Iterable[int] | None = None) -> list[int]:
         """Check which rows `clear` would empty, emptying none: several memories can so change all or none."""
@@ -203,7 +205,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         found = min(topk, self.store.filled[row])
         if found == 0:
             return
-        best = self._index.search(self.store.ring(row), queries, topk)
+        best = self.searcher.search(self.store.ring(row), queries, topk)
         bases = torch.tensor([self.store.slot_base(row, head) for head in range(self.num_kv_heads)], device=self.device)
         slots[..., :found] = best.places + bases[:, None, None]
         scores[..., :found] = best.scores
@@ -278,6 +280,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     def replace_store(self, store: Store) -> None:
         """Use this store from now on, and remove the files of the one before."""
         self.store.close()
+        self.searcher.forget()
         self._open_store, self.max_memories = store, store.capacity
 
     @property
@@ -289,6 +292,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         """Close the memory and remove its files, if it has any. It cannot be used afterwards."""
         if self._open_store is not None:
             self._open_store.close()
+            self.searcher.forget()
             self._open_store = None
 
     def __exit__(self, *exception: object) -> None:

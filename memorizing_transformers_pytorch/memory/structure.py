@@ -17,11 +17,13 @@ from torch import Tensor
 LEAST_ENTRIES = 1_024  # below, a row is searched exactly
 LEAST_PER_LIST = 39  # as many keys faiss wants to learn a centroid from
 TRAINED_PER_LIST = 64  # keys, if there are as many
+HELD_OUT = 16  # one key in so many is not learned from, to tell how near others are to what was learned
 CODEBOOK_NEEDS = LEAST_PER_LIST * 256
 FETCHED_OF_CODES = 4  # times as many candidates are scored anew where a structure knows the keys only roughly
 BLOCK_ENTRIES = 65_536
 LARGEST = 65_504.0  # that float16 codes can hold
 
+_EXPECTED = "expected index to be 'exact', 'auto' or a faiss factory string"
 _ROUGH = re.compile(r"PQ|RQ|LSQ|LSH|SQ[468]|RaBitQ|PCA|Refine")
 _CODEBOOKS = re.compile(r"PQ|RQ|LSQ")
 
@@ -33,19 +35,23 @@ class Kind:
     fetched: how many times as many candidates to ask for as are wanted. least_entries: with fewer it cannot be trained.
     knob: the parameter by which it searches longer and finds more, if it has one.
 
-    Raises ValueError for a string that faiss does not know, or one that does not fit the width.
+    Raises ValueError for a string that faiss does not know, one that does not fit the width, or a structure that cannot
+    be copied or numbers its entries itself.
     """
 
     def __init__(self, factory: str, dim: int) -> None:
         self.factory = factory
         self._dim = dim
         empty = self.empty()
+        if isinstance(empty, faiss.IndexIDMap | faiss.IndexIDMap2) or not _can_be_copied(empty):
+            raise ValueError(f"{_EXPECTED} whose structure can be copied and takes keys in order, got {factory!r}")
         lists = faiss.try_extract_index_ivf(empty)
         self.num_lists = 0 if lists is None else int(lists.nlist)
         self.takes_single = lists is not None and _can_forget(empty)
         self.fetched = FETCHED_OF_CODES if _ROUGH.search(factory) else 1
         codebooks = CODEBOOK_NEEDS if _CODEBOOKS.search(factory) else 0
-        self.least_entries = max(LEAST_ENTRIES, LEAST_PER_LIST * self.num_lists, codebooks)
+        learned = max(LEAST_PER_LIST * self.num_lists, codebooks)
+        self.least_entries = max(LEAST_ENTRIES, learned + learned // (HELD_OUT - 1) + 1)
         self.knob = "nprobe" if self.num_lists else "efSearch" if "HNSW" in factory else None
 
     def empty(self) -> Any:
@@ -54,8 +60,11 @@ class Kind:
             return faiss.index_factory(self._dim, self.factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
             reason = str(error).rsplit(": ", 1)[-1]
-            expected = "expected index to be 'exact', 'auto' or a faiss factory string"
-            raise ValueError(f"{expected} for width {self._dim}, got {self.factory!r}: {reason}") from None
+            raise ValueError(f"{_EXPECTED} for width {self._dim}, got {self.factory!r}: {reason}") from None
+
+    def least_effort(self, fetched: int) -> int:
+        """The smallest value of the knob: a list, or, in a graph, as many nodes as are wanted."""
+        return 1 if self.num_lists else fetched
 
     def trained(self, keys: Tensor) -> Any:
         """A structure without entries that has learned from keys (N, D)."""
@@ -63,6 +72,9 @@ class Kind:
         lists: Any = faiss.try_extract_index_ivf(structure)
         if lists is not None:
             lists.cp.min_points_per_centroid = 1  # no warning: there are least_entries
+        codes: Any = faiss.downcast_index(lists or getattr(structure, "index", structure))
+        if hasattr(codes, "do_polysemous_training"):
+            codes.do_polysemous_training = False  # of no use here, and slow
         structure.train(vectors(some(keys, max(TRAINED_PER_LIST * self.num_lists, CODEBOOK_NEEDS))))
         return structure
 
@@ -118,6 +130,14 @@ def some(keys: Tensor, count: int) -> Tensor:
     return keys.index_select(-2, places.to(keys.device))
 
 
+def parted(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys (G, N, D) to learn from, and those that are held out: the last of every 16, or the last of fewer."""
+    size = keys.shape[1]
+    held_out = torch.arange(size) % HELD_OUT == HELD_OUT - 1
+    held_out[-1] |= size > 1 and not bool(held_out.any())
+    return (keys, keys) if size == 1 else (keys[:, ~held_out], keys[:, held_out])
+
+
 def vectors(keys: Tensor) -> np.ndarray:
     return keys.float().clamp(-LARGEST, LARGEST).contiguous().numpy()
 
@@ -132,6 +152,14 @@ def _allow_single(structure: Any) -> None:
     """Keep track of where each id lies, so that it can be removed in no time."""
     hashtable: Any = faiss.DirectMap.Hashtable  # type: ignore[attr-defined]
     faiss.extract_index_ivf(structure).set_direct_map_type(hashtable)
+
+
+def _can_be_copied(structure: Any) -> bool:
+    try:
+        faiss.clone_index(structure)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _can_forget(structure: Any) -> bool:

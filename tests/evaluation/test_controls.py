@@ -63,6 +63,21 @@ def test_random_keys_have_the_lengths_of_the_right_ones_and_their_values() -> No
         assert cosines.abs().max() < 0.99
 
 
+def test_an_approximate_index_knows_nothing_of_what_a_control_has_changed() -> None:
+    memory = KNNMemory(dim=5, max_memories=2_000, index="IVF4,Flat")
+    keys = torch.nn.functional.normalize(torch.randn(1, 2_000, 5), dim=-1)
+    memory.add(torch.stack((keys, keys), dim=-2))
+    queries = keys[:, :300]
+    before = memory.retrieve(queries, 4)
+    with random_keys(memory, torch.Generator().manual_seed(0)):
+        best = (queries @ memory.store.keys[0].mT).topk(4, dim=-1)
+        torch.testing.assert_close(memory.retrieve(queries, 4).scores, best.values)
+        memory.clear([])
+    after = memory.retrieve(queries, 4)
+    assert memory.index_in_use.startswith("IVF4,Flat, nprobe")
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("change", [shuffled_values, random_keys])
 def test_only_rows_in_scope_are_changed(change: object) -> None:
     memory = make_memory()

@@ -109,6 +109,19 @@ def test_16_bit_keys_accumulate_in_float32(dtype: torch.dtype) -> None:
     assert best_of(queries.to(dtype), keys, topk=1).scores.flatten().tolist() == [257, 77100]
 
 
+@pytest.mark.parametrize("topk", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_products_that_overflow_are_found_once_each(dtype: torch.dtype, topk: int) -> None:
+    """Minus infinity is worse than any other product, and better than no entry."""
+    keys = torch.full((1, 301, 1), torch.finfo(dtype).max, dtype=dtype)
+    keys[0, 5] = 1
+    found = best_of(torch.full((1, 2, 1), -2.0, dtype=dtype), keys, topk)
+    for places, scores in zip(found.places[0].tolist(), found.scores[0].tolist(), strict=True):
+        assert len(set(places)) == topk
+        assert places[0] == 5
+        assert scores == [-2.0] + [-torch.inf] * (topk - 1)
+
+
 @pytest.mark.parametrize("query_dtype", [torch.float32, torch.float64], ids=str)
 def test_searching_nothing_is_refused(query_dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="expected at least one entry to search, got 0"):
