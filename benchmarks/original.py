@@ -8,21 +8,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parent))
+from judging import recall, sampled
 from memorizing_transformers_pytorch.knn_memory import KNNMemory
-from serving import Action, serve
+from serving import Action, forget_peak, serve
 
 from memorizing_transformers_pytorch import MemorizingTransformer
 
 SEGMENT, HEADS, DIM_HEAD, TOPK = 512, 8, 64, 32
+ROUNDS = 16
 
 
 def fill(memory: Any, rows: int, keys: torch.Tensor) -> None:
-    for part in keys.split(SEGMENT):
+    for part in keys.split(65_536):
         pairs = torch.stack((part, part.roll(1, 0)), dim=-2)
         memory.add(pairs.expand(rows, *pairs.shape))
 
@@ -37,63 +38,73 @@ def vectors_of(path: str | None, count: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def step(*, entries: int, rows: int, vectors: str | None = None) -> Action:
-    """A training step on one segment, as in its train.py. At capacity it would wipe its index: it has room to spare."""
+    """A training step on one segment, as in its train.py. At capacity it would wipe its index: it has room for one more
+    segment, and is filled anew before each step."""
     torch.manual_seed(0)
+    folder = tempfile.TemporaryDirectory()
     model = MemorizingTransformer(
-        num_tokens=256, dim=512, depth=8, memorizing_layers=4, max_knn_memories=entries + 64 * SEGMENT,
+        num_tokens=256, dim=512, depth=8, memorizing_layers=4, max_knn_memories=entries + SEGMENT,
         num_retrieved_memories=TOPK, xl_memory_layers=(7, 8), xl_max_memories=SEGMENT,
-        knn_memories_directory=tempfile.mkdtemp(),
+        knn_memories_directory=folder.name,
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
     tokens = torch.randint(256, (rows, SEGMENT))
     memories = model.create_knn_memories(batch_size=rows)
-    fill(memories[0], rows, vectors_of(vectors, entries)[0])
+    keys, _ = vectors_of(vectors, entries)
     xl_memories = None
 
-    def action() -> None:
+    def action() -> dict[str, Any]:
         nonlocal xl_memories
+        memories[0].clear()
+        fill(memories[0], rows, keys)
+        forget_peak()
+        began = time.perf_counter()
         loss, xl_memories = model(tokens, memories, xl_memories=xl_memories, labels=tokens)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return {"seconds": time.perf_counter() - began, "folder": folder.name}
 
     return action
 
 
-def look_up(*, entries: int, effort: int | None = None, vectors: str | None = None) -> Action:
-    """Add a segment, then search with the queries of a segment. effort: efSearch of its graph, unless its own."""
-    keys, queries = vectors_of(vectors, entries + SEGMENT)
-    file = Path(tempfile.mkdtemp()) / "memory"
-    memory = KNNMemory(DIM_HEAD, entries + 64 * SEGMENT, 1, memmap_filename=str(file), multiprocessing=False)
+def look_up(*, entries: int, efforts: list[int], vectors: str | None = None) -> Action:
+    """Add a segment, another one each round, then search with the queries of a segment, looking as far as each effort
+    says: efSearch of its graph, which it leaves at 16."""
+    keys, queries = vectors_of(vectors, entries + ROUNDS * SEGMENT)
+    folder = tempfile.TemporaryDirectory()
+    file, capacity = str(Path(folder.name) / "memory"), entries + ROUNDS * SEGMENT
+    memory = KNNMemory(DIM_HEAD, capacity, 1, memmap_filename=file, multiprocessing=False)
     began = time.perf_counter()
     fill(memory, 1, keys[:entries])
     filled = time.perf_counter() - began
-    if effort is not None:
-        memory.knns[0].index.hnsw.efSearch = effort
-    new, queries = keys[entries:], queries.reshape(1, -1, DIM_HEAD)
-    recall = recall_of(memory, keys[:entries], queries)
+    some, queries = sampled(queries), queries.reshape(1, -1, DIM_HEAD)
+    rounds = iter(range(entries, capacity, SEGMENT))
 
     def action() -> dict[str, Any]:
+        first = next(rounds)
         began = time.perf_counter()
-        fill(memory, 1, new)
-        added = time.perf_counter()
-        memory.search(queries, TOPK)
-        searched = time.perf_counter()
-        return {
-            "seconds": searched - began,
-            "add": added - began,
-            "search": searched - added,
-            "fill": filled,
-            "recall": recall,
-        }
+        fill(memory, 1, keys[first : first + SEGMENT])
+        added = time.perf_counter() - began
+        points = []
+        for effort in efforts:
+            memory.knns[0].index.hnsw.efSearch = effort
+            began = time.perf_counter()
+            memory.search(queries, TOPK)
+            searched = time.perf_counter() - began
+            found = scores_of(memory, some, keys)
+            quality = recall(found, some, keys[: first + SEGMENT])
+            points.append({"seconds": added + searched, "search": searched, "recall": quality})
+        return {"seconds": points[0]["seconds"], "add": added, "fill": filled, "points": points, "folder": folder.name}
 
     return action
 
 
-def recall_of(memory: Any, keys: torch.Tensor, queries: torch.Tensor) -> float:
-    found = memory.knns[0].search(queries[0].numpy(), TOPK)
-    best = (queries[0] @ keys.T).topk(TOPK).indices.numpy()
-    return float(np.mean([len(np.intersect1d(a, b)) / TOPK for a, b in zip(found, best, strict=True)]))
+def scores_of(memory: Any, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The inner products (q, K) of queries (q, D) with the keys (N, D), in order, that are found for them."""
+    places = torch.from_numpy(memory.knns[0].search(queries.numpy(), TOPK))
+    scores = (keys[places.clamp_min(0)] @ queries.unsqueeze(-1)).squeeze(-1)
+    return scores.masked_fill(places < 0, -torch.inf)
 
 
 if __name__ == "__main__":

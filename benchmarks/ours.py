@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).parent))
+from judging import recall, sampled
 from serving import Action, serve
 
 from memorizing_transformers_pytorch import KNNMemory, MemorizingTransformer
@@ -23,6 +25,7 @@ from memorizing_transformers_pytorch.generation import stream
 from memorizing_transformers_pytorch.nn import retrieval
 
 SEGMENT, HEADS, DIM_HEAD, TOPK = 512, 8, 64, 32
+ROUNDS = 16  # for as many there are segments that were not added before
 ENWIK8: dict[str, Any] = {
     "num_tokens": 256,
     "dim": 512,
@@ -142,30 +145,44 @@ def look_up(
     vectors: str | None = None,
     directory: str | None = None,
 ) -> Action:
-    """Add a segment to a full memory, then search it with the queries of a segment."""  # fmt: skip
-    keys, queries = entries_of(vectors, entries + SEGMENT)
+    """Add a segment to a full memory, then search it with the queries of a segment: another one each round.
+
+    seconds: of adding and of `search`, which like the original's copies keys and values. retrieve: of searching alone,
+    as the layers of a model do. build: of the first search, with which an index is built.
+    """
+    keys, queries = entries_of(vectors, entries + ROUNDS * segment)
     memory = KNNMemory(DIM_HEAD, entries, rows, index=index, directory=directory)
     began = time.perf_counter()
     fill(memory, keys[:entries])
-    filled = time.perf_counter() - began
-    new = keys[entries : entries + segment]
     queries = queries.repeat(1, -(-segment // SEGMENT), 1)[:heads, :segment]
     queries = queries.expand(rows, *queries.shape)
+    filled = time.perf_counter()
+    memory.retrieve(queries, TOPK)
+    built = time.perf_counter()
+    once = {"fill": filled - began, "build": built - filled}
+    segments = itertools.cycle(torch.split(keys[entries:], segment))
 
     def action() -> dict[str, Any]:
+        new = next(segments)
         began = time.perf_counter()
         fill(memory, new)
         added = time.perf_counter()
-        memory.retrieve(queries, TOPK)
+        memory.search(queries, TOPK)
         searched = time.perf_counter()
-        times = {"add": added - began, "search": searched - added, "fill": filled}
-        return {**times, "seconds": searched - began, "index": memory.index_in_use}
+        memory.retrieve(queries, TOPK)
+        retrieved = time.perf_counter()
+        times = {"add": added - began, "search": searched - added, "retrieve": retrieved - searched, **once}
+        some = sampled(queries[:1])
+        found = 1.0 if index == "exact" else recall(found_by(memory, some), some, memory.store.keys[0, 0])
+        return {**times, "seconds": searched - began, "recall": found, "index": memory.index_in_use}
 
-    if index != "exact":
-        action()
-        recall = memory.recall(queries, TOPK, sample=SEGMENT)
-        return lambda: {**action(), "recall": recall}
     return action
+
+
+def found_by(memory: KNNMemory, queries: Tensor) -> Tensor:
+    """The scores (q, K) of what the first row finds for queries (q, D)."""
+    with memory.at_batch_indices([0]):
+        return memory.retrieve(queries[None], TOPK).scores[0]
 
 
 def write(*, entries: int, batch: int, index: str = "exact", tokens: int = 64, vectors: str | None = None) -> Action:

@@ -44,11 +44,12 @@ def trained_config(steps: int) -> RunConfig:
 
 
 def text_of(config: RunConfig, count: int) -> Tensor:
-    """At least so many tokens and two more segments (n,)."""
+    """So many tokens, in whole segments, and two more segments (n,)."""
     documents = sorted(prepare(config.data, config.model.num_tokens, progress=False).train, key=len, reverse=True)
-    tokens = np.concatenate(documents)[: count + 2 * SEGMENT]
-    if len(tokens) < count + 2 * SEGMENT:
-        raise ValueError(f"expected {count:,} tokens of text, got {len(tokens):,}")
+    wanted = -(-count // SEGMENT) * SEGMENT + 2 * SEGMENT
+    tokens = np.concatenate(documents)[:wanted]
+    if len(tokens) < wanted:
+        raise ValueError(f"expected {wanted:,} tokens of text, got {len(tokens):,}")
     return torch.from_numpy(tokens.astype(np.int64))
 
 

@@ -9,17 +9,23 @@ import functools
 import importlib.util
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-__all__ = ["available"]
+__all__ = ["available", "on_device"]
 
 
 def available(tensor: Tensor) -> bool:
     """Whether the kernels can work where this tensor lies, with its dtype (float64 they leave to PyTorch)."""
     on_device = tensor.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     return on_device and tensor.itemsize <= 4 and _work_on(tensor.device)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Inside, the device of the tensor is the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 @functools.cache

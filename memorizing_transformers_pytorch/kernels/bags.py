@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memorizing_transformers_pytorch.kernels import on_device
+
 ENTRIES, COLUMNS = 32, 64  # of the block of a table that a program holds
 
 
@@ -75,7 +77,7 @@ def _launch(kernel: Any, parted: int, block: int, numbers: Tensor, slots: Tensor
         return out.zero_()
     num_blocks = triton.cdiv(parted, block)
     sizes = (size, table.shape[1], num_blocks)
-    with torch.cuda.device_of(out):  # Triton launches on the current device
+    with on_device(out):
         tensors = (numbers.contiguous(), slots.contiguous(), table.contiguous(), out)
         kernel[(bags * num_blocks,)](*tensors, *sizes, ENTRIES=ENTRIES, COLUMNS=COLUMNS)
     return out

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memorizing_transformers_pytorch.kernels import on_device
+
 QUERIES, BUCKETS, COLUMNS = 64, 64, 64  # of the blocks that a program multiplies
 
 
@@ -53,7 +55,7 @@ def bucket_maxima(queries: Tensor, keys: Tensor, num_buckets: int) -> Tensor:
     sizes = (queries.shape[0], keys.shape[0], num_buckets, queries.shape[1])
     blocks = {"QUERIES": QUERIES, "BUCKETS": BUCKETS, "COLUMNS": COLUMNS}
     if maxima.numel():
-        with torch.cuda.device_of(maxima):  # Triton launches on the current device
+        with on_device(maxima):
             tensors = (queries.contiguous(), keys.contiguous(), maxima)
             maxima_kernel[(programs,)](*tensors, *sizes, PRECISION=precision, **blocks)
     return maxima

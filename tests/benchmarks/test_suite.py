@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.judging import recall, sampled
 from benchmarks.measurements import MEASUREMENTS, exponent, summaries
 from benchmarks.page import SECTIONS, at_equal_recall, measured, write_page
 from benchmarks.race import Contestant, race, summary
@@ -72,6 +73,7 @@ SMALL: list[tuple[str, dict[str, Any]]] = [
     ("step", {"entries": 0, "rows": 1, "bf16": True}),
     ("step", {"entries": 700, "rows": 1, "parts": True}),
     ("look_up", {"entries": 1_500, "segment": 20, "heads": 2, "index": "IVF4,Flat"}),
+    ("look_up", {"entries": 100, "rows": 2, "segment": 700}),
     ("sweep", {"entries": 1_500, "index": "IVF4,Flat", "efforts": [1, 4]}),
     ("write", {"entries": 600, "batch": 2, "tokens": 3}),
 ]
@@ -88,8 +90,24 @@ def test_ours_does_what_is_measured(action: str, options: dict[str, Any]) -> Non
     elif action == "look_up":
         assert record["seconds"] == pytest.approx(record["add"] + record["search"])
         assert 0.9 < record["recall"] <= 1
+        assert min(record["retrieve"], record["build"], record["fill"]) > 0
     else:
         assert record["seconds"] > 0
+
+
+@pytest.mark.parametrize("entries", [7, 300])
+def test_all_are_judged_alike_by_the_scores_of_what_they_find(entries: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    keys, queries = torch.randn(entries, 4, generator=random), torch.randn(2, 200, 4, generator=random)
+    some = sampled(queries)
+    assert some.shape == (256, 4)
+    assert torch.equal(sampled(queries[0]), queries[0])
+    scores = (some @ keys.T).sort(descending=True).values
+    assert recall(scores[:, :5], some, keys) == 1.0
+    scores[:, 4] = scores[:, 5] if entries > 5 else -torch.inf
+    assert recall(scores[:, :5], some, keys) == pytest.approx(0.8)
+    scores[:, 3] = -torch.inf  # what was not found
+    assert recall(scores[:, :5], some, keys) == pytest.approx(0.6)
 
 
 def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path: Path) -> None:
@@ -98,7 +116,7 @@ def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path: Path) 
 
     def racer(seconds: float, recall: float | None = None) -> dict[str, Any]:
         parts = {name: value(seconds / 2) for name in ("add", "search")}
-        rest = {} if recall is None else {"recall": value(recall)}
+        rest = {"recall": value(1.0 if recall is None else recall)}
         return {"seconds": value(seconds), "peak_bytes": value(seconds * 2**30), "index": "i", **parts, **rest}
 
     look_up = {
