@@ -1,8 +1,9 @@
 # Every target sets up what it needs: a virtual environment with the versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+QUICKLY := $(if $(QUICK),--quick --results .bench/quick)
 
-.PHONY: train test check bench golden clean
+.PHONY: train test check bench bench-gpu golden clean
 
 train: .venv/ready  ## train a small model in about ten minutes, test it and let it write
 	$(BIN)/memorizing-transformers train
@@ -17,7 +18,10 @@ check: .venv/ready  ## lint, format, types, sizes
 	$(BIN)/python scripts/check_sizes.py
 
 bench: .venv/ready  ## measure what a memory costs and write docs/performance.md; QUICK=1 for some minutes
-	$(BIN)/python -m benchmarks $(if $(QUICK),--quick --results .bench/quick.json --page .bench/quick.md)
+	$(BIN)/python -m benchmarks $(QUICKLY)
+
+bench-gpu: .venv/ready  ## the same on a GPU
+	$(BIN)/python -m benchmarks --device cuda $(QUICKLY)
 
 golden: .venv/ready  ## make tests/golden anew, by running the original package in an environment of its own
 	scripts/make_golden.sh

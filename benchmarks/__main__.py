@@ -1,4 +1,4 @@
-"""python -m benchmarks [--quick] [--only step look_up ...] [--results FILE]: measure, keep the results, write the page.
+"""python -m benchmarks [--quick] [--device cuda] [--only step look_up ...]: measure, keep the results, write the page.
 
 What is measured anew replaces what the file of results holds of it; the rest stays, each with where it comes from.
 """
@@ -9,11 +9,12 @@ import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import tyro
 
-from benchmarks.measurements import MEASUREMENTS, Setting
+from benchmarks.measurements import MEASUREMENTS, ON_GPU, Setting
 from benchmarks.page import write_page
 from benchmarks.vectors import trained_vectors
 from memorizing_transformers_pytorch.evaluation.provenance import provenance
@@ -28,33 +29,42 @@ class Options:
     quick: bool = False
     """Fewer rounds and smaller memories: some minutes."""
     only: tuple[str, ...] = ()
-    """Measure only these: step, parts, look_up, sweep, writing, growth, scale."""
-    results: Path = ROOT / "docs" / "performance.json"
-    """Where the results are kept."""
-    page: Path | None = ROOT / "docs" / "performance.md"
-    """Where they are shown; plots go beside it."""
+    """Measure only these: step, space, parts, look_up, sweep, writing, growth, scale."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model and its memory lie. On a GPU: step, space, look_up, writing."""
+    results: Path = ROOT / "docs"
+    """A folder: for performance.json (or performance-gpu.json), performance.md and its plots."""
     folder: Path = ROOT / ".bench"
     """For the environment of the original, a trained model and files of memories."""
 
 
 def main(options: Options) -> None:
-    unknown = set(options.only) - set(MEASUREMENTS)
+    measurements = MEASUREMENTS if options.device == "cpu" else {name: MEASUREMENTS[name] for name in ON_GPU}
+    unknown = set(options.only) - set(measurements)
     if unknown:
-        raise SystemExit(f"expected measurements among {', '.join(MEASUREMENTS)}, got {', '.join(sorted(unknown))}")
+        raise SystemExit(f"expected measurements among {', '.join(measurements)}, got {', '.join(sorted(unknown))}")
     original = options.folder / "original"
     subprocess.run([ROOT / "scripts" / "original_environment.sh", original], check=True)
     steps, count = (200, 80_000) if options.quick else (500, 1_100_000)
     vectors = trained_vectors(options.folder, count, steps)
-    setting = Setting(options.quick, str(original / "bin" / "python"), str(vectors), options.folder)
-    results = json.loads(options.results.read_text()) if options.results.is_file() else {}
-    for name in options.only or MEASUREMENTS:
+    python = str(original / "bin" / "python")
+    setting = Setting(options.quick, python, str(vectors), options.folder, options.device)
+    options.results.mkdir(parents=True, exist_ok=True)
+    here, there = options.results / "performance.json", options.results / "performance-gpu.json"
+    file = here if options.device == "cpu" else there
+    results = read(file)
+    for name in options.only or measurements:
         print(name, flush=True)
-        found = MEASUREMENTS[name](setting)
-        results[name] = {"found": found, "quick": options.quick, **provenance(torch.device("cpu"))}
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    if options.page is not None:
-        write_page(results, options.page)
+        found = measurements[name](setting)
+        results[name] = {"found": found, "quick": options.quick, **provenance(torch.device(options.device))}
+        file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    notes = (Path(__file__).parent / "notes.md").read_text(encoding="utf-8")
+    write_page(read(here), options.results / "performance.md", read(there), notes)
+
+
+def read(file: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return results
 
 
 if __name__ == "__main__":

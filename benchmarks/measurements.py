@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.race import Contestant, Record, median, race, summary
 
 K = 1_024
+ROWS = 2  # of a training step
 EFFORTS = [16, 64, 256, 1_024]  # of the original's graph; the first is its own
 RESULT = dict[str, Any]
 
@@ -24,6 +25,20 @@ class Setting:
     original: str
     vectors: str
     folder: Path
+    device: str = "cpu"
+
+    def race(self, racers: Mapping[str, Contestant], rounds: int | None = None) -> dict[str, list[Record]]:
+        """All of them on the device, for so many rounds."""
+        placed = {name: replace(each, options={**each.options, "device": self.device}) for name, each in racers.items()}
+        return race(placed, rounds or self.rounds)
+
+    def ours(self, action: str, **options: Any) -> Contestant:
+        """This package, doing so, with trained keys unless said otherwise."""
+        return Contestant("ours.py", action, {"vectors": self.vectors, **options})
+
+    def theirs(self, action: str, **options: Any) -> Contestant:
+        """The original, doing so."""
+        return Contestant("original.py", action, {"vectors": self.vectors, **options}, self.original)
 
     @property
     def rounds(self) -> int:
@@ -36,48 +51,61 @@ class Setting:
 
 def step(setting: Setting) -> RESULT:
     """A training step of the enwik8 model by memory, and the original's."""
-    rows = 2
-    ours = {f"{size}": Contestant("ours.py", "step", {"entries": size, "rows": rows}) for size in (0, 7_680, 8 * K)}
-    for size in [size for size in setting.sizes if 8 * K < size < 1_000_000]:
-        options = {"entries": size, "rows": rows, "vectors": setting.vectors}
-        ours[f"{size}"] = Contestant("ours.py", "step", options)
-        ours[f"{size} auto"] = Contestant("ours.py", "step", {**options, "index": "auto"})
-    ours["7680 bf16"] = Contestant("ours.py", "step", {"entries": 7_680, "rows": rows, "bf16": True})
-    ours["original"] = Contestant("original.py", "step", {"entries": 7_680, "rows": rows}, setting.original)
-    return {"rows": rows, **summaries(race(ours, setting.rounds), "seconds", "peak_bytes", "resident_bytes", "index")}
+    racers = {name: setting.ours("step", rows=ROWS, **kind) for name, kind in kinds_of_memory(setting).items()}
+    racers["0 bf16"] = setting.ours("step", rows=ROWS, entries=0, bf16=True)
+    racers["7680"] = setting.ours("step", rows=ROWS, entries=7_680)
+    racers["7680 bf16"] = setting.ours("step", rows=ROWS, entries=7_680, bf16=True)
+    racers["original"] = setting.theirs("step", rows=ROWS, entries=7_680)
+    return {"rows": ROWS, **summaries(setting.race(racers), "seconds", "index")}
+
+
+def kinds_of_memory(setting: Setting) -> dict[str, RESULT]:
+    """Of a step: none, and each size with exact search and with what is chosen automatically."""
+    kinds: dict[str, RESULT] = {"0": {"entries": 0}}
+    for size in [size for size in setting.sizes if size < 1_000_000]:
+        kinds[f"{size}"] = {"entries": size}
+        if setting.device == "cpu":
+            kinds[f"{size} auto"] = {"entries": size, "index": "auto"}
+    return kinds
+
+
+def space(setting: Setting) -> RESULT:
+    """The memory that a step takes at most, beyond what lies there before it."""
+    racers = {}
+    for rows in (2, 8):
+        racers[f"{rows} none"] = setting.ours("step", rows=rows, entries=0)
+        racers[f"{rows} ours"] = setting.ours("step", rows=rows, entries=7_680)
+        racers[f"{rows} bf16"] = setting.ours("step", rows=rows, entries=7_680, bf16=True)
+        racers[f"{rows} original"] = setting.theirs("step", rows=rows, entries=7_680)
+    raced = setting.race({name: replace(each, returns_memory=True) for name, each in racers.items()}, rounds=3)
+    for record in [record for records in raced.values() for record in records]:
+        record["step_bytes"] = record["peak_bytes"] - record["resident_bytes"]
+    return summaries(raced, "step_bytes", "peak_bytes", "resident_bytes")
 
 
 def parts(setting: Setting) -> RESULT:
     """Where the time of a step goes."""
-    kinds = {f"{size}": {"entries": size} for size in (0, 8 * K)}
-    for size in [size for size in setting.sizes if 8 * K < size < 1_000_000]:
-        kinds[f"{size}"] = {"entries": size, "vectors": setting.vectors}
-        kinds[f"{size} auto"] = {"entries": size, "vectors": setting.vectors, "index": "auto"}
-    options = {name: {**kind, "rows": 2, "parts": True} for name, kind in kinds.items()}
-    found = race({name: Contestant("ours.py", "step", each) for name, each in options.items()}, setting.rounds)
-    return {
-        name: {
-            part: sorted(record["parts"].get(part, 0.0) for record in records)[len(records) // 2]
-            for part in ("search", "attend", "add", "rest")
-        }
-        for name, records in found.items()
-    }
+    kinds = kinds_of_memory(setting)
+    raced = setting.race({name: setting.ours("step", rows=ROWS, parts=True, **kind) for name, kind in kinds.items()})
+    return {name: middle_parts([record["parts"] for record in records]) for name, records in raced.items()}
+
+
+def middle_parts(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {part: sorted(record[part] for record in records)[len(records) // 2] for part in records[0]}
 
 
 def look_up(setting: Setting) -> RESULT:
     """Adding a segment and searching with its queries: by index, by kind of keys; and the original's graph."""
     found = {}
     for size, keys in itertools.product(setting.sizes, ("trained", "random")):
-        vectors = setting.vectors if keys == "trained" else None
-        options = {"entries": size, "vectors": vectors}
-        racers = {
-            name: Contestant("ours.py", "look_up", {**options, "index": name})
-            for name in indices(size, keys == "trained")
-        }
+        options = {"entries": size} | ({} if keys == "trained" else {"vectors": None})
+        names = indices(size, keys == "trained") if setting.device == "cpu" else ["exact"]
+        racers = {name: setting.ours("look_up", index=name, **options) for name in names}
+        racers["product"] = setting.ours("product", entries=size)
         efforts = EFFORTS if keys == "trained" else EFFORTS[:1]
-        racers["original"] = Contestant("original.py", "look_up", {**options, "efforts": efforts}, setting.original)
+        racers["original"] = setting.theirs("look_up", efforts=efforts, **options)
         print(f" {size:,} {keys} keys", flush=True)
-        raced = race(racers, setting.rounds)
+        raced = setting.race(racers)
         originals = raced.pop("original")
         for i, effort in enumerate(efforts):
             raced[f"original, efSearch {effort}"] = [{**record, **record["points"][i]} for record in originals]
@@ -94,15 +122,14 @@ def sweep(setting: Setting) -> RESULT:
         racers = {}
         for name in indices(size, True)[2:]:
             kind = "HNSW" if name.startswith("HNSW") else "IVF"
-            options = {"entries": size, "index": name, "efforts": efforts[kind], "vectors": setting.vectors}
-            racers[name] = Contestant("ours.py", "sweep", options)
-        racers["exact"] = Contestant("ours.py", "look_up", {"entries": size, "vectors": setting.vectors})
-        raced = race(racers, 1 if setting.quick else 3)
+            racers[name] = setting.ours("sweep", entries=size, index=name, efforts=efforts[kind])
+        racers["exact"] = setting.ours("look_up", entries=size)
+        raced = setting.race(racers, 1 if setting.quick else 3)
         found[f"{size}"] = {
             name: [middle([record["points"][i] for record in records]) for i in range(len(records[0]["points"]))]
             for name, records in raced.items()
             if name != "exact"
-        } | {"exact": [{"recall": 1.0, "seconds": median(raced["exact"], "search")}]}
+        } | {"exact": [{"recall": 1.0, "seconds": median(raced["exact"], "retrieve")}]}
     return found
 
 
@@ -125,15 +152,10 @@ def writing(setting: Setting) -> RESULT:
     found = {}
     for batch in (1, 8):
         sizes = [0, 65_536] if setting.quick else [0, 65_536, 1_000_000]
-        racers = {}
-        for size in sizes:
-            # A million entries for each of 8 rows would be 5 GB.
-            count = min(size, 131_072) if batch == 8 else size
-            vectors = setting.vectors if size else None
-            options = {"entries": count, "batch": batch, "vectors": vectors, "index": "auto"}
-            racers[f"{count}"] = Contestant("ours.py", "write", options)
-        raced = race(racers, setting.rounds)
-        found[f"{batch}"] = summaries(raced, "tokens_per_second")
+        # A million entries for each of 8 rows would be 5 GB.
+        counts = [min(size, 131_072) if batch == 8 else size for size in sizes]
+        racers = {f"{count}": setting.ours("write", entries=count, batch=batch, index="auto") for count in counts}
+        found[f"{batch}"] = summaries(setting.race(racers), "tokens_per_second")
     return found
 
 
@@ -144,8 +166,8 @@ def growth(setting: Setting) -> RESULT:
     found: RESULT = {"base": base}
     for name, start in base.items():
         sizes = [start * factor for factor in steps] if name != "heads" else [1, 2, 4, 8]
-        racers = {f"{size}": Contestant("ours.py", "look_up", {**base, name: size}) for size in sizes}
-        seconds = [median(records) for records in race(racers, setting.rounds).values()]
+        racers = {f"{size}": setting.ours("look_up", **{**base, name: size, "vectors": None}) for size in sizes}
+        seconds = [median(records, "add") + median(records, "retrieve") for records in setting.race(racers).values()]
         found[name] = {"sizes": sizes, "seconds": seconds, "exponent": exponent(sizes, seconds)}
     return found
 
@@ -163,8 +185,7 @@ def scale(setting: Setting) -> RESULT:
     entries = 200_000 if setting.quick else 10_000_000
     lists = 2 ** round(math.log2(math.sqrt(entries)))
     options = {"entries": entries, "index": f"IVF{lists},SQfp16", "directory": str(setting.folder / "mapped")}
-    options["vectors"] = setting.vectors
-    raced = race({"mapped": Contestant("ours.py", "many", options)}, 1, warm_up=0)
+    raced = race({"mapped": setting.ours("many", **options)}, 1, warm_up=0)
     return {"entries": entries, **summaries(raced, "fill", "build", "search", "recall", "peak_bytes", "index")}
 
 
@@ -182,6 +203,7 @@ def summaries(raced: Mapping[str, Sequence[Record]], *fields: str) -> RESULT:
 
 MEASUREMENTS: dict[str, Callable[[Setting], RESULT]] = {
     "step": step,
+    "space": space,
     "parts": parts,
     "look_up": look_up,
     "sweep": sweep,
@@ -189,3 +211,4 @@ MEASUREMENTS: dict[str, Callable[[Setting], RESULT]] = {
     "growth": growth,
     "scale": scale,
 }
+ON_GPU = ("step", "space", "look_up", "writing")

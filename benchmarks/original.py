@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 sys.path.insert(0, str(Path(__file__).parent))
 from judging import recall, sampled
 from memorizing_transformers_pytorch.knn_memory import KNNMemory
-from serving import Action, forget_peak, serve
+from serving import Action, forget_peak, serve, timed
 
 from memorizing_transformers_pytorch import MemorizingTransformer
 
@@ -37,7 +37,7 @@ def vectors_of(path: str | None, count: int) -> tuple[torch.Tensor, torch.Tensor
     return saved["keys"][len(saved["keys"]) - count :], saved["queries"]
 
 
-def step(*, entries: int, rows: int, vectors: str | None = None) -> Action:
+def step(*, entries: int, rows: int, vectors: str | None = None, device: str = "cpu") -> Action:
     """A training step on one segment, as in its train.py. At capacity it would wipe its index: it has room for one more
     segment, and is filled anew before each step."""
     torch.manual_seed(0)
@@ -46,29 +46,33 @@ def step(*, entries: int, rows: int, vectors: str | None = None) -> Action:
         num_tokens=256, dim=512, depth=8, memorizing_layers=4, max_knn_memories=entries + SEGMENT,
         num_retrieved_memories=TOPK, xl_memory_layers=(7, 8), xl_max_memories=SEGMENT,
         knn_memories_directory=folder.name,
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
-    tokens = torch.randint(256, (rows, SEGMENT))
+    tokens = torch.randint(256, (rows, SEGMENT)).to(device)
     memories = model.create_knn_memories(batch_size=rows)
-    keys, _ = vectors_of(vectors, entries)
+    keys, queries = vectors_of(vectors, entries)
+    search, of_its_kind = memories[0].search, queries.to(device).expand(rows, *queries.shape)
+    memories[0].search = lambda _, topk: search(of_its_kind, topk)
     xl_memories = None
 
-    def action() -> dict[str, Any]:
+    def once() -> None:
         nonlocal xl_memories
-        memories[0].clear()
-        fill(memories[0], rows, keys)
-        forget_peak()
-        began = time.perf_counter()
         loss, xl_memories = model(tokens, memories, xl_memories=xl_memories, labels=tokens)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return {"seconds": time.perf_counter() - began, "folder": folder.name}
+
+    def action() -> dict[str, Any]:
+        memories[0].clear()
+        fill(memories[0], rows, keys)
+        forget_peak()
+        seconds, peak = timed(once, device)
+        return {"seconds": seconds, **peak, "folder": folder.name}
 
     return action
 
 
-def look_up(*, entries: int, efforts: list[int], vectors: str | None = None) -> Action:
+def look_up(*, entries: int, efforts: list[int], vectors: str | None = None, device: str = "cpu") -> Action:
     """Add a segment, another one each round, then search with the queries of a segment, looking as far as each effort
     says: efSearch of its graph, which it leaves at 16."""
     keys, queries = vectors_of(vectors, entries + ROUNDS * SEGMENT)
@@ -78,20 +82,17 @@ def look_up(*, entries: int, efforts: list[int], vectors: str | None = None) -> 
     began = time.perf_counter()
     fill(memory, 1, keys[:entries])
     filled = time.perf_counter() - began
-    some, queries = sampled(queries), queries.reshape(1, -1, DIM_HEAD)
+    some, queries = sampled(queries), queries.reshape(1, -1, DIM_HEAD).to(device)
     rounds = iter(range(entries, capacity, SEGMENT))
 
     def action() -> dict[str, Any]:
         first = next(rounds)
-        began = time.perf_counter()
-        fill(memory, 1, keys[first : first + SEGMENT])
-        added = time.perf_counter() - began
+        new = keys[first : first + SEGMENT].to(device)
+        added, _ = timed(lambda: fill(memory, 1, new), device)
         points = []
         for effort in efforts:
             memory.knns[0].index.hnsw.efSearch = effort
-            began = time.perf_counter()
-            memory.search(queries, TOPK)
-            searched = time.perf_counter() - began
+            searched, _ = timed(lambda: memory.search(queries, TOPK), device)
             found = scores_of(memory, some, keys)
             quality = recall(found, some, keys[: first + SEGMENT])
             points.append({"seconds": added + searched, "search": searched, "recall": quality})

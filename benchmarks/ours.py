@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).parent))
 from judging import recall, sampled
-from serving import Action, serve
+from profiling import profiled
+from serving import Action, serve, timed
 
 from memorizing_transformers_pytorch import KNNMemory, MemorizingTransformer
 from memorizing_transformers_pytorch.generation import stream
-from memorizing_transformers_pytorch.nn import retrieval
 
 SEGMENT, HEADS, DIM_HEAD, TOPK = 512, 8, 64, 32
 ROUNDS = 16  # for as many there are segments that were not added before
@@ -67,72 +63,36 @@ def step(
     bf16: bool = False,
     vectors: str | None = None,
     parts: bool = False,
+    device: str = "cpu",
 ) -> Action:
     """A training step on one segment: forward, backward, Adam; the memory full and read with queries of its kind."""
     torch.manual_seed(0)
-    model = MemorizingTransformer(**ENWIK8, max_knn_memories=max(entries, 1), memory_index=index)
+    model = MemorizingTransformer(**ENWIK8, max_knn_memories=max(entries, 1), memory_index=index).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
-    tokens = torch.randint(256, (rows, SEGMENT))
+    tokens = torch.randint(256, (rows, SEGMENT)).to(device)
     memories = model.create_knn_memories(batch_size=rows) if entries else None
     if memories is not None:
         keys, queries = entries_of(vectors, entries)
         fill(memories[0], keys)
-        look_up, of_its_kind = memories[0].look_up, queries.expand(rows, HEADS, SEGMENT, DIM_HEAD)
+        look_up, of_its_kind = memories[0].look_up, queries.to(device).expand(rows, HEADS, SEGMENT, DIM_HEAD)
         memories[0].look_up = lambda _, *rest: look_up(of_its_kind, *rest)  # type: ignore[method-assign]
     xl_memories = None
 
     def once() -> None:
         nonlocal xl_memories
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss, xl_memories = model(tokens, memories, xl_memories, labels=tokens)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
     def action() -> dict[str, Any] | None:
-        if not parts:
-            once()
-            return {"index": memories[0].index_in_use if memories else None}
-        return {"parts": profiled(once)}
+        if parts:
+            return {"parts": profiled(once)}
+        seconds, peak = timed(once, device)
+        return {"seconds": seconds, **peak, "index": memories[0].index_in_use if memories else None}
 
     return action
-
-
-def profiled(action: Action) -> dict[str, float]:
-    """Seconds of searching, attending to what was found (both ways) and adding, and of all."""
-    with named_parts(), profile(activities=[ProfilerActivity.CPU]) as found:
-        began = time.perf_counter()
-        action()
-        seconds = time.perf_counter() - began
-    names = ("search", "attend", "add")
-    parts = {event.key: event.cpu_time_total / 1e6 for event in found.key_averages() if event.key in names}
-    return {**parts, "rest": seconds - sum(parts.values())}
-
-
-@contextlib.contextmanager
-def named_parts() -> Iterator[None]:
-    """Inside, the profiler knows the parts of a step by name."""
-    changed = []
-    for owner, attribute, name in (
-        (KNNMemory, "retrieve", "search"),
-        (KNNMemory, "stage", "add"),
-        (KNNMemory, "commit", "add"),
-        (retrieval, "weighted_sums", "attend"),
-        (retrieval, "sampled_inner_products", "attend"),
-    ):
-        function = getattr(owner, attribute)
-
-        def named(*arguments: Any, function: Any = function, name: str = name, **options: Any) -> Any:
-            with record_function(name):
-                return function(*arguments, **options)
-
-        setattr(owner, attribute, named)
-        changed.append(partial(setattr, owner, attribute, function))
-    try:
-        yield
-    finally:
-        for undo in changed:
-            undo()
 
 
 def look_up(
@@ -144,6 +104,7 @@ def look_up(
     index: str = "exact",
     vectors: str | None = None,
     directory: str | None = None,
+    device: str = "cpu",
 ) -> Action:
     """Add a segment to a full memory, then search it with the queries of a segment: another one each round.
 
@@ -151,30 +112,25 @@ def look_up(
     as the layers of a model do. build: of the first search, with which an index is built.
     """
     keys, queries = entries_of(vectors, entries + ROUNDS * segment)
-    memory = KNNMemory(DIM_HEAD, entries, rows, index=index, directory=directory)
-    began = time.perf_counter()
-    fill(memory, keys[:entries])
-    queries = queries.repeat(1, -(-segment // SEGMENT), 1)[:heads, :segment]
+    memory = KNNMemory(DIM_HEAD, entries, rows, index=index, directory=directory, device=device)
+    queries = queries.repeat(1, -(-segment // SEGMENT), 1)[:heads, :segment].to(device)
     queries = queries.expand(rows, *queries.shape)
-    filled = time.perf_counter()
-    memory.retrieve(queries, TOPK)
-    built = time.perf_counter()
-    once = {"fill": filled - began, "build": built - filled}
+    keys = keys.to(device)
+    once = {
+        "fill": timed(lambda: fill(memory, keys[:entries]), device)[0],
+        "build": timed(lambda: memory.retrieve(queries, TOPK), device)[0],
+    }
     segments = itertools.cycle(torch.split(keys[entries:], segment))
 
     def action() -> dict[str, Any]:
         new = next(segments)
-        began = time.perf_counter()
-        fill(memory, new)
-        added = time.perf_counter()
-        memory.search(queries, TOPK)
-        searched = time.perf_counter()
-        memory.retrieve(queries, TOPK)
-        retrieved = time.perf_counter()
-        times = {"add": added - began, "search": searched - added, "retrieve": retrieved - searched, **once}
+        add, _ = timed(lambda: fill(memory, new), device)
+        search, _ = timed(lambda: memory.search(queries, TOPK), device)
+        retrieve, _ = timed(lambda: memory.retrieve(queries, TOPK), device)
         some = sampled(queries[:1])
         found = 1.0 if index == "exact" else recall(found_by(memory, some), some, memory.store.keys[0, 0])
-        return {**times, "seconds": searched - began, "recall": found, "index": memory.index_in_use}
+        times = {"seconds": add + search, "add": add, "search": search, "retrieve": retrieve, **once}
+        return {**times, "recall": found, "index": memory.index_in_use}
 
     return action
 
@@ -185,13 +141,29 @@ def found_by(memory: KNNMemory, queries: Tensor) -> Tensor:
         return memory.retrieve(queries[None], TOPK).scores[0]
 
 
-def write(*, entries: int, batch: int, index: str = "exact", tokens: int = 64, vectors: str | None = None) -> Action:
+def write(
+    *,
+    entries: int,
+    batch: int,
+    index: str = "exact",
+    tokens: int = 64,
+    vectors: str | None = None,
+    device: str = "cpu",
+) -> Action:
     """Tokens per second of writing with a full memory."""
     torch.manual_seed(0)
-    model = MemorizingTransformer(**ENWIK8, max_knn_memories=max(entries, 1), memory_index=index).eval()
+    model = MemorizingTransformer(**ENWIK8, max_knn_memories=max(entries, 1), memory_index=index).eval().to(device)
     memories = model.create_knn_memories(batch_size=batch) if entries else None
     if memories is not None:
-        fill(memories[0], entries_of(vectors, entries)[0])
+        keys, queries = entries_of(vectors, entries)
+        fill(memories[0], keys)
+        look_up, of_its_kind = memories[0].look_up, itertools.cycle(torch.split(queries.to(device), 8, dim=1))
+
+        def search(asked: Tensor, *rest: Any) -> Any:
+            """With other queries of the kind each time."""
+            return look_up(next(of_its_kind)[:, : asked.shape[2]].expand(asked.shape), *rest)
+
+        memories[0].look_up = search  # type: ignore[method-assign]
     prompts = torch.randint(256, (batch, 8)).tolist()
 
     def action() -> dict[str, Any]:
@@ -205,7 +177,26 @@ def write(*, entries: int, batch: int, index: str = "exact", tokens: int = 64, v
     return action
 
 
-def sweep(*, entries: int, index: str, efforts: list[int], vectors: str | None = None) -> Action:
+def product(*, entries: int, device: str = "cpu", vectors: str | None = None) -> Action:
+    """The inner products of a segment's queries with all keys: what exact search cannot do without."""
+    keys, queries = torch.randn(entries, DIM_HEAD, device=device), torch.randn(HEADS * SEGMENT, DIM_HEAD, device=device)
+    products = torch.empty(HEADS * SEGMENT, min(entries, 8_192), device=device)
+
+    def once() -> None:
+        for some in torch.split(keys, products.shape[1]):
+            torch.mm(queries, some.T, out=products[:, : len(some)])
+
+    return lambda: {"seconds": timed(once, device)[0]}
+
+
+def sweep(
+    *,
+    entries: int,
+    index: str,
+    efforts: list[int],
+    vectors: str | None = None,
+    device: str = "cpu",
+) -> Action:
     """Time and recall of a search by how far it looks (lists that are probed, nodes that are visited)."""
     keys, queries = entries_of(vectors, entries)
     memory = KNNMemory(DIM_HEAD, entries, index=index)
@@ -259,4 +250,4 @@ def many(*, entries: int, index: str, directory: str, vectors: str) -> Action:
 
 
 if __name__ == "__main__":
-    serve({"step": step, "look_up": look_up, "sweep": sweep, "write": write, "many": many})
+    serve({"product": product, "step": step, "look_up": look_up, "sweep": sweep, "write": write, "many": many})

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.targets import GIB, Results, targets
 from memorizing_transformers_pytorch.evaluation.provenance import origin
 
-Results = Mapping[str, Any]
-NONE = "not measured"
-GIB = 1 << 30
 SEGMENT = 512
-PARTS = ("rest", "search", "attend", "add")
-COLORS = dict(zip(PARTS, ("tab:gray", "tab:blue", "tab:orange", "tab:green"), strict=True))
+PARTS = ("products", "rest", "search", "attend", "add")
+COLORS = dict(zip(PARTS, ("tab:gray", "silver", "tab:blue", "tab:orange", "tab:green"), strict=True))
 
 
-def write_page(results: Results, path: Path) -> None:
-    """Write the page and, beside it, the plots."""
-    sections = [INTRODUCTION, targets(results)]
+def write_page(results: Results, path: Path, on_gpu: Results, notes: str) -> None:
+    """Write the page and, beside it, the plots. notes: on the targets, by hand."""
+    sections = [INTRODUCTION, targets(results, on_gpu), notes]
     for name, section in SECTIONS.items():
         if name in results:
             where = origin(results[name]).replace("; ", ", ")
@@ -41,7 +38,8 @@ INTRODUCTION = """# Performance
 What a memory costs in time and space, measured by
 
 ```sh
-make bench            # an hour or two; `make bench QUICK=1` takes some minutes
+make bench            # an hour; `make bench QUICK=1` takes ten minutes
+make bench-gpu        # the column of the GPU
 ```
 
 Rivals run in processes of their own, all built first and then asked in turn, round after round; numbers are medians, in
@@ -51,88 +49,32 @@ those of a small model trained for the purpose (`benchmarks/vectors.py`), "rando
 """
 
 
-# Targets
-
-
-def targets(results: Results) -> str:
-    """Every target beside its result."""
-    lines = ["## Targets\n", "| measure | target | on this CPU |", "|---|---|---|"]
-    for measure, target, value in measured(results):
-        lines.append(f"| {measure} | {target} | {NONE if value is None else value} |")
-    return "\n".join(lines) + "\n"
-
-
-def measured(results: Results) -> Iterator[tuple[str, str, str | None]]:
-    step = results.get("step", {}).get("found", {})
-    yield "step, 8K full / no memory", "<= 1.15", ratio(step, "8192", "0")
-    yield "step, 65K full / no memory", "<= 1.6", best_ratio(step, ("65536", "65536 auto"), "0")
-    yield "step, 262K full / no memory", "report; <= 3 approximate", best_ratio(step, ("262144", "262144 auto"), "0")
-    yield "step, original / ours at 7,680 full", ">= 2", ratio(step, "original", "7680")
-    yield "the same, ours in bfloat16", ">= 4", ratio(step, "original", "7680 bf16")
-    yield "peak memory of that step, ours / original", "<= 0.5", ratio(step, "7680", "original", "peak_bytes")
-    look_up = results.get("look_up", {}).get("found", {})
-    for size in (8_192, 65_536, 262_144, 1_000_000):
-        yield f"add + search at {size:,}, original / ours at equal recall", ">= 3", at_equal_recall(look_up, size)
-    writing = results.get("writing", {}).get("found", {}).get("1", {})
-    for size, target in (("65536", ">= 0.8"), ("1000000", ">= 0.5")):
-        yield f"writing with {int(size):,} entries / none", target, ratio(writing, size, "0", "tokens_per_second")
-    scale = results.get("scale", {}).get("found", {})
-    big = scale.get("mapped")
-    space = None
-    if big is not None and scale["entries"] >= 10_000_000:
-        space = f"{big['peak_bytes']['median'] / GIB:.1f} GiB, recall {big['recall']['median']:.3f}"
-    yield "10M entries in a row", "< 12 GiB, recall@32 >= 0.95", space
-
-
-def ratio(found: Results, one: str, other: str, field: str = "seconds") -> str | None:
-    if one not in found or other not in found:
-        return None
-    return f"{found[one][field]['median'] / found[other][field]['median']:.2f}"
-
-
-def best_ratio(found: Results, names: Sequence[str], other: str) -> str | None:
-    known = [(float(value), name) for name in names if (value := ratio(found, name, other)) is not None]
-    if not known:
-        return None
-    value, name = min(known)
-    return f"{value:.2f} ({'auto: ' + found[name]['index'] if 'auto' in name else 'exact'})"
-
-
-def at_equal_recall(look_up: Results, size: int) -> str | None:
-    """Against the original's graph, searched as far as it takes to find as much as ours, or as far as was tried."""
-    found = look_up.get(f"{size} trained", {})
-    graphs = [name for name in found if name.startswith("original")]
-    if not graphs:
-        return None
-
-    def recall(name: str) -> float:
-        return float(found[name]["recall"]["median"])
-
-    def seconds(name: str) -> float:
-        return float(found[name]["seconds"]["median"])
-
-    ours = min(("exact", "auto"), key=seconds)
-    enough = [name for name in graphs if recall(name) >= min(recall(ours), 0.95)]
-    graph = min(enough, key=seconds) if enough else max(graphs, key=recall)
-    times = seconds(graph) / seconds(ours)
-    return f"{times:.1f} ({graph}: recall {recall(graph):.2f}; ours, {ours}: {recall(ours):.2f})"
-
-
-# Sections
-
-
 def step_section(found: Results) -> str:
     lines = [
         "## A training step\n\nThe enwik8 model (width 512, depth 8, memory in layer 4, XL memory in 7 and 8, segments "
         f"of 512),\n{found['rows']} rows: forward, backward, Adam.\n"
     ]
-    lines += ["| memory | seconds | against none | peak GiB | index |", "|---|---|---|---|---|"]
+    lines += ["| memory | seconds | against none | index |", "|---|---|---|---|"]
     none = found["0"]["seconds"]["median"]
     for name, each in found.items():
         if name != "rows":
-            peak = each["peak_bytes"]["median"] / GIB
-            cells = [name, spread(each["seconds"]), f"{each['seconds']['median'] / none:.2f}", f"{peak:.2f}"]
+            cells = [name, spread(each["seconds"]), f"{each['seconds']['median'] / none:.2f}"]
             lines.append(f"| {' | '.join(cells)} | {each.get('index') or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def space_section(found: Results) -> str:
+    lines = [
+        "## The memory that a step takes\n\nThat step with 7,680 entries: what it takes at most beyond what lies there "
+        "before it (weights, optimizer,\nmemories), and the whole process. The allocator gives back at once what is let "
+        "go, so nothing is counted that is\nnot used.\n\nAn entry takes 4 D bytes in 16 bits and 8 D in float32 for each "
+        "key/value head of width D, and 32 for its origin and\nage.\n"
+    ]
+    lines += ["| rows | | step, MiB | process, MiB |", "|---|---|---|---|"]
+    for name, each in found.items():
+        rows, kind = name.split()
+        sizes = [f"{each[field]['median'] / 2**20:.0f}" for field in ("step_bytes", "peak_bytes")]
+        lines.append(f"| {rows} | {kind} | {' | '.join(sizes)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -151,7 +93,7 @@ def look_up_section(found: Results) -> str:
         "`retrieve` only. Recall is measured\nalike for all, with 256 of the queries against all keys. *Build* is what "
         "the first search takes: an index that must be\nbuilt anew, because it cannot forget or the keys have drifted, "
         "takes so long at most once for every quarter of the\nmemory that is written; *rebuilding* is that for one "
-        "segment, at worst.\n"
+        "segment, at worst. *Product* is the matrix product of\nthe same queries and keys: the bound of exact search.\n"
     ]
     for name, racers in found.items():
         size, keys = name.split()
@@ -161,7 +103,8 @@ def look_up_section(found: Results) -> str:
             times = [spread(each[name]) if name in each else "" for name in ("seconds", "add", "search", "retrieve")]
             build = each.get("build" if "build" in each else "fill", {"median": 0.0})["median"]
             bound = build * 4 * SEGMENT / int(size) if "build" in each and racer != "exact" else 0.0
-            rest = [f"{each['recall']['median']:.3f}", f"{build:.2f}", f"{bound:.3f}"]
+            recall = f"{each['recall']['median']:.3f}" if "recall" in each else ""
+            rest = [recall, f"{build:.2f}", f"{bound:.3f}"]
             lines.append(f"| {' | '.join([described(racer, each), *times, *rest])} |")
         lines.append("")
     return "\n".join(lines)
@@ -218,6 +161,7 @@ def scale_section(found: Results) -> str:
 
 SECTIONS = {
     "step": step_section,
+    "space": space_section,
     "parts": parts_section,
     "look_up": look_up_section,
     "sweep": sweep_section,

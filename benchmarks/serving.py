@@ -1,7 +1,7 @@
 """A contestant: a process that does one thing whenever it is asked, and tells how long it took and how much memory.
 
-It speaks JSON over its standard streams and uses nothing but Python, so that it also runs in the environment of the
-original package.
+It speaks JSON over its standard streams and uses nothing but Python (and PyTorch on a GPU), so that it also runs in the
+environment of the original package.
 """
 
 from __future__ import annotations
@@ -30,6 +30,23 @@ def serve(builders: Mapping[str, Callable[..., Action]]) -> None:
         seconds = time.perf_counter() - began
         memory = {"peak_bytes": status("VmHWM"), "resident_bytes": before}
         print(json.dumps({"seconds": seconds, **memory, **found}), file=answers)
+
+
+def timed(action: Callable[[], object], device: str) -> tuple[float, dict[str, int]]:
+    """How many seconds it takes until a device has done it, and on a GPU the most memory it took there meanwhile."""
+    if device == "cpu":
+        began = time.perf_counter()
+        action()
+        return time.perf_counter() - began, {}
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, began = torch.cuda.memory_allocated(), time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    return seconds, {"peak_bytes": torch.cuda.max_memory_allocated(), "resident_bytes": before}
 
 
 def status(field: str) -> int:

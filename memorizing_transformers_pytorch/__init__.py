@@ -3,7 +3,7 @@
 from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, Retrieved
 from memorizing_transformers_pytorch.model import MemorizingTransformer
-from memorizing_transformers_pytorch.nn.attention import KNNAttention
+from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,9 @@ from memorizing_transformers_pytorch.checks import check_devices, check_memories
 from memorizing_transformers_pytorch.config import IGNORE_INDEX, ModelConfig
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, warn_once
 from memorizing_transformers_pytorch.memory_step import Written, hand_over, hidden_from_memory, make_look_ups, shifted
-from memorizing_transformers_pytorch.nn.attention import Attention, KNNAttention
+from memorizing_transformers_pytorch.nn.attention import Attention
 from memorizing_transformers_pytorch.nn.blocks import AttentionBlock, FeedForward, FeedForwardBlock
+from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
 from memorizing_transformers_pytorch.nn.position import RelativePositionBias
 from memorizing_transformers_pytorch.nn.retrieval import LookUp
 from memorizing_transformers_pytorch.segment import Segment, XLMemories, find_boundaries, make_segment

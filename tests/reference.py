@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.nn.attention import Attention, KNNAttention
+from memorizing_transformers_pytorch.nn.attention import Attention
+from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
 from memorizing_transformers_pytorch.nn.position import RelativePositionBias
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from memorizing_transformers_pytorch.memory.approximate import TARGET_RECALL, ApproximateIndex
 from memorizing_transformers_pytorch.memory.index import Best, ExactIndex, Index, Ring, best_of
 
-WORTH_TRYING = 16_384  # entries; a smaller row is scanned faster than anything could be built
+WORTH_TRYING = 8_192  # entries; a smaller row is scanned faster than anything could be built
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +23,10 @@ log = logging.getLogger(__name__)
 class AutoIndex:
     """Exact, until on the machine at hand an approximate index is faster, its upkeep included, and finds enough.
 
-    When a row first has 16,384 entries, and whenever it has doubled since, both answer the same queries: inverted lists
-    with float16 codes, one for about sqrt(N) / 2 entries, are used from then on if they were faster with a recall of
-    95%. The choice depends on times, so two runs may choose differently. It is logged, and said by `description`.
+    When a row first has 8,192 entries, and whenever it has doubled since, both answer the same queries. Inverted lists
+    with float16 codes, one for about sqrt(N) / 2 entries but at least 64, are used from then on if they were faster
+    with a recall of 95%. The choice depends on times, so two runs may choose differently. It is logged, and said by
+    `description`.
     """
 
     def __init__(self, dim: int) -> None:
@@ -82,8 +83,8 @@ class AutoIndex:
 
 
 def number_of_lists(entries: int) -> int:
-    """A power of two near 2 * sqrt(entries)."""
-    return int(2 ** round(math.log2(2 * math.sqrt(entries))))
+    """A power of two near 2 * sqrt(entries), of which each gets 64 entries or more."""
+    return int(2 ** max(min(round(math.log2(2 * math.sqrt(entries))), math.floor(math.log2(entries / 64))), 0))
 
 
 def make_index(name: str, dim: int) -> Index:

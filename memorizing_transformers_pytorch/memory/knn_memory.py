@@ -232,9 +232,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         Where mask is False key_values is 0. Both are on the device of the queries.
         """
         slots, _, mask = self.retrieve(queries, topk)
-        flat = slots.to(self.device)
-        key_values = torch.stack((self.store.keys.flatten(0, 2)[flat], self.store.values.flatten(0, 2)[flat]), dim=-2)
-        return key_values.to(queries.device).masked_fill(~mask[..., None, None], 0), mask
+        key_values = self.store.pairs_of(slots).to(queries.device)
+        return key_values.masked_fill_(~mask[..., None, None], 0), mask
 
     def recall(self, queries: Tensor, topk: int, sample: int = 64) -> float:
         """The share of the truly best entries that the index finds for some of the queries.

@@ -25,6 +25,7 @@ from memorizing_transformers_pytorch.memory.retrieved import Lookup
 
 ORIGIN_FIELDS = 3  # document id, position in the document, token id
 UNKNOWN = -1
+COPIED_AT_ONCE = 4_096  # entries, that stay in cache on their way
 
 _lives = itertools.count(1)  # see `Ring.life`
 
@@ -163,6 +164,16 @@ class Store:
         slots = slots.to(self.device)
         rows = slots // (self.keys.shape[1] * self.capacity)
         return self.origins.flatten(0, 1)[rows * self.capacity + slots % self.capacity]
+
+    def pairs_of(self, slots: Tensor) -> Tensor:
+        """slots (...) -> copies of their keys and values (..., 2, D)."""
+        flat = slots.to(self.device).flatten()
+        pairs = self.keys.new_empty(flat.numel(), 2, self.keys.shape[-1])
+        for copies, table in zip(pairs.unbind(1), (self.keys, self.values), strict=True):
+            for start in range(0, len(flat), COPIED_AT_ONCE):
+                some = slice(start, start + COPIED_AT_ONCE)
+                copies[some] = table.flatten(0, 2).index_select(0, flat[some])
+        return pairs.view(*slots.shape, *pairs.shape[1:])
 
     def close(self) -> None:
         """Remove the files. Tensors that are still in use elsewhere stay readable until they are let go."""

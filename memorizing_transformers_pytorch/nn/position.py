@@ -6,9 +6,12 @@ Shapes: B rows (or 1, where all rows are alike), H query heads, T queries, S key
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 INVISIBLE = -1
 
@@ -46,5 +49,29 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, distances: Tensor) -> Tensor:
         """distances (B or 1, T, S) -> bias to be added to the logits (B or 1, H, T, S); -inf for INVISIBLE keys."""
-        bias: Tensor = self.relative_attention_bias(self.buckets(distances.clamp_min(0))) * self.scale
-        return bias.permute(0, 3, 1, 2).masked_fill((distances == INVISIBLE).unsqueeze(1), -math.inf)
+        weight, buckets = self.relative_attention_bias.weight, self.buckets(distances.clamp_min(0))
+        of_buckets: Any = _OfBuckets.apply if weight.device.type == "cpu" else F.embedding
+        bias: Tensor = of_buckets(buckets, weight)
+        bias = bias.permute(0, 3, 1, 2) * self.scale
+        return bias.masked_fill((distances == INVISIBLE).unsqueeze(1), -math.inf)
+
+
+class _OfBuckets(torch.autograd.Function):
+    """`F.embedding` for so few embeddings that, on a CPU, its own backward pass would take several times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, buckets: Tensor, weight: Tensor) -> Tensor:
+        """buckets (B, T, S), weight (n, H) -> (B, T, S, H)."""
+        ctx.save_for_backward(buckets)
+        ctx.num_buckets = weight.shape[0]
+        return F.embedding(buckets, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        """The sum over all places of each bucket: first of each query and head, which can be done side by side."""
+        (buckets,) = ctx.saved_tensors
+        by_query = grad.permute(0, 3, 1, 2)
+        sums = grad.new_zeros(*by_query.shape[:3], ctx.num_buckets)
+        sums.scatter_add_(3, buckets.unsqueeze(1).expand_as(by_query), by_query)
+        return None, sums.sum(dim=(0, 2)).T

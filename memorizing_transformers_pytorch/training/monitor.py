@@ -23,7 +23,8 @@ from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.recall import recall_of
 from memorizing_transformers_pytorch.memory_step import shifted
 from memorizing_transformers_pytorch.model import MemorizingTransformer
-from memorizing_transformers_pytorch.nn.attention import Attended, KNNAttention, Reading
+from memorizing_transformers_pytorch.nn.attention import Attended, Reading
+from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
 
 SAMPLED_QUERIES = 16  # of each row and head, for recall and age
 

@@ -311,17 +311,17 @@ EXACT_IS_FASTER = [2.0, 3.0, 3.5]
 @pytest.mark.parametrize(("times", "chosen"), [(APPROXIMATE_IS_FASTER, True), (EXACT_IS_FASTER, False)])
 def test_the_cheaper_index_is_chosen(clock: list[float], times: list[float], chosen: bool) -> None:
     keys, index = clustered(auto.WORTH_TRYING, seed=0), auto.AutoIndex(DIM)
-    assert index.description == "exact, below 16,384 entries"
+    assert index.description == "exact, below 8,192 entries"
     queries = queries_like(keys, 100)[0]
     index.search(ring_of(keys[:, :100]), queries, TOPK)
     assert "IVF" not in index.description
     clock.extend(times)
     index.search(ring_of(keys), queries, TOPK)
-    assert index.description.startswith("IVF256,SQfp16, nprobe" if chosen else "exact (IVF256,SQfp16, nprobe")
-    assert "times as fast at 16,384 entries" in index.description
+    assert index.description.startswith("IVF128,SQfp16, nprobe" if chosen else "exact (IVF128,SQfp16, nprobe")
+    assert "times as fast at 8,192 entries" in index.description
 
 
-@pytest.mark.parametrize(("seen", "expected"), [(None, 100), (16_000, 384), (3, 16_381)])
+@pytest.mark.parametrize(("seen", "expected"), [(None, 100), (8_000, 192), (3, 8_189)])
 def test_taking_in_as_many_entries_as_come_between_searches_is_timed(
     monkeypatch: pytest.MonkeyPatch, clock: list[float], seen: int | None, expected: int
 ) -> None:
@@ -355,6 +355,10 @@ def test_the_choice_is_made_again_when_the_row_has_doubled(clock: list[float]) -
     assert index.description.startswith("IVF256")
     small = index.search(ring_of(keys[:, :100]), queries, TOPK)  # a row that has just begun is searched exactly
     torch.testing.assert_close(small.scores, (queries @ keys[:, :100].mT).topk(TOPK).values)
+
+
+def test_lists_are_not_too_small_to_learn_from() -> None:
+    assert [auto.number_of_lists(entries) for entries in (1, 64, 1_000, 8_192, 16_383)] == [1, 1, 8, 128, 128]
 
 
 @pytest.mark.parametrize("entries", [16_384, 65_536, 262_144, 1_000_000])

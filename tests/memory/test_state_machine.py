@@ -204,8 +204,7 @@ class MemoryMachine(RuleBasedStateMachine):
         with self.memory.at_batch_indices(range(len(self.lists))):
             queries = torch.zeros(len(self.lists), self.kv_heads, DIM)
             slots, _, _ = self.memory.retrieve(queries, self.capacity)  # once: ties may come in another order
-        store = self.memory.store
-        key_values = torch.stack((store.keys.flatten(0, 2)[slots], store.values.flatten(0, 2)[slots]), dim=-2)
+        key_values = self.memory.store.pairs_of(slots)
         for row, entries in enumerate(self.lists):
             stored = {}
             row_slots, order = slots[row, :, : len(entries)].sort(dim=-1)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from memorizing_transformers_pytorch.nn.attention import Attention, KNNAttention
+from memorizing_transformers_pytorch.nn.attention import Attention
+from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
 from memorizing_transformers_pytorch.nn.position import INVISIBLE, RelativePositionBias, causal_distances
 from tests import reference
 
@@ -61,6 +62,19 @@ def test_bias_gets_a_gradient_for_each_bucket_that_occurs() -> None:
     torch.testing.assert_close(
         layer.relative_attention_bias.weight.grad, 0.5 * pairs_at_distance[:, None].expand(32, 2)
     )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_gradient_equals_that_of_an_embedding(rows: int) -> None:
+    layer = RelativePositionBias(scale=1.3, heads=3)
+    distances = torch.randint(0, 200, (rows, 5, 17))
+    weighting = torch.randn(rows, 3, 5, 17)
+    layer(distances).mul(weighting).sum().backward()
+    weight = layer.relative_attention_bias.weight
+    embedded = torch.nn.functional.embedding(layer.buckets(distances), weight).permute(0, 3, 1, 2)
+    (expected,) = torch.autograd.grad((embedded * 1.3 * weighting).sum(), weight)
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [Attention, KNNAttention])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, Lookup
-from memorizing_transformers_pytorch.nn.attention import KNNAttention
+from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
 from memorizing_transformers_pytorch.nn.position import RelativePositionBias, causal_distances
 from memorizing_transformers_pytorch.nn.short_conv import ShortConv, induction_taps
 from tests import reference

@@ -1,0 +1,189 @@
+"""Attention over a segment, its past, and entries retrieved from a memory.
+
+Shapes: B rows, H query heads, G key/value heads, T queries, P past keys, S = P + T keys, K retrieved, D head width,
+E model width. Pairs are (B, G, n, 2, D): keys at [..., 0, :], values at [..., 1, :].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from memorizing_transformers_pytorch.nn.attention import Attended, AttentionBase, Reading
+from memorizing_transformers_pytorch.nn.heads import (
+    at_least_float32,
+    causal_blocks,
+    grouped_products,
+    grouped_sums,
+    join_past,
+    unit,
+)
+from memorizing_transformers_pytorch.nn.retrieval import LookUp, Memory, retrieved_logits, retrieved_values
+from memorizing_transformers_pytorch.nn.short_conv import ShortConv, induction_taps
+
+# The query heads of an induction start differ from the key projection by this share of their own random start.
+INDUCTION_NOISE = 0.3
+
+
+class KNNAttention(AttentionBase):
+    """Attention over the segment, its past, and the K best entries of a memory (Wu et al., ICLR 2022, section 3.1).
+
+    Queries and keys are l2-normalised, with a learned temperature per head (Henry et al. 2020) that starts at
+    `attn_scale_init`. The same query serves local keys and the memory; retrieved keys get no position bias.
+
+    combine: "softmax", one softmax over retrieved and local logits; or "gate", the paper's learned scalar per head
+        g = sigmoid(b) between the two (b starts at 0; with nothing retrieved the output is the local one).
+    gate_output: a learned tanh gate on the output that starts at 0, for adding the layer to a trained model.
+    short_conv: width of a causal depthwise convolution over queries and keys; 0 for none.
+    qk_init: "induction" starts the layer as an induction head (see `nn.short_conv`); it needs short_conv >= 2.
+    The other arguments are those of `Attention`.
+    """
+
+    out_bias = False
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        num_retrieved_memories: int = 32,
+        xl_max_memories: int = 0,
+        attn_scale_init: float = 20,
+        gate_output: bool = False,
+        num_kv_heads: int = 1,
+        combine: str = "softmax",
+        short_conv: int = 0,
+        qk_init: str = "independent",
+    ) -> None:
+        super().__init__(
+            dim=dim,
+            heads=heads,
+            dim_head=dim_head,
+            dropout=dropout,
+            xl_max_memories=xl_max_memories,
+            num_kv_heads=num_kv_heads,
+        )
+        if combine not in ("softmax", "gate"):
+            raise ValueError(f"expected combine to be 'softmax' or 'gate', got {combine!r}")
+        if qk_init not in ("independent", "induction"):
+            raise ValueError(f"expected qk_init to be 'independent' or 'induction', got {qk_init!r}")
+        if short_conv < 0:
+            raise ValueError(f"expected short_conv to be at least 0, got {short_conv}")
+        self.num_retrieved_memories = num_retrieved_memories
+        self.scale = nn.Parameter(torch.full((heads, 1, 1), math.log(attn_scale_init)))
+        self.gate = nn.Parameter(torch.zeros(heads, 1, 1)) if combine == "gate" else None
+        self.output_gate = nn.Parameter(torch.zeros(1)) if gate_output else None
+        self.short_conv = ShortConv((heads + num_kv_heads) * dim_head, short_conv) if short_conv > 0 else None
+        if qk_init == "induction":
+            self._start_as_induction_head()
+
+    @torch.no_grad()
+    def _start_as_induction_head(self) -> None:
+        """Every query head becomes its key projection plus some of its own start; the convolution shifts the keys."""
+        if self.short_conv is None or self.short_conv.width < 2:
+            raise ValueError("expected short_conv to be at least 2 for qk_init='induction', got less")
+        per_head = rearrange(self.to_q.weight, "(g r d) e -> g r d e", g=self.num_kv_heads, d=self.dim_head)
+        keys = rearrange(self.to_kv.weight, "(kv g d) e -> kv g d e", kv=2, g=self.num_kv_heads)[0]
+        per_head.mul_(INDUCTION_NOISE).add_(keys.unsqueeze(1))
+        query_taps, key_taps = induction_taps(self.short_conv.width)
+        self.short_conv.weight[: self.heads * self.dim_head] = query_taps
+        self.short_conv.weight[self.heads * self.dim_head :] = key_taps
+
+    def attend(
+        self,
+        x: Tensor,
+        *,
+        bias: Tensor,
+        past: Tensor | None = None,
+        look_up: LookUp | None = None,
+        conv_state: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Attended:
+        """As `Attention.attend`, with a search of the memory, and for the convolution its state (B, W - 1, C) and
+        documents (B, T), over whose borders it does not reach; bias and look_up must hide the others themselves."""
+        queries, pairs, conv_inputs = self._project(x, conv_state, documents)
+        keys, values = join_past(past, pairs).unbind(dim=-2)
+        lookup = None if look_up is None else look_up(queries, self.num_retrieved_memories)
+        temperature = self.scale.exp()
+        memory_logits = found = None
+        if lookup is not None:
+            memory_logits, found = retrieved_logits(queries, lookup) * temperature, lookup.mask
+            memory_logits = memory_logits.masked_fill(~found, torch.finfo(memory_logits.dtype).min)
+        sums, read = [], []
+        for block, seen in causal_blocks(queries, keys.shape[2]):
+            products = at_least_float32(grouped_products(queries[:, :, block], keys[:, :, seen]))
+            local_logits = products * temperature + bias[:, :, block, seen]
+            of_memory = [None if part is None else part[:, :, block] for part in (memory_logits, found)]
+            local_weights, memory_weights = self._weigh(local_logits, *of_memory)
+            sums.append(grouped_sums(local_weights, values[:, :, seen]))
+            if memory_weights is not None:
+                read.append(memory_weights)
+        out, reading = torch.cat(sums, dim=2), None
+        if lookup is not None:
+            weights = torch.cat(read, dim=2)
+            out = out + retrieved_values(weights, lookup)
+            reading = Reading(queries.detach(), lookup, weights.detach())
+        out = self.to_out(rearrange(out, "b h t d -> b t (h d)").to(x.dtype))
+        if self.output_gate is not None:
+            out = out * self.output_gate.tanh()
+        return Attended(out, pairs, conv_inputs, reading)
+
+    def _project(self, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Normalised queries (B, H, T, D), pairs (B, G, T, 2, D), and what went into the convolution, if any."""
+        queries, (keys, values) = self.to_q(x), self.to_kv(x).chunk(2, dim=-1)
+        conv_inputs = None
+        if self.short_conv is not None:
+            conv_inputs = torch.cat((queries, keys), dim=-1)
+            convolved = self.short_conv(conv_inputs, *context)
+            queries, keys = convolved.split((queries.shape[-1], keys.shape[-1]), dim=-1)
+        queries = unit(rearrange(queries, "b t (h d) -> b h t d", h=self.heads))
+        keys = unit(rearrange(keys, "b t (g d) -> b g t d", g=self.num_kv_heads))
+        values = rearrange(values, "b t (g d) -> b g t d", g=self.num_kv_heads)
+        return queries, torch.stack((keys, values.to(keys)), dim=-2), conv_inputs
+
+    def _weigh(
+        self, local_logits: Tensor, memory_logits: Tensor | None, found: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention weights over local keys (B, H, T, S) and retrieved ones (B, H, T, K)."""
+        if self.gate is not None:
+            # Where nothing was retrieved the gate is shut, but stays in the graph (as DistributedDataParallel needs).
+            share = self.gate.sigmoid() * (0.0 if found is None else found.any(dim=-1, keepdim=True))
+            local_weights = self.dropout(local_logits.softmax(dim=-1)) * (1 - share)
+            if memory_logits is None:
+                return local_weights, None
+            return local_weights, self.dropout(memory_logits.softmax(dim=-1)) * share
+        if memory_logits is None:
+            return self.dropout(local_logits.softmax(dim=-1)), None
+        weights = self.dropout(torch.cat((memory_logits, local_logits), dim=-1).softmax(dim=-1))
+        memory_weights, local_weights = weights.split((memory_logits.shape[-1], local_logits.shape[-1]), dim=-1)
+        return local_weights, memory_weights
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        knn_memory: Memory | None = None,
+        xl_memory: Tensor | None = None,
+        add_knn_memory: bool = True,
+        rel_pos_bias: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer on its own: search the memory, attend, then store the pairs (with XL memory, those it discards).
+
+        The arguments are those of `Attention.forward`; padding is not stored. A convolution starts at zero here; the
+        model carries its state.
+        """
+        bias = self._local_bias(x, xl_memory, rel_pos_bias, mask)
+        if mask is not None and self.short_conv is not None and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError("expected padding on the right only, with short_conv (the model packs rows), got others")
+        look_up = None if knn_memory is None else knn_memory.look_up
+        attended = self.attend(x, bias=bias, past=xl_memory, look_up=look_up)
+        new_xl_memory, discarded = self._roll(xl_memory, attended.pairs)
+        if knn_memory is not None and add_knn_memory and discarded.shape[2] > 0:
+            knn_memory.add(discarded, mask)
+        return attended.out, new_xl_memory
