@@ -66,9 +66,9 @@ def step_section(found: Results) -> str:
 def space_section(found: Results) -> str:
     lines = [
         "## The memory that a step takes\n\nThat step with 7,680 entries: what it takes at most beyond what lies there "
-        "before it (weights, optimizer,\nmemories), and the whole process. The allocator gives back at once what is let "
-        "go, so nothing is counted that is\nnot used.\n\nAn entry takes 4 D bytes in 16 bits and 8 D in float32 for each "
-        "key/value head of width D, and 32 for its origin and\nage.\n"
+        "before it (weights,\noptimizer, memories), and the whole process. The allocator gives back at once what is "
+        "let go, so\nnothing is counted that is not used.\n\nAn entry takes 4 D bytes in 16 bits and 8 D in float32 "
+        "for each key/value head of width D, and 32 for its\norigin and age.\n"
     ]
     lines += ["| rows | | step, MiB | process, MiB |", "|---|---|---|---|"]
     for name, each in found.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from memorizing_transformers_pytorch.memory.approximate import TARGET_RECALL, Ap
 from memorizing_transformers_pytorch.memory.index import Best, ExactIndex, Index, Ring, best_of
 
 WORTH_TRYING = 8_192  # entries; a smaller row is scanned faster than anything could be built
+
+RUNS = 3  # of each index when they are compared,
+ENOUGH_SECONDS = 0.3  # unless they take longer
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +66,14 @@ class AutoIndex:
         count = self._decided_at = ring.keys.shape[1]
         candidate = ApproximateIndex(self._dim, f"IVF{number_of_lists(count)},SQfp16")
         candidate.search(ring, queries, topk)  # builds it, and measures how far it must look
-        began = time.perf_counter()
-        if count >= candidate.least_entries:
-            candidate.take(ring, new)
-        found = candidate.search(ring, queries, topk)
-        searched = time.perf_counter()
-        best = best_of(queries, ring.keys, topk)
-        exact, approximate = time.perf_counter() - searched, searched - began
+
+        def look_up() -> Best:
+            if count >= candidate.least_entries:
+                candidate.take(ring, new)
+            return candidate.search(ring, queries, topk)
+
+        approximate, found = _fastest(look_up)
+        exact, best = _fastest(lambda: best_of(queries, ring.keys, topk))
         recall = candidate.recall
         chosen = approximate < exact and recall is not None and recall >= TARGET_RECALL
         self._approximate = candidate if chosen else None
@@ -80,6 +84,16 @@ class AutoIndex:
             self.description = f"exact ({candidate.description}, was {times})"
         log.info("index: %s", self.description)
         return found if chosen else best
+
+
+def _fastest(search: Callable[[], Best]) -> tuple[float, Best]:
+    """The seconds that it takes, of as many runs as a short time allows: other work may disturb some of them."""
+    times: list[float] = []
+    while not times or (len(times) < RUNS and sum(times) < ENOUGH_SECONDS):
+        began = time.perf_counter()
+        best = search()
+        times.append(time.perf_counter() - began)
+    return min(times), best
 
 
 def number_of_lists(entries: int) -> int:

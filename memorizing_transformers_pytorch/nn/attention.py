@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.nn.heads import causal_blocks, join_past, local_bias
+from memorizing_transformers_pytorch.nn.causal import causal_attention
+from memorizing_transformers_pytorch.nn.heads import join_past, local_bias
 from memorizing_transformers_pytorch.nn.retrieval import Lookup
 
 
@@ -102,19 +102,9 @@ class Attention(AttentionBase):
         queries = rearrange(self.to_q(x), "b t (h d) -> b h t d", h=self.heads)
         pairs = rearrange(self.to_kv(x), "b t (kv g d) -> b g t kv d", kv=2, g=self.num_kv_heads)
         keys, values = join_past(past, pairs).unbind(dim=-2)
-        bias = bias.to(queries.dtype)
-        blocks = [
-            F.scaled_dot_product_attention(
-                queries[:, :, block],
-                keys[:, :, seen],
-                values[:, :, seen],
-                attn_mask=bias[:, :, block, seen],
-                dropout_p=self.dropout.p if self.training else 0.0,
-                enable_gqa=self.num_kv_heads != self.heads,
-            )
-            for block, seen in causal_blocks(queries, keys.shape[2])
-        ]
-        return Attended(self.to_out(rearrange(torch.cat(blocks, dim=2), "b h t d -> b t (h d)")), pairs)
+        queries = queries * self.dim_head**-0.5
+        out = causal_attention(queries, keys, values, bias, self.dropout.p if self.training else 0.0)
+        return Attended(self.to_out(rearrange(out, "b h t d -> b t (h d)")), pairs)
 
     def forward(
         self,

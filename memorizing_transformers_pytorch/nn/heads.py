@@ -6,7 +6,6 @@ Shapes: B rows, H query heads, G key/value heads, T queries, P past keys, S = P 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,6 @@ from einops import rearrange
 from torch import Tensor
 
 from memorizing_transformers_pytorch.nn.position import INVISIBLE, causal_distances
-
-QUERIES_AT_ONCE = 128
 
 
 def join_past(past: Tensor | None, pairs: Tensor) -> Tensor:
@@ -35,19 +32,6 @@ def local_bias(rel_pos_bias: Tensor | None, mask: Tensor | None, num_past: int, 
         hidden = hidden | (~F.pad(mask, (num_past, 0), value=True)[:, None] & (distances != 0))
     bias = torch.zeros(1, device=device) if rel_pos_bias is None else rel_pos_bias
     return bias.masked_fill(hidden.unsqueeze(1), -math.inf)
-
-
-def causal_blocks(queries: Tensor, num_keys: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of the queries (B, H, T, D), the last of S positions, with all keys that any query in the block may see.
-
-    Without the keys ahead of a block there is up to half as much to compute; on a GPU, where kernels of attention know
-    that themselves, there is one block.
-    """
-    count = queries.shape[2]
-    size = QUERIES_AT_ONCE if queries.device.type == "cpu" else max(count, 1)
-    for start in range(0, max(count, 1), size):
-        stop = min(start + size, count)
-        yield slice(start, stop), slice(0, num_keys - count + stop)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -75,3 +59,10 @@ def grouped_sums(weights: Tensor, values: Tensor) -> Tensor:
     """weights (B, H, T, S), values (B, G, S, D) -> weighted sums (B, H, T, D)."""
     grouped = rearrange(weights.to(values.dtype), "b (g r) t s -> b g (r t) s", g=values.shape[1])
     return rearrange(grouped @ values, "b g (r t) d -> b (g r) t d", t=weights.shape[2])
+
+
+def shared_sums(weights: Tensor, vectors: Tensor, kv_heads: int) -> Tensor:
+    """weights (B, H, T, S), vectors (B, H, T, D) -> (B, G, S, D): for each key the weighted sum over queries and the
+    heads that share it."""
+    grouped = rearrange(weights.to(vectors.dtype), "b (g r) t s -> b g s (r t)", g=kv_heads)
+    return grouped @ rearrange(vectors, "b (g r) t d -> b g (r t) d", g=kv_heads)

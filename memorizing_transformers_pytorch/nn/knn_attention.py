@@ -13,11 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.nn.attention import Attended, AttentionBase, Reading
+from memorizing_transformers_pytorch.nn.causal import causal_attention, joint_attention
 from memorizing_transformers_pytorch.nn.heads import (
-    at_least_float32,
-    causal_blocks,
-    grouped_products,
-    grouped_sums,
     join_past,
     unit,
 )
@@ -26,6 +23,9 @@ from memorizing_transformers_pytorch.nn.short_conv import ShortConv, induction_t
 
 # The query heads of an induction start differ from the key projection by this share of their own random start.
 INDUCTION_NOISE = 0.3
+
+Local = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Queries (B, H, T, D) times the temperature, keys and values (B, G, S, D), bias (B or 1, H, T, S)."""
 
 
 class KNNAttention(AttentionBase):
@@ -110,28 +110,19 @@ class KNNAttention(AttentionBase):
         keys, values = join_past(past, pairs).unbind(dim=-2)
         lookup = None if look_up is None else look_up(queries, self.num_retrieved_memories)
         temperature = self.scale.exp()
-        memory_logits = found = None
-        if lookup is not None:
-            memory_logits, found = retrieved_logits(queries, lookup) * temperature, lookup.mask
-            memory_logits = memory_logits.masked_fill(~found, torch.finfo(memory_logits.dtype).min)
-        sums, read = [], []
-        for block, seen in causal_blocks(queries, keys.shape[2]):
-            products = at_least_float32(grouped_products(queries[:, :, block], keys[:, :, seen]))
-            local_logits = products * temperature + bias[:, :, block, seen]
-            of_memory = [None if part is None else part[:, :, block] for part in (memory_logits, found)]
-            local_weights, memory_weights = self._weigh(local_logits, *of_memory)
-            sums.append(grouped_sums(local_weights, values[:, :, seen]))
-            if memory_weights is not None:
-                read.append(memory_weights)
-        out, reading = torch.cat(sums, dim=2), None
-        if lookup is not None:
-            weights = torch.cat(read, dim=2)
-            out = out + retrieved_values(weights, lookup)
-            reading = Reading(queries.detach(), lookup, weights.detach())
-        out = self.to_out(rearrange(out, "b h t d -> b t (h d)").to(x.dtype))
-        if self.output_gate is not None:
-            out = out * self.output_gate.tanh()
-        return Attended(out, pairs, conv_inputs, reading)
+        local = ((queries * temperature).to(queries.dtype), keys, values, bias)
+        if lookup is None:
+            return Attended(self._out(self._alone(local, None), x), pairs, conv_inputs)
+        logits = retrieved_logits(queries, lookup) * temperature
+        logits = logits.masked_fill(~lookup.mask, torch.finfo(logits.dtype).min)
+        out, weights = self._together(local, logits, lookup.mask)
+        out = self._out(out + retrieved_values(weights, lookup), x)
+        return Attended(out, pairs, conv_inputs, Reading(queries.detach(), lookup, weights.detach()))
+
+    def _out(self, sums: Tensor, x: Tensor) -> Tensor:
+        """Sums of values (B, H, T, D) -> (B, T, E) in the dtype of x."""
+        out: Tensor = self.to_out(rearrange(sums, "b h t d -> b t (h d)").to(x.dtype))
+        return out if self.output_gate is None else out * self.output_gate.tanh()
 
     def _project(self, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Normalised queries (B, H, T, D), pairs (B, G, T, 2, D), and what went into the convolution, if any."""
@@ -146,22 +137,22 @@ class KNNAttention(AttentionBase):
         values = rearrange(values, "b t (g d) -> b g t d", g=self.num_kv_heads)
         return queries, torch.stack((keys, values.to(keys)), dim=-2), conv_inputs
 
-    def _weigh(
-        self, local_logits: Tensor, memory_logits: Tensor | None, found: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention weights over local keys (B, H, T, S) and retrieved ones (B, H, T, K)."""
-        if self.gate is not None:
-            # Where nothing was retrieved the gate is shut, but stays in the graph (as DistributedDataParallel needs).
-            share = self.gate.sigmoid() * (0.0 if found is None else found.any(dim=-1, keepdim=True))
-            local_weights = self.dropout(local_logits.softmax(dim=-1)) * (1 - share)
-            if memory_logits is None:
-                return local_weights, None
-            return local_weights, self.dropout(memory_logits.softmax(dim=-1)) * share
-        if memory_logits is None:
-            return self.dropout(local_logits.softmax(dim=-1)), None
-        weights = self.dropout(torch.cat((memory_logits, local_logits), dim=-1).softmax(dim=-1))
-        memory_weights, local_weights = weights.split((memory_logits.shape[-1], local_logits.shape[-1]), dim=-1)
-        return local_weights, memory_weights
+    def _alone(self, local: Local, found: Tensor | None) -> Tensor:
+        """Sums of local values (B, H, T, D), with the share that a gate leaves them. found: (B, H, T, K) bool."""
+        sums = causal_attention(*local, self.dropout.p if self.training else 0.0)
+        return sums if self.gate is None else sums * (1 - self._share(found))
+
+    def _share(self, found: Tensor | None) -> Tensor:
+        """What the gate gives the memory: nothing where nothing was found, but it stays in the graph (as
+        DistributedDataParallel needs)."""
+        assert self.gate is not None
+        return self.gate.sigmoid() * (0.0 if found is None else found.any(dim=-1, keepdim=True))
+
+    def _together(self, local: Local, logits: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of local values (B, H, T, D), and the weights of what was retrieved with these logits (B, H, T, K)."""
+        if self.gate is None:
+            return joint_attention(*local, logits, self.dropout.p if self.training else 0.0)
+        return self._alone(local, found), self.dropout(logits.softmax(dim=-1)) * self._share(found)
 
     def forward(
         self,

@@ -13,7 +13,7 @@ from benchmarks.judging import recall, sampled
 from benchmarks.measurements import MEASUREMENTS, exponent, summaries
 from benchmarks.page import SECTIONS, write_page
 from benchmarks.race import Contestant, race, summary
-from benchmarks.targets import at_equal_recall, measured
+from benchmarks.targets import GPU_TARGETS, at_equal_recall, measured
 from memorizing_transformers_pytorch.evaluation.provenance import provenance
 
 ECHO = """

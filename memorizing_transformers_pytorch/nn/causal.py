@@ -1,0 +1,129 @@
+"""Causal attention with a position bias, in blocks of queries that do not compute what lies ahead of them.
+
+On a CPU, where PyTorch has no fused kernel for a bias that is learned, the backward pass computes the weights of a
+block anew, so that none are kept (Dao et al. 2022). On a GPU, or compiled, PyTorch's own kernels do as much.
+
+Shapes: B rows, H query heads, G key/value heads, T queries, the last of S keys, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memorizing_transformers_pytorch.nn.heads import at_least_float32, grouped_products, grouped_sums, shared_sums
+
+QUERIES_AT_ONCE = 128
+
+
+def causal_blocks(queries: Tensor, num_keys: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of the queries (B, H, T, D), each with all keys that any query in it may see; on a GPU a single one."""
+    count = queries.shape[2]
+    size = QUERIES_AT_ONCE if queries.device.type == "cpu" else max(count, 1)
+    for start in range(0, max(count, 1), size):
+        stop = min(start + size, count)
+        yield slice(start, stop), slice(0, num_keys - count + stop)
+
+
+def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
+    """queries (B, H, T, D), keys and values (B, G, S, D), bias (B or 1, H, T, S) with -inf ahead -> (B, H, T, D).
+
+    The logits are inner products + bias. dropout: of attention weights.
+    """
+    learns = torch.is_grad_enabled() and any(each.requires_grad for each in (queries, keys, values, bias))
+    if learns and _fused(queries, dropout):
+        return _attend(queries, keys, values, bias, None)[0]
+    bias = bias.to(queries.dtype)
+    blocks = [
+        F.scaled_dot_product_attention(
+            queries[:, :, block],
+            keys[:, :, seen],
+            values[:, :, seen],
+            attn_mask=bias[:, :, block, seen],
+            dropout_p=dropout,
+            scale=1.0,
+            enable_gqa=keys.shape[1] != queries.shape[1],
+        )
+        for block, seen in causal_blocks(queries, keys.shape[2])
+    ]
+    return torch.cat(blocks, dim=2)
+
+
+def joint_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, others: Tensor, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`causal_attention` in one softmax with the logits of K other entries (B, H, T, K); and the weights of those."""
+    if _fused(queries, dropout):
+        return _attend(queries, keys, values, bias, others)
+    sums, of_others = [], []
+    for block, seen in causal_blocks(queries, keys.shape[2]):
+        logits = _logits(queries[:, :, block], keys[:, :, seen], bias[:, :, block, seen])
+        weights = F.dropout(torch.cat((others[:, :, block], logits), dim=-1).softmax(dim=-1), dropout)
+        sums.append(grouped_sums(weights[..., others.shape[-1] :], values[:, :, seen]))
+        of_others.append(weights[..., : others.shape[-1]])
+    return torch.cat(sums, dim=2), torch.cat(of_others, dim=2)
+
+
+def _fused(queries: Tensor, dropout: float) -> bool:
+    return dropout == 0 and queries.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, others: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    apply: Any = _Attention.apply
+    return cast(tuple[Tensor, Tensor], apply(queries, keys, values, bias, others))
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps for each query the logarithm of the sum of its exponentials, from which its weights are found again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if others is None:
+            others = at_least_float32(queries.new_empty(*queries.shape[:3], 0))
+        out, totals = torch.empty_like(queries), others.logsumexp(dim=-1, keepdim=True)
+        for block, seen in causal_blocks(queries, keys.shape[2]):
+            logits, total = (
+                _logits(queries[:, :, block], keys[:, :, seen], bias[:, :, block, seen]),
+                totals[:, :, block],
+            )
+            torch.logaddexp(total, logits.logsumexp(dim=-1, keepdim=True), out=total)
+            total.masked_fill_(total == -torch.inf, 0)  # a query that sees nothing gets 0
+            out[:, :, block] = grouped_sums(logits.sub_(total).exp_(), values[:, :, seen])
+        of_others = (others - totals).exp_()
+        ctx.save_for_backward(queries, keys, values, bias, out, totals, of_others)
+        return out, of_others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_others: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, bias, out, totals, of_others = ctx.saved_tensors
+        means = at_least_float32(grad * out).sum(dim=-1, keepdim=True)
+        means += (grad_others * of_others).sum(dim=-1, keepdim=True)
+        of_queries, of_keys, of_values = (torch.zeros_like(each) for each in (queries, keys, values))
+        of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
+        for block, seen in causal_blocks(queries, keys.shape[2]):
+            weights = _logits(queries[:, :, block], keys[:, :, seen], bias[:, :, block, seen])
+            weights.sub_(totals[:, :, block]).exp_()
+            of_values[:, :, seen] += shared_sums(weights, grad[:, :, block], keys.shape[1])
+            of_weights = at_least_float32(grouped_products(grad[:, :, block], values[:, :, seen]))
+            of_logits = of_weights.sub_(means[:, :, block]).mul_(weights)
+            if of_bias is not None:
+                of_bias[:, :, block, seen] = of_logits if len(bias) > 1 else of_logits.sum(dim=0, keepdim=True)
+            of_queries[:, :, block] = grouped_sums(of_logits, keys[:, :, seen])
+            of_keys[:, :, seen] += shared_sums(of_logits, queries[:, :, block], keys.shape[1])
+        of_other_logits = of_others * (grad_others - means) if ctx.needs_input_grad[4] else None
+        return of_queries, of_keys, of_values, of_bias, of_other_logits
+
+
+def _logits(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """In float32 or better, so that they may be changed in place."""
+    return at_least_float32(grouped_products(queries, keys)) + bias
