@@ -1,0 +1,11 @@
+"""A memory for causal language models of transformers (the extra `huggingface`).
+
+`attach_memory` gives some layers of a model a memory, which they read with their own attention.
+"""
+
+from __future__ import annotations
+
+from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory, Document, attach_memory
+from memorizing_transformers_pytorch.huggingface.layers import suggest_layers
+
+__all__ = ["AttachedMemory", "Document", "attach_memory", "suggest_layers"]

@@ -1,0 +1,307 @@
+"""A memory attached to a causal language model of transformers.
+
+Shapes: B rows of a batch, R rows of the memory, N tokens of a document, G key/value heads, T tokens of a chunk, D head
+width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from memorizing_transformers_pytorch.huggingface import interface
+from memorizing_transformers_pytorch.huggingface.layers import chosen_layers
+from memorizing_transformers_pytorch.huggingface.memory_layer import GATE_START, HeadBias, MemoryLayer, Reading
+from memorizing_transformers_pytorch.huggingface.probe import Layer, probe, run
+from memorizing_transformers_pytorch.huggingface.texts import Piece, checked_texts, pieces_of
+from memorizing_transformers_pytorch.memory import KNNMemory
+
+MODULE = "memory_bias"  # the name of the added module in an attention module
+
+
+@dataclass(frozen=True)
+class Document:
+    """What was read: its number, title, row of the memory and how many tokens it had."""
+
+    number: int
+    title: str
+    row: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """See `attach_memory`."""
+
+    topk: int = 32
+    combine: str = "softmax"
+    positions: str = "true"
+    distance: int = 64
+    max_memories: int = 262_144
+    chunk: int = 512
+    skip_first: int = 4
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+    index: str = "auto"
+    directory: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in {"topk": 1, "distance": 0, "max_memories": 1, "chunk": 1, "skip_first": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"expected {name} to be at least {least}, got {getattr(self, name)}")
+        if self.skip_first >= self.chunk:
+            raise ValueError(f"expected skip_first to be below chunk={self.chunk}, got {self.skip_first}")
+        for name, choices in {"combine": ("softmax", "gate"), "positions": ("true", "constant")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"expected {name} to be one of {choices}, got {getattr(self, name)!r}")
+
+
+def attach_memory(model: Any, *, layers: str | Iterable[int] = "auto", **options: Any) -> AttachedMemory:
+    """Give some layers of a causal language model of transformers a memory, which they read with their own attention.
+
+    model: any that attends through the attention interface, with attn_implementation "sdpa" or "eager".
+    layers: numbers of layers, "all" that can, or "auto": those with induction heads (see `suggest_layers`).
+    topk: how many entries each query retrieves.
+    combine: "softmax", one softmax over local keys and retrieved ones, with a bias per head that starts at 0; or
+        "gate", the paper's learned gate per head.
+    positions: "true", remembered tokens are as far away as they are; or "constant", all of them `distance` away. Only
+        for rotary position embeddings; other keys are kept as they are.
+    max_memories: entries of each row and layer; when full, the newest replaces the oldest.
+    chunk: how many tokens `read` gives the model at once, and so its local context while reading.
+    skip_first: how many tokens at the beginning of each chunk are not remembered, as they attract attention whatever
+        they are; chunks overlap by as many.
+    dtype, device, index, directory: of the memory, as for `KNNMemory`; dtype and device are those of the model unless
+        said otherwise.
+
+    Nothing else changes: with nothing read the model gives bit for bit what it gave before.
+
+    Raises ValueError, with the model untouched, for a model or layers that cannot have a memory, and says why.
+    """
+    checked = Options(**options)
+    served, refused = probe(model)
+    numbers = _numbers(model, layers, served, refused)
+    for number in numbers:
+        interface.backend_of(served[number].module, served[number].module.config)
+    return AttachedMemory(model, [served[number] for number in numbers], checked)
+
+
+def _numbers(model: Any, layers: str | Iterable[int], served: dict[int, Layer], refused: dict[int, str]) -> list[int]:
+    if layers == "auto":
+        return chosen_layers(model, served)
+    if layers == "all":
+        return sorted(served)
+    if isinstance(layers, str):
+        raise ValueError(f"expected layers to be numbers, 'all' or 'auto', got {layers!r}")
+    numbers = sorted(set(layers))
+    for number in numbers:
+        if number not in served:
+            reason = f": {refused[number]}" if number in refused else ""
+            raise ValueError(f"expected layers among {sorted(served)}, got {number}{reason}")
+    if not numbers:
+        raise ValueError("expected at least one layer, got none")
+    return numbers
+
+
+class AttachedMemory:
+    """The memory of a model, from `attach_memory`.
+
+    options: what it was attached with. layers: the memory of each layer, by its number.
+    """
+
+    def __init__(self, model: Any, layers: list[Layer], options: Options) -> None:
+        self.model, self.options = model, options
+        self.layers: dict[int, MemoryLayer] = {}
+        self._documents: list[Document] = []
+        self._reading = Reading([0], torch.zeros(1, dtype=torch.int64))
+        self._attached = True
+        self._hooks = []
+        for layer in layers:
+            module: Any = layer.module
+            weight = next(module.parameters())
+            bias = HeadBias(layer.heads, 0.0 if options.combine == "softmax" else GATE_START, weight.device)
+            distance = options.distance if options.positions == "constant" else None
+            made = self.layers[layer.index] = MemoryLayer(
+                layer, self._memory(layer, 1), options.combine, options.topk, distance, bias, self._reading
+            )
+            module.add_module(MODULE, bias)
+            interface.use(module, made)
+            self._hooks.append(module.register_forward_pre_hook(made.remember_positions, with_kwargs=True))
+
+    def _memory(self, layer: Layer, rows: int) -> KNNMemory:
+        weight, options = next(layer.module.parameters()), self.options
+        device = weight.device if options.device is None else torch.device(options.device)
+        return KNNMemory(
+            layer.width,
+            options.max_memories,
+            rows,
+            num_kv_heads=layer.kv_heads,
+            dtype=weight.dtype if options.dtype is None else options.dtype,
+            device=device,
+            index=options.index,
+            directory=options.directory,
+        )
+
+    def __repr__(self) -> str:
+        entries = {index: layer.memory.num_entries for index, layer in self.layers.items()}
+        return f"AttachedMemory(layers={list(self.layers)}, entries={entries}, bytes={self.num_bytes:,})"
+
+    @property
+    def num_rows(self) -> int:
+        """R: how many documents are remembered side by side."""
+        return next(iter(self.layers.values())).memory.num_indices
+
+    @property
+    def num_bytes(self) -> int:
+        """What the entries take: keys, values, origins and ages."""
+        total = 0
+        for layer in self.layers.values():
+            store = layer.memory.store
+            per_entry = 2 * layer.layer.kv_heads * layer.layer.width * store.keys.itemsize + 32
+            total += per_entry * sum(layer.memory.num_entries)
+        return total
+
+    def read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document: str | list[str] | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Read documents into the memory, a chunk at a time; each chunk sees what was read before.
+
+        input_ids: (N,), (1, N), or (R, N) for a batch of documents, each into its own row. A memory of one row serves
+            all rows of a batch later. The first read decides on R; `clear()` lets the next one decide again.
+        attention_mask: (R, N), 0 for padding, which may be anywhere and is not remembered.
+        document: a title, or one for each row.
+
+        Raises ValueError, with nothing read, for shapes that do not fit, token ids that the model does not have, or
+        empty texts.
+        """
+        texts = checked_texts(input_ids, attention_mask, self.model.get_input_embeddings().weight.shape[0])
+        titles = [document] * len(texts) if document is None or isinstance(document, str) else list(document)
+        if len(titles) != len(texts):
+            raise ValueError(f"expected a title for each of {len(texts)} documents, got {len(titles)}")
+        self._make_rows(len(texts))
+        read_before = self._reading.offsets
+        numbers = [len(self._documents) + row for row in range(len(texts))]
+        with self._watched(), tqdm(total=sum(map(len, texts)), unit=" tokens", disable=not progress) as bar:
+            for pieces in pieces_of([len(text) for text in texts], self.options.chunk, self.options.skip_first):
+                self._read_pieces(pieces, texts, numbers, read_before)
+                bar.update(sum(piece.new for piece in pieces))
+        for row, (number, title, text) in enumerate(zip(numbers, titles, texts, strict=True)):
+            self._documents.append(Document(number, title or f"document {number}", row, len(text)))
+
+    def _make_rows(self, rows: int) -> None:
+        """Let the memory have so many rows. Raises ValueError if it has others, and remembers something."""
+        if not self._attached:
+            raise ValueError("expected an attached memory, got one that detach() has taken away")
+        if rows == self.num_rows:
+            return
+        if self._documents:
+            raise ValueError(f"expected {self.num_rows} documents, one for each row of the memory, got {rows}")
+        for layer in self.layers.values():
+            layer.memory.cleanup()
+            layer.memory = self._memory(layer.layer, rows)
+        self._read_so_far(torch.zeros(rows, dtype=torch.int64))
+
+    def _read_so_far(self, offsets: Tensor) -> None:
+        """From now on all rows are in the batch, with so many tokens read of each."""
+        self._reading.rows, self._reading.offsets, self._reading.staging = list(range(len(offsets))), offsets, False
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Inside, the model is in evaluation mode and learns nothing; afterwards nothing is staged any more, and the
+        rows stand after what was read of them."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        begun = self._reading.offsets.clone()
+        self._positions = begun
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+            for layer in self.layers.values():
+                layer.staged = None
+            self._read_so_far(self._positions)
+
+    def _read_pieces(self, pieces: list[Piece], texts: list[Tensor], numbers: list[int], before: Tensor) -> None:
+        """Run the model on a piece of each of some texts, then remember what it has staged."""
+        rows = [piece.row for piece in pieces]
+        longest = max(piece.stop - piece.start for piece in pieces)
+        tokens, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest).long()
+        for i, piece in enumerate(pieces):
+            tokens[i, : piece.stop - piece.start] = texts[piece.row][piece.start : piece.stop]
+            mask[i, : piece.stop - piece.start] = 1
+        starts = before[rows] + torch.tensor([piece.start for piece in pieces])
+        self._reading.rows, self._reading.offsets, self._reading.staging = rows, starts, True
+        run(self.model, tokens, attention_mask=mask.to(self.model.get_input_embeddings().weight.device))
+        mask[:, : self.options.skip_first] = 0
+        places = starts[:, None] + torch.arange(longest)
+        origins = torch.stack((torch.tensor(numbers)[rows, None].expand_as(tokens), places, tokens), dim=-1)
+        staged = [(layer.memory, layer.stage(mask.bool(), origins)) for layer in self.layers.values()]
+        for memory, entries in staged:
+            memory.commit(entries)
+        for piece in pieces:
+            self._positions[piece.row] = before[piece.row] + piece.stop
+
+    def documents(self) -> list[Document]:
+        """What was read since the rows were last cleared."""
+        return list(self._documents)
+
+    def clear(self, rows: int | Iterable[int] | None = None) -> None:
+        """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""
+        cleared = next(iter(self.layers.values())).memory.rows_to_clear(rows)
+        for layer in self.layers.values():
+            layer.memory.clear(cleared)
+        self._documents = [each for each in self._documents if each.row not in cleared]
+        offsets = self._reading.offsets.clone()
+        offsets[cleared] = 0
+        self._read_so_far(offsets)
+
+    @contextlib.contextmanager
+    def enabled(self, on: bool = True) -> Iterator[None]:
+        """Inside, the memory is read, or with False it is not: the model is as it was."""
+        before = {layer: layer.enabled for layer in self.layers.values()}
+        for layer in self.layers.values():
+            layer.enabled = on
+        try:
+            yield
+        finally:
+            for layer, enabled in before.items():
+                layer.enabled = enabled
+
+    @property
+    def last_retrieved(self) -> dict[int, Tensor]:
+        """What the last call of the model looked up in each layer: origins (R, H, T, K, 3), as document number,
+        position and token id; -1 where nothing was found."""
+        found = {}
+        for index, layer in self.layers.items():
+            if layer.last_lookup is not None:
+                origins = layer.memory.origins(layer.last_lookup.slots)
+                found[index] = origins.masked_fill(~layer.last_lookup.mask.unsqueeze(-1), -1)
+        return found
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The bias of each head of each layer with a memory: what can be learned of the joining."""
+        return [layer.bias.bias for layer in self.layers.values()]
+
+    def detach(self) -> None:
+        """Take the memory away, and forget what it holds. The model is bit for bit what it was."""
+        if not self._attached:
+            return
+        self._attached = False
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self.layers.values():
+            interface.leave(layer.layer.module)
+            delattr(layer.layer.module, MODULE)
+            layer.memory.cleanup()

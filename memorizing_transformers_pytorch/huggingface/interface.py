@@ -1,0 +1,124 @@
+"""The attention function of layers that have been given a memory.
+
+It lets the model's own backend attend to what it would attend to anyway, then joins what was found in the memory to the
+result. With nothing in the memory the result is that of the backend, untouched.
+
+Shapes: B rows, H query heads, G key/value heads, T queries, S local keys, D head width.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "memorizing"  # of the attention function; without "flash", which names kernels
+QUERIES_AT_ONCE = 256
+LEAST = torch.finfo(torch.float32).min  # unlike minus infinity it has gradients where a query sees nothing
+BACKENDS = ("eager", "sdpa")
+IGNORED_BY_SDPA = ("softcap", "s_aux")
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class Extension:
+    """What takes part in the attention of one layer; see `use`."""
+
+    def joined(self, out: Tensor, query: Tensor, local: Local) -> Tensor:
+        """out (B, T, H, D), of the backend -> what the layer shall give instead."""
+        raise NotImplementedError
+
+
+class Local:
+    """What a layer attends to without a memory: key, value (B, G, S, D), mask and the options of the backend."""
+
+    def __init__(self, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
+        self.key, self.value, self.mask, self.options = key, value, mask, options
+
+    def logits(self, products: Tensor) -> Tensor:
+        """Inner products of queries and keys -> logits in float32, scaled and capped as the backend does."""
+        scaling = self.options.get("scaling")
+        logits = products.float() * (self.key.shape[-1] ** -0.5 if scaling is None else scaling)
+        cap = self.options.get("softcap")
+        return logits if cap is None else (logits / cap).tanh() * cap
+
+    def total(self, query: Tensor) -> Tensor:
+        """query (B, H, T, D) -> (B, H, T, 1): the logarithm of the sum of the exponentials of all local logits."""
+        parts = []
+        for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+            block = slice(start, start + QUERIES_AT_ONCE)
+            parts.append(self.masked(query[:, :, block], block, query.shape[2]).logsumexp(dim=-1, keepdim=True))
+        return torch.cat(parts, dim=2)
+
+    def products(self, query: Tensor) -> Tensor:
+        """query (B, H, T, D) -> inner products with the keys (B, H, T, S)."""
+        batch, heads, count, width = query.shape
+        grouped = query.reshape(batch, self.key.shape[1], -1, width)
+        return (grouped @ self.key.mT).view(batch, heads, count, -1)
+
+    def masked(self, query: Tensor, block: slice, num_queries: int) -> Tensor:
+        """query (B, H, t, D), a block of so many -> logits (B, H, t, S), and one more for a sink, if there is one."""
+        logits = self.logits(self.products(query))
+        bias = self.options.get("position_bias")
+        if bias is not None:
+            logits = logits + bias[:, :, block, : logits.shape[-1]]
+        if self.mask is not None:
+            mask = self.mask[:, :, block, : logits.shape[-1]]
+            logits = logits.masked_fill(~mask, LEAST) if mask.dtype == torch.bool else logits + mask
+        elif num_queries > 1:  # then query i sees keys 0 ... i
+            places = torch.arange(logits.shape[-1], device=logits.device)
+            ahead = places > torch.arange(num_queries, device=logits.device)[block, None]
+            logits = logits.masked_fill(ahead, LEAST)
+        sinks = self.options.get("s_aux")
+        if sinks is not None:
+            logits = torch.cat((logits, sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)), dim=-1)
+        return logits
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function: that of the model's own backend, and what the extension of this layer makes of it."""
+    extension, config = module._memorizing  # type: ignore[misc]
+    bare = copy.copy(module)
+    bare.config = config
+    out, weights = backend_of(module, config)(bare, query, key, value, attention_mask, **options)
+    if config._attn_implementation == "sdpa":
+        options = {name: option for name, option in options.items() if name not in IGNORED_BY_SDPA}
+    return extension.joined(out, query, Local(key, value, attention_mask, options)), weights
+
+
+def backend_of(module: nn.Module, config: Any) -> AttentionFunction:
+    """What this layer would call by itself. Raises ValueError for a backend whose masks are not understood here."""
+    name = config._attn_implementation
+    if name not in BACKENDS:
+        raise ValueError(f"expected attn_implementation to be one of {BACKENDS}, got {name!r}: set it before attaching")
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found: AttentionFunction | None = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    if found is None:
+        raise ValueError(f"expected a model that attends through the attention interface, got {type(module).__name__}")
+    return found
+
+
+def use(module: Any, extension: Extension) -> None:
+    """From now on the extension takes part in the attention of this layer. Nothing but the layer's `config` changes."""
+    if NAME not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+    object.__setattr__(module, "_memorizing", (extension, module.config))
+    module.config = copy.copy(module.config)
+    module.config._attn_implementation_internal = NAME
+
+
+def leave(module: Any) -> None:
+    """Undo `use`."""
+    module.config = module._memorizing[1]
+    del module._memorizing
+
+
+def is_used(module: nn.Module) -> bool:
+    return hasattr(module, "_memorizing")

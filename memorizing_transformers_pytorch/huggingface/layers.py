@@ -1,0 +1,61 @@
+"""Which layers make use of a memory: those with induction heads (Olsson et al. 2022).
+
+On random tokens that are repeated, an induction head attends from a token of the second run to the one that came after
+it in the first. Only such layers copy from a memory without training.
+
+Shapes: B rows, H query heads, T tokens, D head width.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memorizing_transformers_pytorch.huggingface.probe import Layer, Seen, probe, run, watching
+
+REPEATED = 64  # random tokens, twice
+ROWS = 4
+ENOUGH = 0.2  # of its attention; the rest of the layers of SmolLM2-135M have less than 0.06
+_scores: weakref.WeakKeyDictionary[Any, dict[int, float]] = weakref.WeakKeyDictionary()
+
+
+def suggest_layers(model: Any) -> dict[int, float]:
+    """The induction score of each layer that can have a memory, best first: the attention, of its best head, from the
+    second occurrence of random tokens to what came after the first.
+
+    Raises ValueError for a model that cannot have a memory.
+    """
+    served, _ = probe(model)
+    return induction_scores(model, served)
+
+
+def induction_scores(model: Any, served: dict[int, Layer]) -> dict[int, float]:
+    """As `suggest_layers`, of these layers. Kept for as long as the model lives."""
+    if model not in _scores:
+        vocabulary = model.config.get_text_config().vocab_size
+        random = torch.Generator().manual_seed(0)
+        tokens = torch.randint(vocabulary, (ROWS, REPEATED), generator=random).repeat(1, 2)
+        with watching(model, {index: layer.module for index, layer in served.items()}) as seen:
+            run(model, tokens)
+            found = {index: _score(seen[index]) for index in served}
+        _scores[model] = dict(sorted(found.items(), key=lambda item: -item[1]))
+    return _scores[model]
+
+
+def chosen_layers(model: Any, served: dict[int, Layer]) -> list[int]:
+    """Those with a score of 0.2 or more, at least the best one."""
+    scores = induction_scores(model, served)
+    return sorted([index for index, score in scores.items() if score >= ENOUGH] or list(scores)[:1])
+
+
+def _score(seen: Seen) -> float:
+    assert seen.query is not None
+    assert seen.local is not None
+    query = seen.query
+    logits = seen.local.masked(query, slice(0, query.shape[2]), query.shape[2])
+    weights: Tensor = logits.softmax(dim=-1)
+    later = torch.arange(REPEATED, 2 * REPEATED - 1, device=weights.device)
+    return float(weights[:, :, later, later - REPEATED + 1].mean(dim=(0, 2)).max())

@@ -1,0 +1,221 @@
+"""Which layers of a model can be given a memory, found out by running a few tokens.
+
+A layer can if it attends through the attention interface once per call, with queries and keys of one width, and its
+keys can be moved: they carry no position, or one of rotary embeddings that can be turned back, or one that came with
+the embedding of the token.
+
+Shapes: B rows, G key/value heads, T tokens, D head width, V tokens in the vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memorizing_transformers_pytorch.huggingface.interface import Extension, Local, is_used, leave, use
+from memorizing_transformers_pytorch.huggingface.rotary import CosSin, Rotary, rotary_of
+
+TOKENS = 6
+OFFSETS = (0, 3, 11)
+SAME = 2e-2  # relative error between keys that have been turned back: half-precision models round
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can be given a memory.
+
+    index: its number. module: its attention. heads, kv_heads, width: H, G and D. rotary: how its keys are turned, None
+    if they are not.
+    """
+
+    index: int
+    module: nn.Module
+    heads: int
+    kv_heads: int
+    width: int
+    rotary: Rotary | None
+
+
+@dataclass
+class Seen(Extension):
+    """What passes through a layer."""
+
+    calls: int = 0
+    out: Tensor | None = None
+    query: Tensor | None = None
+    local: Local | None = None
+    position_embeddings: Any = None
+    hidden: Tensor | None = None
+    inputs: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    cos_sin: list[Any] = field(default_factory=list)
+
+    def joined(self, out: Tensor, query: Tensor, local: Local) -> Tensor:
+        self.calls += 1
+        self.out, self.query, self.local = out, query, local
+        return out
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The attention modules by number of the layer: what has `layer_idx`, a configuration and projections of its own.
+
+    Raises ValueError where a layer has several (encoder-decoder models).
+    """
+    found: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+        attends = "Attention" in type(module).__name__ and hasattr(config, "_attn_implementation")
+        if not attends or not isinstance(index, int):
+            continue
+        if index in found:
+            raise ValueError(f"expected one attention per layer, got {name} and another one in layer {index}")
+        found[index] = module
+    return found
+
+
+def probe(model: Any) -> tuple[dict[int, Layer], dict[int, str]]:
+    """Which layers can have a memory, and for the others why not.
+
+    Raises ValueError for models of which none can.
+    """
+    modules = _candidates(model)
+    tokens = torch.arange(TOKENS) % model.config.get_text_config().vocab_size
+    with watching(model, modules) as seen:
+        for offset in OFFSETS:
+            try:
+                run(model, tokens, offset)
+            except Exception as error:
+                expected = f"expected a model that can be given {TOKENS} tokens from position {offset} on"
+                raise ValueError(f"{expected}, got {_name(model)}, which cannot: {error}") from error
+            for layer in seen.values():
+                if layer.local is not None:
+                    layer.keys.append(layer.local.key)
+                    layer.inputs.append(layer.hidden)
+                    layer.cos_sin.append(layer.position_embeddings)
+    served, refused = {}, {}
+    for index, module in modules.items():
+        try:
+            served[index] = _layer(index, module, seen[index])
+        except ValueError as error:
+            refused[index] = str(error)
+    if not served:
+        reasons = "; ".join(sorted(set(refused.values())))
+        raise ValueError(f"expected a model with layers that can have a memory, got {_name(model)}: {reasons}")
+    return served, refused
+
+
+def _candidates(model: Any) -> dict[int, nn.Module]:
+    name = _name(model)
+    if not hasattr(model, "config") or not hasattr(model, "can_generate") or not model.can_generate():
+        raise ValueError(f"expected a causal language model of transformers, got {name}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"expected a decoder-only model, got the encoder-decoder {name}")
+    if not type(model)._can_set_attn_implementation():
+        raise ValueError(f"expected a model that attends through the attention interface of transformers, got {name}")
+    modules = attention_modules(model)
+    if not modules:
+        raise ValueError(f"expected a model with attention layers, got {name}, in which none was found")
+    if any(is_used(module) for module in modules.values()):
+        raise ValueError(f"expected a model without a memory, got {name}, which has one: detach() it first")
+    return modules
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, modules: dict[int, nn.Module]) -> Iterator[dict[int, Seen]]:
+    """Inside, what passes through these layers is kept; gradients, dropout and what is cached are off."""
+    seen, hooks = {index: Seen() for index in modules}, []
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        for index, module in modules.items():
+            use(module, seen[index])
+
+            def remember(_module: nn.Module, inputs: Any, options: dict[str, Any], layer: Seen = seen[index]) -> None:
+                layer.hidden = inputs[0] if inputs else options.get("hidden_states")
+                layer.position_embeddings = options.get("position_embeddings")
+
+            hooks.append(module.register_forward_pre_hook(remember, with_kwargs=True))
+        with torch.no_grad():
+            yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in modules.values():
+            leave(module)
+        for module in training:
+            module.training = True
+
+
+def run(model: Any, tokens: Tensor, offset: int = 0, **options: Any) -> Any:
+    """A forward pass over tokens (T,) or (B, T), whose first stands at `offset`, without a cache."""
+    tokens = tokens.to(model.get_input_embeddings().weight.device).reshape(-1, tokens.shape[-1])
+    if offset:
+        options["position_ids"] = offset + torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
+    accepted = inspect.signature(model.forward).parameters
+    if "logits_to_keep" in accepted:
+        options.setdefault("logits_to_keep", 1)
+    return model(input_ids=tokens, use_cache=False, **options)
+
+
+def _layer(index: int, module: nn.Module, seen: Seen) -> Layer:
+    """Raises ValueError that says why this layer cannot have a memory."""
+    if seen.calls == 0 or seen.local is None or seen.query is None:
+        raise ValueError("it does not attend through the attention interface")
+    if seen.calls != len(OFFSETS):
+        raise ValueError(f"it attends {seen.calls // len(OFFSETS)} times in each call")
+    (_, heads, count, width), key, value = seen.query.shape, seen.local.key, seen.local.value
+    if key.shape[2] != count or key.shape[2] != value.shape[2]:
+        raise ValueError("its keys are not those of the tokens it is given")
+    if key.shape[-1] != width or value.shape[-1] != width or heads % key.shape[1]:
+        raise ValueError(f"its queries, keys and values have widths {width}, {key.shape[-1]} and {value.shape[-1]}")
+    if not _same(seen.out.float(), _with_half_in_memory(seen.query, seen.local)):  # type: ignore[union-attr]
+        raise ValueError("its attention is more than a softmax over scaled products of queries and keys")
+    return Layer(index, module, heads, key.shape[1], width, _positions(module, seen))
+
+
+def _with_half_in_memory(query: Tensor, local: Local) -> Tensor:
+    """What the layer would give (B, T, H, D) if the later half of the tokens found the others in a memory."""
+    count, half = query.shape[2], query.shape[2] // 2
+    logits = local.masked(query, slice(0, count), count)
+    bare = local.products(query[:, :, half:])[..., :half]
+    logits[:, :, half:, :half] = local.logits(bare)
+    weights = logits.softmax(dim=-1)[..., :count]
+    values = local.value.float().repeat_interleave(query.shape[1] // local.value.shape[1], dim=1)
+    return (weights @ values).transpose(1, 2)
+
+
+def _positions(module: nn.Module, seen: Seen) -> Rotary | None:
+    """How the keys carry their positions. Raises ValueError for a way that is not known."""
+    first, *others = seen.keys
+    if all(_same(first, other) for other in others):
+        return None
+    if seen.cos_sin[0] is None and not all(_same(seen.inputs[0], other) for other in seen.inputs[1:]):
+        return None  # positions came with the tokens: keys are kept as they are
+    rotary = rotary_of(module, _first_two(seen.cos_sin[0]))
+    if rotary is not None:
+        keys = [rotary.unturned(key, cos_sin) for key, cos_sin in zip(seen.keys, seen.cos_sin, strict=True)]
+        on = rotary.turned(seen.keys[0], torch.tensor([[OFFSETS[-1]]]))
+        if all(_same(keys[0], other) for other in keys[1:]) and _same(on, seen.keys[-1].float()):
+            return rotary
+    raise ValueError("its keys carry positions in a way that cannot be undone")
+
+
+def _first_two(cos_sin: Any) -> CosSin | None:
+    if not isinstance(cos_sin, tuple) or len(cos_sin) != 2 or not all(isinstance(part, Tensor) for part in cos_sin):
+        return None
+    cos, sin = cos_sin
+    return (cos[:1, :2], sin[:1, :2]) if cos.ndim == 3 and not cos.is_complex() else None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).norm() <= SAME * one.norm())
+
+
+def _name(model: Any) -> str:
+    return type(model).__name__

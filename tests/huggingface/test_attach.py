@@ -1,0 +1,244 @@
+"""A memory attached to a model of transformers: empty it changes nothing, and what is read is as good as seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from memorizing_transformers_pytorch.huggingface import attach_memory, suggest_layers
+from tests.huggingface.families import FEW, LEARNED_POSITIONS, ONLY_EAGER, REFUSED, SERVED, tiny
+
+EVERYTHING: dict[str, Any] = {"layers": "all", "topk": 64, "skip_first": 0, "index": "exact", "dtype": torch.float32}
+by_family = pytest.mark.parametrize(
+    "family", [family if family in FEW else pytest.param(family, marks=pytest.mark.families) for family in SERVED]
+)
+by_backend = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+
+
+def tokens(rows: int, count: int, seed: int = 0) -> Tensor:
+    return torch.randint(2, 99, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    found: Tensor = model(input_ids=ids, **options).logits
+    return found
+
+
+def backends(family: str) -> list[str]:
+    return ["eager"] if family in ONLY_EAGER else ["eager", "sdpa"]
+
+
+@by_family
+def test_an_empty_memory_changes_no_bit_and_neither_does_one_taken_away(family: str) -> None:
+    for attention in backends(family):
+        model, ids = tiny(family, attention), tokens(2, 20)
+        before, names = logits(model, ids), list(model.state_dict())
+        memory = attach_memory(model, **EVERYTHING)
+        assert torch.equal(logits(model, ids), before)
+        memory.read(tokens(2, 20, seed=1), progress=False)
+        assert not torch.equal(logits(model, ids), before)
+        with memory.enabled(False):
+            assert torch.equal(logits(model, ids), before)
+        memory.clear()
+        assert torch.equal(logits(model, ids), before)
+        memory.detach()
+        assert torch.equal(logits(model, ids), before)
+        assert list(model.state_dict()) == names
+
+
+@by_family
+def test_what_was_read_is_as_good_as_seen(family: str) -> None:
+    """With everything retrieved in every layer, a text in two halves gives what it gives in one."""
+    for attention in backends(family):
+        model, ids = tiny(family, attention), tokens(3, 40)
+        expected = logits(model, ids)[:, 24:]
+        memory = attach_memory(model, **EVERYTHING, chunk=9)
+        memory.read(ids[:, :24], progress=False) if family not in LEARNED_POSITIONS else read_at_once(
+            memory, ids[:, :24]
+        )
+        positions = {"position_ids": torch.arange(24, 40)[None]} if family in LEARNED_POSITIONS else {}
+        found = logits(model, ids[:, 24:], **positions)
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def read_at_once(memory: Any, ids: Tensor) -> None:
+    object.__setattr__(memory.options, "chunk", ids.shape[1])  # learned positions begin anew with each chunk
+    memory.read(ids, progress=False)
+
+
+@by_backend
+def test_uneven_documents_in_a_batch_are_read_as_each_by_itself(attention: str) -> None:
+    model, ids = tiny("llama", attention), tokens(3, 30)
+    lengths, prompts = (30, 7, 18), tokens(3, 6, seed=1)
+    mask = torch.zeros(3, 30).long()
+    for row, length in enumerate(lengths):
+        mask[row, 30 - length :] = 1 if row % 2 else 0
+        mask[row, :length] = 0 if row % 2 else 1
+    memory = attach_memory(model, **EVERYTHING, chunk=8)
+    memory.read(ids, mask, progress=False)
+    together = logits(model, prompts)
+    memory.detach()
+    for row in range(3):
+        alone = attach_memory(model, **EVERYTHING, chunk=8)
+        alone.read(ids[row][mask[row].bool()], progress=False)
+        torch.testing.assert_close(logits(model, prompts[row : row + 1])[0], together[row], rtol=1e-4, atol=1e-4)
+        alone.detach()
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3}, {"cache_implementation": "static"}])
+def test_it_writes_as_if_it_had_seen_the_text(options: dict[str, Any]) -> None:
+    model, ids = tiny("llama", "sdpa"), tokens(1, 40)
+    writing = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options}
+    expected = model.generate(ids, **writing)[:, 40:]
+    memory = attach_memory(model, **EVERYTHING, chunk=16)
+    memory.read(ids[:, :30], progress=False)
+    assert torch.equal(model.generate(ids[:, 30:], **writing)[:, 10:], expected)
+
+
+def test_prompts_padded_on_the_left_are_continued_as_without_padding() -> None:
+    model, ids = tiny("llama", "sdpa"), tokens(2, 12)
+    memory = attach_memory(model, **EVERYTHING)
+    memory.read(tokens(1, 30, seed=2), progress=False)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    writing = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(ids, attention_mask=mask, **writing)
+    alone = model.generate(ids[1:, 5:], **writing)
+    assert torch.equal(together[1, 12:], alone[0, 7:])
+
+
+@pytest.mark.parametrize("combine", ["softmax", "gate"])
+def test_the_bias_of_the_heads_learns_and_nothing_else_that_is_frozen(combine: str) -> None:
+    model = tiny("qwen2", "sdpa").requires_grad_(False)
+    memory = attach_memory(model, **EVERYTHING, combine=combine)
+    memory.read(tokens(1, 30), progress=False)
+    ids = tokens(2, 10)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in memory.parameters())
+    assert len(memory.parameters()) == 2
+    memory.clear()
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in memory.parameters())
+
+
+def test_constant_positions_do_not_depend_on_where_it_was_read() -> None:
+    model, ids, filler = tiny("llama"), tokens(1, 20), tokens(1, 50, seed=3)
+    found = []
+    for before in (0, 50):
+        memory = attach_memory(model, layers=[0], topk=20, skip_first=0, positions="constant", index="exact")
+        if before:
+            memory.read(filler[:, :before], progress=False)
+            memory.clear()
+            memory._reading.offsets[:] = before
+        memory.read(ids, progress=False)
+        found.append(logits(model, tokens(1, 5, seed=4)))
+        memory.detach()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_tokens_of_a_chunk_are_not_remembered_but_all_others_once() -> None:
+    model, ids = tiny("llama"), tokens(1, 50)
+    memory = attach_memory(model, layers=[1], chunk=16, skip_first=4)
+    memory.read(ids, document="a book", progress=False)
+    layer = memory.layers[1].memory
+    origins = layer.store.origins[0, : layer.num_entries[0]]
+    assert origins[:, 1].tolist() == list(range(4, 50))
+    assert origins[:, 2].tolist() == ids[0, 4:].tolist()
+    (document,) = memory.documents()
+    assert (document.title, document.row, document.tokens) == ("a book", 0, 50)
+
+
+def test_it_tells_what_was_looked_up_and_what_it_holds() -> None:
+    model = tiny("llama")
+    memory = attach_memory(model, layers=[1], topk=3)
+    assert repr(memory) == "AttachedMemory(layers=[1], entries={1: (0,)}, bytes=0)"
+    memory.read(tokens(1, 40), progress=False)
+    logits(model, tokens(2, 5))
+    origins = memory.last_retrieved[1]
+    assert origins.shape == (1, 4, 10, 3, 3)
+    assert bool((origins[..., 0] == 0).all())
+    assert "bytes=5,760" in repr(memory)
+
+
+def test_layers_are_suggested_by_their_induction_heads() -> None:
+    scores = suggest_layers(tiny("llama"))
+    assert set(scores) == {0, 1}
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    assert all(0 <= score <= 1 for score in scores.values())
+    assert list(attach_memory(tiny("llama")).layers) == [next(iter(suggest_layers(tiny("llama"))))]
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"layers": [7]}, r"expected layers among \[0, 1\], got 7"),
+    ({"layers": []}, "expected at least one layer"),
+    ({"layers": "some"}, "expected layers to be numbers, 'all' or 'auto', got 'some'"),
+    ({"topk": 0}, "expected topk to be at least 1, got 0"),
+    ({"combine": "sum"}, "expected combine to be one of"),
+    ({"positions": "none"}, "expected positions to be one of"),
+    ({"skip_first": 512}, "expected skip_first to be below chunk=512, got 512"),
+    ({"index": "nonsense"}, "expected index to be"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_options_are_refused_and_the_model_is_untouched(options: dict[str, Any], message: str) -> None:
+    model = tiny("llama")
+    before, configs = list(model.state_dict()), [layer.self_attn.config for layer in model.model.layers]
+    with pytest.raises(ValueError, match=message):
+        attach_memory(model, **options)
+    assert list(model.state_dict()) == before
+    assert all(layer.self_attn.config is config for layer, config in zip(model.model.layers, configs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.ones(2, 3, 4).long(), None, "expected input_ids as integers"),
+        (torch.ones(2, 3), None, "expected input_ids as integers"),
+        (torch.ones(1, 3).long(), torch.ones(1, 4), "expected an attention_mask of shape"),
+        (torch.ones(1, 3).long(), torch.zeros(1, 3), "expected at least one token in each document"),
+        (torch.tensor([[3, 99]]), None, "expected token ids of the model, 0 to 98, got 3 to 99"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_refused(ids: Tensor, mask: Tensor | None, message: str) -> None:
+    memory = attach_memory(tiny("llama"), layers=[1])
+    with pytest.raises(ValueError, match=message):
+        memory.read(ids, mask, progress=False)
+    assert memory.documents() == []
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_cannot_have_a_memory_are_refused_with_the_reason(family: str) -> None:
+    model = tiny(family)
+    before, ids = list(model.state_dict()), tokens(1, 9)
+    plain = logits(model, ids, use_cache=False)
+    with pytest.raises(ValueError, match=REFUSED[family][1]):
+        attach_memory(model, layers="all")
+    assert list(model.state_dict()) == before
+    assert torch.equal(logits(model, ids, use_cache=False), plain)
+
+
+def test_what_is_no_causal_model_is_refused() -> None:
+    from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+
+    with pytest.raises(ValueError, match="expected a causal language model of transformers, got Linear"):
+        attach_memory(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="expected a causal language model"):
+        attach_memory(AutoModel.from_config(tiny("llama").config))
+    t5 = AutoConfig.for_model("t5", vocab_size=99, d_model=32, num_layers=1, num_heads=4, d_kv=8, d_ff=48)
+    with pytest.raises(ValueError, match="expected a decoder-only model, got the encoder-decoder"):
+        attach_memory(AutoModelForSeq2SeqLM.from_config(t5))
+
+
+def test_a_model_that_has_a_memory_is_refused_another() -> None:
+    model = tiny("llama")
+    attach_memory(model, layers=[0])
+    with pytest.raises(ValueError, match=r"which has one: detach\(\) it first"):
+        attach_memory(model, layers=[1])
