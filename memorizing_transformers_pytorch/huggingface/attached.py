@@ -7,6 +7,7 @@ width.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from tqdm.auto import tqdm
 from memorizing_transformers_pytorch.huggingface import interface
 from memorizing_transformers_pytorch.huggingface.layers import chosen_layers
 from memorizing_transformers_pytorch.huggingface.memory_layer import GATE_START, HeadBias, MemoryLayer, Reading
-from memorizing_transformers_pytorch.huggingface.probe import Layer, probe, run
-from memorizing_transformers_pytorch.huggingface.texts import Piece, checked_texts, pieces_of
+from memorizing_transformers_pytorch.huggingface.probe import Layer, probe
+from memorizing_transformers_pytorch.huggingface.reader import Reader
+from memorizing_transformers_pytorch.huggingface.texts import checked_texts, pieces_of
 from memorizing_transformers_pytorch.memory import KNNMemory
 
 MODULE = "memory_bias"  # the name of the added module in an attention module
@@ -119,6 +121,7 @@ class AttachedMemory:
         self.model, self.options = model, options
         self.layers: dict[int, MemoryLayer] = {}
         self._documents: list[Document] = []
+        self._numbers = itertools.count()
         self._reading = Reading([0], torch.zeros(1, dtype=torch.int64))
         self._attached = True
         self._hooks = []
@@ -184,19 +187,45 @@ class AttachedMemory:
         Raises ValueError, with nothing read, for shapes that do not fit, token ids that the model does not have, or
         empty texts.
         """
+        self._read(input_ids, attention_mask, document, progress, losses=False)
+
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document: str | list[str] | None = None,
+        progress: bool = True,
+    ) -> list[Tensor]:
+        """`read`, and the loss (in nats) of each token of each document, without padding, as it was read: (N,) float32.
+
+        A token is predicted from the part of its chunk before it, and the memory. The first of a document is NaN.
+        """
+        return self._read(input_ids, attention_mask, document, progress, losses=True)
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        document: str | list[str] | None,
+        progress: bool,
+        losses: bool,
+    ) -> list[Tensor]:
         texts = checked_texts(input_ids, attention_mask, self.model.get_input_embeddings().weight.shape[0])
         titles = [document] * len(texts) if document is None or isinstance(document, str) else list(document)
         if len(titles) != len(texts):
             raise ValueError(f"expected a title for each of {len(texts)} documents, got {len(titles)}")
         self._make_rows(len(texts))
-        read_before = self._reading.offsets
-        numbers = [len(self._documents) + row for row in range(len(texts))]
-        with self._watched(), tqdm(total=sum(map(len, texts)), unit=" tokens", disable=not progress) as bar:
-            for pieces in pieces_of([len(text) for text in texts], self.options.chunk, self.options.skip_first):
-                self._read_pieces(pieces, texts, numbers, read_before)
-                bar.update(sum(piece.new for piece in pieces))
+        numbers = [next(self._numbers) for _ in texts]
+        reader = Reader(self.model, list(self.layers.values()), self._reading, self.options.skip_first, numbers)
+        found = [torch.full((len(text),), torch.nan) for text in texts]
+        pieces = pieces_of([len(text) for text in texts], self.options.chunk, self.options.skip_first)
+        with reader, tqdm(total=sum(map(len, texts)), unit=" tokens", disable=not progress) as bar:
+            for some in pieces:
+                reader.read(some, texts, found if losses else None)
+                bar.update(sum(piece.new for piece in some))
         for row, (number, title, text) in enumerate(zip(numbers, titles, texts, strict=True)):
             self._documents.append(Document(number, title or f"document {number}", row, len(text)))
+        return found
 
     def _make_rows(self, rows: int) -> None:
         """Let the memory have so many rows. Raises ValueError if it has others, and remembers something."""
@@ -209,49 +238,7 @@ class AttachedMemory:
         for layer in self.layers.values():
             layer.memory.cleanup()
             layer.memory = self._memory(layer.layer, rows)
-        self._read_so_far(torch.zeros(rows, dtype=torch.int64))
-
-    def _read_so_far(self, offsets: Tensor) -> None:
-        """From now on all rows are in the batch, with so many tokens read of each."""
-        self._reading.rows, self._reading.offsets, self._reading.staging = list(range(len(offsets))), offsets, False
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Inside, the model is in evaluation mode and learns nothing; afterwards nothing is staged any more, and the
-        rows stand after what was read of them."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        begun = self._reading.offsets.clone()
-        self._positions = begun
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module in training:
-                module.training = True
-            for layer in self.layers.values():
-                layer.staged = None
-            self._read_so_far(self._positions)
-
-    def _read_pieces(self, pieces: list[Piece], texts: list[Tensor], numbers: list[int], before: Tensor) -> None:
-        """Run the model on a piece of each of some texts, then remember what it has staged."""
-        rows = [piece.row for piece in pieces]
-        longest = max(piece.stop - piece.start for piece in pieces)
-        tokens, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest).long()
-        for i, piece in enumerate(pieces):
-            tokens[i, : piece.stop - piece.start] = texts[piece.row][piece.start : piece.stop]
-            mask[i, : piece.stop - piece.start] = 1
-        starts = before[rows] + torch.tensor([piece.start for piece in pieces])
-        self._reading.rows, self._reading.offsets, self._reading.staging = rows, starts, True
-        run(self.model, tokens, attention_mask=mask.to(self.model.get_input_embeddings().weight.device))
-        mask[:, : self.options.skip_first] = 0
-        places = starts[:, None] + torch.arange(longest)
-        origins = torch.stack((torch.tensor(numbers)[rows, None].expand_as(tokens), places, tokens), dim=-1)
-        staged = [(layer.memory, layer.stage(mask.bool(), origins)) for layer in self.layers.values()]
-        for memory, entries in staged:
-            memory.commit(entries)
-        for piece in pieces:
-            self._positions[piece.row] = before[piece.row] + piece.stop
+        self._reading.stand_at(torch.zeros(rows, dtype=torch.int64))
 
     def documents(self) -> list[Document]:
         """What was read since the rows were last cleared."""
@@ -265,7 +252,7 @@ class AttachedMemory:
         self._documents = [each for each in self._documents if each.row not in cleared]
         offsets = self._reading.offsets.clone()
         offsets[cleared] = 0
-        self._read_so_far(offsets)
+        self._reading.stand_at(offsets)
 
     @contextlib.contextmanager
     def enabled(self, on: bool = True) -> Iterator[None]:

@@ -49,6 +49,10 @@ class Reading:
     offsets: Tensor
     staging: bool = False
 
+    def stand_at(self, offsets: Tensor) -> None:
+        """From now on all rows are in the batch, with so many tokens read of each, and nothing is kept aside."""
+        self.rows, self.offsets, self.staging = list(range(len(offsets))), offsets, False
+
 
 @dataclass(eq=False)
 class MemoryLayer(Extension):

@@ -155,6 +155,25 @@ def test_the_first_tokens_of_a_chunk_are_not_remembered_but_all_others_once() ->
     assert (document.title, document.row, document.tokens) == ("a book", 0, 50)
 
 
+@pytest.mark.parametrize(("chunk", "skip_first"), [(50, 0), (16, 4), (9, 1)])
+def test_scores_are_the_losses_of_each_token_after_its_chunk_and_the_memory(chunk: int, skip_first: int) -> None:
+    model, ids = tiny("llama"), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    memory = attach_memory(model, **{**EVERYTHING, "skip_first": skip_first}, chunk=chunk)
+    first, second = memory.score(ids, mask, progress=False)
+    assert [document.tokens for document in memory.documents()] == [40, 33]
+    assert first.shape == (40,)
+    assert second.shape == (33,)
+    assert first.isnan().nonzero().flatten().tolist() == [0]
+    memory.detach()
+    log_likelihoods = logits(model, ids[1:, 7:])[0, :-1].log_softmax(dim=-1)
+    whole = -log_likelihoods.gather(1, ids[1, 8:, None]).squeeze(1)
+    torch.testing.assert_close(second[1:chunk], whole[: chunk - 1], rtol=1e-4, atol=1e-4)
+    if skip_first == 0:
+        torch.testing.assert_close(second[1:], whole, rtol=1e-4, atol=1e-4)
+
+
 def test_it_tells_what_was_looked_up_and_what_it_holds() -> None:
     model = tiny("llama")
     memory = attach_memory(model, layers=[1], topk=3)

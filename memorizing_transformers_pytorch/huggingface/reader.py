@@ -1,0 +1,82 @@
+"""Reading texts into the memories of a model, piece by piece: what a piece leaves is stored after its forward pass.
+
+Shapes: R rows of the memory, B rows in a batch, T tokens of a piece.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memorizing_transformers_pytorch.huggingface.memory_layer import MemoryLayer, Reading
+from memorizing_transformers_pytorch.huggingface.probe import run
+from memorizing_transformers_pytorch.huggingface.texts import Piece
+
+
+class Reader(AbstractContextManager["Reader"]):
+    """Inside, the model is in evaluation mode and learns nothing. Afterwards rows stand after what was read of them.
+
+    numbers: of the documents, one for each row.
+    """
+
+    def __init__(
+        self, model: Any, layers: list[MemoryLayer], reading: Reading, skip_first: int, numbers: list[int]
+    ) -> None:
+        self._model, self._layers, self._reading, self._skip_first = model, layers, reading, skip_first
+        self._numbers = torch.tensor(numbers)
+        self._before, self._now = reading.offsets, reading.offsets.clone()
+        self._training: list[torch.nn.Module] = []
+        self._no_grad = torch.no_grad()
+
+    def __enter__(self) -> Reader:
+        self._training = [module for module in self._model.modules() if module.training]
+        self._model.eval()
+        self._no_grad.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._no_grad.__exit__(*exception)
+        for module in self._training:
+            module.training = True
+        for layer in self._layers:
+            layer.staged = None
+        self._reading.stand_at(self._now)
+
+    def read(self, pieces: list[Piece], texts: list[Tensor], losses: list[Tensor] | None) -> None:
+        """Run the model on a piece of each of some texts, then remember what it has staged; losses: to be filled in."""
+        rows = [piece.row for piece in pieces]
+        tokens, mask = _padded([texts[piece.row][piece.start : piece.stop] for piece in pieces])
+        starts = self._before[rows] + torch.tensor([piece.start for piece in pieces])
+        self._reading.rows, self._reading.offsets, self._reading.staging = rows, starts, True
+        device = self._model.get_input_embeddings().weight.device
+        out = run(self._model, tokens, attention_mask=mask.to(device), logits_to_keep=0 if losses is not None else 1)
+        if losses is not None:
+            _fill_in(losses, pieces, tokens, out.logits)
+        mask[:, : self._skip_first] = 0
+        places = starts[:, None] + torch.arange(tokens.shape[1])
+        origins = torch.stack((self._numbers[rows, None].expand_as(tokens), places, tokens), dim=-1)
+        staged = [(layer.memory, layer.stage(mask.bool(), origins)) for layer in self._layers]
+        for memory, entries in staged:
+            memory.commit(entries)
+        for piece in pieces:
+            self._now[piece.row] = self._before[piece.row] + piece.stop
+
+
+def _padded(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) padded on the right with 0, and where they are: 1."""
+    tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts])
+    return tokens, (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+
+
+def _fill_in(losses: list[Tensor], pieces: list[Piece], tokens: Tensor, logits: Tensor) -> None:
+    """The losses of those tokens of the pieces that were in no piece before and have a token before them."""
+    for piece, own, predicted in zip(pieces, tokens, logits, strict=True):
+        size = piece.stop - piece.start
+        each = F.cross_entropy(predicted[: size - 1].float(), own[1:size].to(predicted.device), reduction="none").cpu()
+        first = max(size - piece.new, 1)
+        losses[piece.row][piece.start + first : piece.stop] = each[first - 1 :]
