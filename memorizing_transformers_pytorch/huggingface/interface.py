@@ -45,7 +45,8 @@ class Local:
         scaling = self.options.get("scaling")
         logits = products.float() * (self.key.shape[-1] ** -0.5 if scaling is None else scaling)
         cap = self.options.get("softcap")
-        return logits if cap is None else (logits / cap).tanh() * cap
+        capped: Tensor = logits if cap is None else (logits / cap).tanh() * cap
+        return capped
 
     def total(self, query: Tensor) -> Tensor:
         """query (B, H, T, D) -> (B, H, T, 1): the logarithm of the sum of the exponentials of all local logits."""
@@ -98,7 +99,7 @@ def backend_of(module: nn.Module, config: Any) -> AttentionFunction:
     name = config._attn_implementation
     if name not in BACKENDS:
         raise ValueError(f"expected attn_implementation to be one of {BACKENDS}, got {name!r}: set it before attaching")
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     found: AttentionFunction | None = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     if found is None:
         raise ValueError(f"expected a model that attends through the attention interface, got {type(module).__name__}")

@@ -94,7 +94,7 @@ def probe(model: Any) -> tuple[dict[int, Layer], dict[int, str]]:
                 expected = f"expected a model that can be given {TOKENS} tokens from position {offset} on"
                 raise ValueError(f"{expected}, got {_name(model)}, which cannot: {error}") from error
             for layer in seen.values():
-                if layer.local is not None:
+                if layer.local is not None and layer.hidden is not None:
                     layer.keys.append(layer.local.key)
                     layer.inputs.append(layer.hidden)
                     layer.cos_sin.append(layer.position_embeddings)

@@ -27,8 +27,8 @@ def checked_texts(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: 
         got = f"{input_ids.dtype} {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else repr(type(input_ids))
         raise ValueError(f"expected input_ids as integers (N,) or (rows, N), got {got}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        expected, got = tuple(input_ids.shape), tuple(attention_mask.shape)
-        raise ValueError(f"expected an attention_mask of shape {expected}, got {got}")
+        shapes = f"{tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+        raise ValueError(f"expected an attention_mask of shape {shapes}")
     rows = input_ids.cpu().reshape(-1, input_ids.shape[-1])
     mask = torch.ones_like(rows) if attention_mask is None else attention_mask.cpu().reshape(rows.shape)
     texts = [row[kept] for row, kept in zip(rows, mask.bool(), strict=True)]

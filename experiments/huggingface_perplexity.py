@@ -1,0 +1,154 @@
+"""What a memory is worth to a pretrained model that was not trained for it: perplexity on passages of long texts.
+
+    python experiments/huggingface_perplexity.py MODEL_FOLDER OUTPUT.json --texts moby-dick.txt hamlet.md --passages 8
+
+MODEL_FOLDER holds a model of transformers, or one .gguf file. Of each passage of 4,096 tokens the later half is scored:
+with local context only (chunks of 512), with a memory of the first half, with a memory of as much of another text, with
+that of the first half but its values shuffled, and with the whole passage as context. For longer memories the text
+before the passage is read too. Passages that OUTPUT.json has already are not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memorizing_transformers_pytorch.evaluation.bootstrap import drawn_means
+from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
+from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_memory, suggest_layers
+
+HALF = 2_048
+
+
+@dataclass(frozen=True)
+class Options:
+    model: tyro.conf.Positional[Path]
+    output: tyro.conf.Positional[Path]
+    texts: tuple[Path, ...]
+    passages: int = 8
+    """Of each text, evenly spread."""
+    layers: tuple[int, ...] = ()
+    """Those with a memory; chosen by their induction heads unless given."""
+    topk: int = 32
+    longer: tuple[int, ...] = ()
+    """Tokens of the text before the passage's later half to read, beside the 2,048 of the first."""
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    files = list(folder.glob("*.gguf"))
+    where = {"gguf_file": files[0].name} if files else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **where)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **where)
+
+
+def starts(length: int, passages: int, before: int) -> list[int]:
+    """Where the later halves of passages begin, evenly spread, with so many tokens before each."""
+    return np.linspace(before, length - HALF, passages).astype(int).tolist()
+
+
+@torch.no_grad()
+def with_all(model: Any, tokens: Tensor) -> float:
+    """The loss of the later half but its first token, with everything before it as context."""
+    logits = model(input_ids=tokens[None], logits_to_keep=HALF, use_cache=False).logits[0, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.float(), tokens[1 - HALF :]))
+
+
+def with_memory(memory: AttachedMemory, before: Tensor, later: Tensor) -> float:
+    """The loss of the later tokens after the others were read."""
+    memory.clear()
+    memory.read(before, progress=False)
+    return loss(memory, later)
+
+
+def loss(memory: AttachedMemory, tokens: Tensor) -> float:
+    """Of all but the first, while they are read."""
+    (losses,) = memory.score(tokens, progress=False)
+    return float(losses[1:].mean())
+
+
+def modes(
+    model: Any, memory: AttachedMemory, text: Tensor, other: Tensor, longer: tuple[int, ...]
+) -> dict[str, Callable[[int], float]]:
+    """The loss of the half that begins at a place in the text, by what the model knows of what came before."""
+
+    def local(place: int) -> float:
+        with memory.enabled(False):
+            return with_memory(memory, text[place - HALF : place], text[place : place + HALF])
+
+    def shuffled(place: int) -> float:
+        memory.clear()
+        memory.read(text[place - HALF : place], progress=False)
+        for layer in memory.layers.values():
+            random = torch.Generator().manual_seed(place)
+            count = layer.memory.num_entries[0]
+            values = layer.memory.store.values[0, :, :count]
+            values.copy_(values[:, torch.randperm(count, generator=random)].clone())
+        return loss(memory, text[place : place + HALF])
+
+    found: dict[str, Callable[[int], float]] = {
+        "local": local,
+        "memory": lambda place: with_memory(memory, text[place - HALF : place], text[place : place + HALF]),
+        "memory of another text": lambda place: with_memory(memory, other[:HALF], text[place : place + HALF]),
+        "values shuffled": shuffled,
+        "full context": lambda place: with_all(model, text[place - HALF : place + HALF]),
+    }
+    for count in longer:
+        found[f"memory of {count:,}"] = lambda place, count=count: with_memory(
+            memory, text[place - count : place], text[place : place + HALF]
+        )
+    return found
+
+
+def main(options: Options) -> None:
+    model, tokenizer = load(options.model)
+    print({index: round(score, 2) for index, score in list(suggest_layers(model).items())[:10]}, flush=True)
+    chosen = options.layers or "auto"
+    memory = attach_memory(model, layers=chosen, topk=options.topk, index="exact", max_memories=131_072)
+    print(memory, flush=True)
+    results = json.loads(options.output.read_text()) if options.output.is_file() else {"losses": {}}
+    texts = [tokenizer(path.read_text(), return_tensors="pt").input_ids[0] for path in options.texts]
+    for i, (path, text) in enumerate(zip(options.texts, texts, strict=True)):
+        losses = results["losses"].setdefault(path.stem, {})
+        for place in starts(len(text), options.passages, max(HALF, *options.longer) if options.longer else HALF):
+            for name, measure in modes(model, memory, text, texts[i - 1], options.longer).items():
+                if str(place) not in losses.setdefault(name, {}):
+                    losses[name][str(place)] = measure(place)
+                    results.update(layers=list(memory.layers), topk=options.topk, **provenance(torch.device("cpu")))
+                    options.output.write_text(json.dumps(results, indent=1))
+        print(
+            path.stem,
+            {name: round(float(np.exp(np.mean(list(each.values())))), 2) for name, each in losses.items()},
+            flush=True,
+        )
+    print(table(results))
+
+
+def table(results: dict[str, Any]) -> str:
+    """Perplexities with 95% intervals over passages, and the share of the way from local to full context."""
+    lines = ["| text | " + " | ".join(next(iter(results["losses"].values()))) + " | share of the way |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for name, losses in results["losses"].items():
+        sums = np.array([list(each.values()) for each in losses.values()])
+        draws = drawn_means(sums, np.ones(sums.shape[1]))
+        cells = []
+        for row, mean in enumerate(sums.mean(axis=1)):
+            low, high = np.exp(np.percentile(draws[row], [2.5, 97.5])) if draws is not None else (np.nan, np.nan)
+            cells.append(f"{np.exp(mean):.2f} [{low:.1f}, {high:.1f}]")
+        means = dict(zip(losses, np.exp(sums.mean(axis=1)), strict=True))
+        share = (means["local"] - means["memory"]) / (means["local"] - means["full context"])
+        lines.append(f"| {name} | {' | '.join(cells)} | {share:.0%} |")
+    return "\n".join(lines) + f"\n\n({origin(results)}; layers {results['layers']}, top {results['topk']})"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
