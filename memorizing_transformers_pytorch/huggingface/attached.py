@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memorizing_transformers_pytorch.huggingface import interface
-from memorizing_transformers_pytorch.huggingface.layers import chosen_layers
+from memorizing_transformers_pytorch.huggingface.fingerprint import Weights
 from memorizing_transformers_pytorch.huggingface.memory_layer import GATE_START, HeadBias, MemoryLayer, Reading
-from memorizing_transformers_pytorch.huggingface.probe import Layer, probe
+from memorizing_transformers_pytorch.huggingface.options import Options
+from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.huggingface.reader import Reader
 from memorizing_transformers_pytorch.huggingface.texts import checked_texts, pieces_of
 from memorizing_transformers_pytorch.memory import KNNMemory
@@ -38,79 +39,6 @@ class Document:
     tokens: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """See `attach_memory`."""
-
-    topk: int = 32
-    combine: str = "softmax"
-    positions: str = "true"
-    distance: int = 64
-    max_memories: int = 262_144
-    chunk: int = 512
-    skip_first: int = 4
-    dtype: torch.dtype | None = None
-    device: torch.device | str | None = None
-    index: str = "auto"
-    directory: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in {"topk": 1, "distance": 0, "max_memories": 1, "chunk": 1, "skip_first": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"expected {name} to be at least {least}, got {getattr(self, name)}")
-        if self.skip_first >= self.chunk:
-            raise ValueError(f"expected skip_first to be below chunk={self.chunk}, got {self.skip_first}")
-        for name, choices in {"combine": ("softmax", "gate"), "positions": ("true", "constant")}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"expected {name} to be one of {choices}, got {getattr(self, name)!r}")
-
-
-def attach_memory(model: Any, *, layers: str | Iterable[int] = "auto", **options: Any) -> AttachedMemory:
-    """Give some layers of a causal language model of transformers a memory, which they read with their own attention.
-
-    model: any that attends through the attention interface, with attn_implementation "sdpa" or "eager".
-    layers: numbers of layers, "all" that can, or "auto": those with induction heads (see `suggest_layers`).
-    topk: how many entries each query retrieves.
-    combine: "softmax", one softmax over local keys and retrieved ones, with a bias per head that starts at 0; or
-        "gate", the paper's learned gate per head.
-    positions: "true", remembered tokens are as far away as they are; or "constant", all of them `distance` away. Only
-        for rotary position embeddings; other keys are kept as they are.
-    max_memories: entries of each row and layer; when full, the newest replaces the oldest.
-    chunk: how many tokens `read` gives the model at once, and so its local context while reading.
-    skip_first: how many tokens at the beginning of each chunk are not remembered, as they attract attention whatever
-        they are; chunks overlap by as many.
-    dtype, device, index, directory: of the memory, as for `KNNMemory`; dtype and device are those of the model unless
-        said otherwise.
-
-    Nothing else changes: with nothing read the model gives bit for bit what it gave before.
-
-    Raises ValueError, with the model untouched, for a model or layers that cannot have a memory, and says why.
-    """
-    checked = Options(**options)
-    served, refused = probe(model)
-    numbers = _numbers(model, layers, served, refused)
-    for number in numbers:
-        interface.backend_of(served[number].module, served[number].module.config)
-    return AttachedMemory(model, [served[number] for number in numbers], checked)
-
-
-def _numbers(model: Any, layers: str | Iterable[int], served: dict[int, Layer], refused: dict[int, str]) -> list[int]:
-    if layers == "auto":
-        return chosen_layers(model, served)
-    if layers == "all":
-        return sorted(served)
-    if isinstance(layers, str):
-        raise ValueError(f"expected layers to be numbers, 'all' or 'auto', got {layers!r}")
-    numbers = sorted(set(layers))
-    for number in numbers:
-        if number not in served:
-            reason = f": {refused[number]}" if number in refused else ""
-            raise ValueError(f"expected layers among {sorted(served)}, got {number}{reason}")
-    if not numbers:
-        raise ValueError("expected at least one layer, got none")
-    return numbers
-
-
 class AttachedMemory:
     """The memory of a model, from `attach_memory`.
 
@@ -124,6 +52,9 @@ class AttachedMemory:
         self._numbers = itertools.count()
         self._reading = Reading([0], torch.zeros(1, dtype=torch.int64))
         self._attached = True
+        self._weights = Weights(model, MODULE)
+        self._written_by: str | None = None
+        self._weights_seen: tuple[Any, ...] | None = None
         self._hooks = []
         for layer in layers:
             module: Any = layer.module
@@ -136,6 +67,7 @@ class AttachedMemory:
             module.add_module(MODULE, bias)
             interface.use(module, made)
             self._hooks.append(module.register_forward_pre_hook(made.remember_positions, with_kwargs=True))
+        self._hooks.append(model.register_forward_pre_hook(self._warn_of_other_weights))
 
     def _memory(self, layer: Layer, rows: int) -> KNNMemory:
         weight, options = next(layer.module.parameters()), self.options
@@ -215,6 +147,7 @@ class AttachedMemory:
         if len(titles) != len(texts):
             raise ValueError(f"expected a title for each of {len(texts)} documents, got {len(titles)}")
         self._make_rows(len(texts))
+        self._refuse_other_weights()
         numbers = [next(self._numbers) for _ in texts]
         reader = Reader(self.model, list(self.layers.values()), self._reading, self.options.skip_first, numbers)
         found = [torch.full((len(text),), torch.nan) for text in texts]
@@ -239,6 +172,22 @@ class AttachedMemory:
             layer.memory.cleanup()
             layer.memory = self._memory(layer.layer, rows)
         self._reading.stand_at(torch.zeros(rows, dtype=torch.int64))
+
+    def _refuse_other_weights(self) -> None:
+        """Raises ValueError if something was read with other weights; else notes those of the model."""
+        fingerprint = self._weights.fingerprint()
+        if self._documents and fingerprint != self._written_by:
+            raise ValueError("expected the weights that have read what is remembered, got others: clear() it first")
+        self._written_by, self._weights_seen = fingerprint, self._weights.state()
+
+    def _warn_of_other_weights(self, *_: Any) -> None:
+        """A forward pre-hook of the model."""
+        if self._documents and self._weights_seen != (state := self._weights.state()):
+            self._weights_seen = state
+            if self._weights.fingerprint() != self._written_by:
+                warnings.warn(
+                    "the weights have changed since they read what is remembered: it fits badly", stacklevel=2
+                )
 
     def documents(self) -> list[Document]:
         """What was read since the rows were last cleared."""

@@ -174,6 +174,42 @@ def test_scores_are_the_losses_of_each_token_after_its_chunk_and_the_memory(chun
         torch.testing.assert_close(second[1:], whole, rtol=1e-4, atol=1e-4)
 
 
+def test_weights_that_have_changed_since_they_read_are_noticed() -> None:
+    model, ids = tiny("llama"), tokens(1, 30)
+    memory = attach_memory(model, layers=[1])
+    memory.read(ids, progress=False)
+    with torch.no_grad():
+        memory.parameters()[0].add_(1)  # of the joining: keys do not depend on it
+    logits(model, ids)
+    memory.read(ids, progress=False)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    with pytest.warns(UserWarning, match="the weights have changed since they read"):
+        logits(model, ids)
+    logits(model, ids)  # once for each change
+    with pytest.raises(ValueError, match="expected the weights that have read what is remembered, got others"):
+        memory.read(ids, progress=False)
+    assert len(memory.documents()) == 2
+    memory.clear()
+    memory.read(ids, progress=False)
+    logits(model, ids)
+
+
+def test_an_adapter_counts_as_other_weights_and_can_be_trained() -> None:
+    peft = pytest.importorskip("peft")
+    model, ids = tiny("llama", "sdpa"), tokens(1, 30)
+    memory = attach_memory(model, layers=[1], skip_first=0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=None))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    memory.read(ids, progress=False)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for name, parameter in adapted.named_parameters() if "lora_" in name)
+    with adapted.disable_adapter(), pytest.warns(UserWarning, match="the weights have changed"):
+        adapted(input_ids=ids)
+
+
 def test_it_tells_what_was_looked_up_and_what_it_holds() -> None:
     model = tiny("llama")
     memory = attach_memory(model, layers=[1], topk=3)

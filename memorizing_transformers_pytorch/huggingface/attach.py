@@ -1,0 +1,58 @@
+"""Attaching a memory to a causal language model of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from memorizing_transformers_pytorch.huggingface import interface
+from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
+from memorizing_transformers_pytorch.huggingface.layers import chosen_layers
+from memorizing_transformers_pytorch.huggingface.options import Options
+from memorizing_transformers_pytorch.huggingface.probe import Layer, probe
+
+
+def attach_memory(model: Any, *, layers: str | Iterable[int] = "auto", **options: Any) -> AttachedMemory:
+    """Give some layers of a causal language model of transformers a memory, which they read with their own attention.
+
+    model: any that attends through the attention interface, with attn_implementation "sdpa" or "eager".
+    layers: numbers of layers, "all" that can, or "auto": those with induction heads (see `suggest_layers`).
+    topk: how many entries each query retrieves.
+    combine: "softmax", one softmax over local keys and retrieved ones, with a bias per head that starts at 0; or
+        "gate", the paper's learned gate per head.
+    positions: "true", remembered tokens are as far away as they are; or "constant", all of them `distance` away. Only
+        for rotary position embeddings; other keys are kept as they are.
+    max_memories: entries of each row and layer; when full, the newest replaces the oldest.
+    chunk: how many tokens `read` gives the model at once, and so its local context while reading.
+    skip_first: how many tokens at the beginning of each chunk are not remembered, as they attract attention whatever
+        they are; chunks overlap by as many.
+    dtype, device, index, directory: of the memory, as for `KNNMemory`; dtype and device are those of the model unless
+        said otherwise.
+
+    Nothing else changes: with nothing read the model gives bit for bit what it gave before.
+
+    Raises ValueError, with the model untouched, for a model or layers that cannot have a memory, and says why.
+    """
+    checked = Options(**options)
+    served, refused = probe(model)
+    numbers = _numbers(model, layers, served, refused)
+    for number in numbers:
+        interface.backend_of(served[number].module, served[number].module.config)
+    return AttachedMemory(model, [served[number] for number in numbers], checked)
+
+
+def _numbers(model: Any, layers: str | Iterable[int], served: dict[int, Layer], refused: dict[int, str]) -> list[int]:
+    if layers == "auto":
+        return chosen_layers(model, served)
+    if layers == "all":
+        return sorted(served)
+    if isinstance(layers, str):
+        raise ValueError(f"expected layers to be numbers, 'all' or 'auto', got {layers!r}")
+    numbers = sorted(set(layers))
+    for number in numbers:
+        if number not in served:
+            reason = f": {refused[number]}" if number in refused else ""
+            raise ValueError(f"expected layers among {sorted(served)}, got {number}{reason}")
+    if not numbers:
+        raise ValueError("expected at least one layer, got none")
+    return numbers

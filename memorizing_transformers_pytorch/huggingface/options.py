@@ -1,0 +1,35 @@
+"""How a memory is attached to a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """See `attach_memory`."""
+
+    topk: int = 32
+    combine: str = "softmax"
+    positions: str = "true"
+    distance: int = 64
+    max_memories: int = 262_144
+    chunk: int = 512
+    skip_first: int = 4
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+    index: str = "auto"
+    directory: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in {"topk": 1, "distance": 0, "max_memories": 1, "chunk": 1, "skip_first": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"expected {name} to be at least {least}, got {getattr(self, name)}")
+        if self.skip_first >= self.chunk:
+            raise ValueError(f"expected skip_first to be below chunk={self.chunk}, got {self.skip_first}")
+        for name, choices in {"combine": ("softmax", "gate"), "positions": ("true", "constant")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"expected {name} to be one of {choices}, got {getattr(self, name)!r}")
