@@ -30,6 +30,8 @@ class Options:
     """Fewer rounds and smaller memories: some minutes."""
     only: tuple[str, ...] = ()
     """Measure only these: step, space, parts, look_up, sweep, writing, growth, scale."""
+    measure: bool = True
+    """With --no-measure the page is written anew from the results that there are."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model and its memory lie. On a GPU: step, space, look_up, writing."""
     results: Path = ROOT / "docs"
@@ -43,6 +45,15 @@ def main(options: Options) -> None:
     unknown = set(options.only) - set(measurements)
     if unknown:
         raise SystemExit(f"expected measurements among {', '.join(measurements)}, got {', '.join(sorted(unknown))}")
+    here, there = options.results / "performance.json", options.results / "performance-gpu.json"
+    if options.measure:
+        measure(options, options.only or tuple(measurements), here if options.device == "cpu" else there)
+    notes = (Path(__file__).parent / "notes.md").read_text(encoding="utf-8")
+    write_page(read(here), options.results / "performance.md", read(there), notes)
+
+
+def measure(options: Options, names: tuple[str, ...], file: Path) -> None:
+    """Measure what has these names, and keep each result in the file as soon as it is there."""
     original = options.folder / "original"
     subprocess.run([ROOT / "scripts" / "original_environment.sh", original], check=True)
     steps, count = (200, 80_000) if options.quick else (500, 1_100_000)
@@ -50,16 +61,12 @@ def main(options: Options) -> None:
     python = str(original / "bin" / "python")
     setting = Setting(options.quick, python, str(vectors), options.folder, options.device)
     options.results.mkdir(parents=True, exist_ok=True)
-    here, there = options.results / "performance.json", options.results / "performance-gpu.json"
-    file = here if options.device == "cpu" else there
     results = read(file)
-    for name in options.only or measurements:
+    for name in names:
         print(name, flush=True)
-        found = measurements[name](setting)
+        found = MEASUREMENTS[name](setting)
         results[name] = {"found": found, "quick": options.quick, **provenance(torch.device(options.device))}
         file.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    notes = (Path(__file__).parent / "notes.md").read_text(encoding="utf-8")
-    write_page(read(here), options.results / "performance.md", read(there), notes)
 
 
 def read(file: Path) -> dict[str, Any]:
