@@ -118,8 +118,8 @@ def sweep_section(found: Results) -> str:
     return (
         "## Recall and time\n\n![Recall against time](performance/recall.png)\n\nSearches with the queries of a "
         "segment in trained keys; each point looks twice as far as the one before.\n"
-        "A query for which the lists hold less than it wants is answered exactly, so that the lowest points are not the "
-        "fastest.\n"
+        "A query for which the lists hold less than it wants is answered exactly, so that the lowest points are not "
+        "the\nfastest.\n"
     )
 
 
