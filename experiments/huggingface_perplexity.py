@@ -85,6 +85,10 @@ def modes(
         with memory.enabled(False):
             return with_memory(memory, text[place - HALF : place], text[place : place + HALF])
 
+    def full(place: int) -> float:
+        with memory.enabled(False):
+            return with_all(model, text[place - HALF : place + HALF])
+
     def shuffled(place: int) -> float:
         memory.clear()
         memory.read(text[place - HALF : place], progress=False)
@@ -100,7 +104,7 @@ def modes(
         "memory": lambda place: with_memory(memory, text[place - HALF : place], text[place : place + HALF]),
         "memory of another text": lambda place: with_memory(memory, other[:HALF], text[place : place + HALF]),
         "values shuffled": shuffled,
-        "full context": lambda place: with_all(model, text[place - HALF : place + HALF]),
+        "full context": full,
     }
     for count in longer:
         found[f"memory of {count:,}"] = lambda place, count=count: with_memory(
