@@ -87,6 +87,13 @@ class MemoryLayer(Extension):
             self.staged = self._placed(local.key, keys=True), local.value.detach()
         if not self.enabled or not any(self.memory.num_entries[row] for row in self.reading.rows):
             return self._untouched(out)
+        join: Any = self._join
+        if torch.compiler.is_compiling():  # a search cannot be compiled
+            join = torch.compiler.disable(join)  # type: ignore[no-untyped-call]
+        joined: Tensor = join(out, query, local)
+        return joined
+
+    def _join(self, out: Tensor, query: Tensor, local: Local) -> Tensor:
         placed = self._grouped(self._placed(query, keys=False))
         lookup, shape = self._look_up(placed), (*query.shape[:3], -1)
         mask = self._of_batch(lookup.mask, shape)

@@ -128,6 +128,44 @@ def test_the_bias_of_the_heads_learns_and_nothing_else_that_is_frozen(combine: s
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in memory.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_close_to_float32(dtype: torch.dtype) -> None:
+    found = []
+    for each in (torch.float32, dtype):
+        model = tiny("llama", "sdpa").to(each)
+        memory = attach_memory(model, **{**EVERYTHING, "dtype": None})
+        memory.read(tokens(1, 30), progress=False)
+        assert memory.layers[0].memory.dtype == each
+        found.append(logits(model, tokens(2, 6, seed=1)))
+    assert found[1].dtype == dtype
+    assert float((found[1].float() - found[0]).norm() / found[0].norm()) < 0.1
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    model, ids = tiny("llama", "sdpa"), tokens(2, 9)
+    memory = attach_memory(model, **EVERYTHING)
+    memory.read(tokens(1, 30), progress=False)
+    model.train()
+    found = []
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        switch()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of what it does not compile: that is allowed
+def test_a_model_with_a_memory_compiles() -> None:
+    torch._dynamo.reset()
+    model, ids = tiny("llama", "sdpa"), tokens(2, 9)
+    memory = attach_memory(model, **EVERYTHING)
+    memory.read(tokens(1, 30), progress=False)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(input_ids=ids).logits
+    torch.testing.assert_close(compiled, logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
 def test_constant_positions_do_not_depend_on_where_it_was_read() -> None:
     model, ids, filler = tiny("llama"), tokens(1, 20), tokens(1, 50, seed=3)
     found = []
