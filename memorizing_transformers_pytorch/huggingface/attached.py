@@ -56,13 +56,14 @@ class AttachedMemory:
         self._written_by: str | None = None
         self._weights_seen: tuple[Any, ...] | None = None
         self._hooks = []
-        for layer in layers:
+        memories = [self._memory(layer, 1) for layer in layers]  # whatever fails, fails before the model is touched
+        for layer, memory in zip(layers, memories, strict=True):
             module: Any = layer.module
             weight = next(module.parameters())
             bias = HeadBias(layer.heads, 0.0 if options.combine == "softmax" else GATE_START, weight.device)
             distance = options.distance if options.positions == "constant" else None
             made = self.layers[layer.index] = MemoryLayer(
-                layer, self._memory(layer, 1), options.combine, options.topk, distance, bias, self._reading
+                layer, memory, options.combine, options.topk, distance, bias, self._reading
             )
             module.add_module(MODULE, bias)
             interface.use(module, made)
@@ -84,6 +85,8 @@ class AttachedMemory:
         )
 
     def __repr__(self) -> str:
+        if not self._attached:
+            return "AttachedMemory(detached)"
         entries = {index: layer.memory.num_entries for index, layer in self.layers.items()}
         return f"AttachedMemory(layers={list(self.layers)}, entries={entries}, bytes={self.num_bytes:,})"
 
@@ -153,11 +156,14 @@ class AttachedMemory:
         found = [torch.full((len(text),), torch.nan) for text in texts]
         pieces = pieces_of([len(text) for text in texts], self.options.chunk, self.options.skip_first)
         with reader, tqdm(total=sum(map(len, texts)), unit=" tokens", disable=not progress) as bar:
-            for some in pieces:
-                reader.read(some, texts, found if losses else None)
-                bar.update(sum(piece.new for piece in some))
-        for row, (number, title, text) in enumerate(zip(numbers, titles, texts, strict=True)):
-            self._documents.append(Document(number, title or f"document {number}", row, len(text)))
+            try:
+                for some in pieces:
+                    reader.read(some, texts, found if losses else None)
+                    bar.update(sum(piece.new for piece in some))
+            finally:  # also of what was broken off
+                for row, (number, title, size) in enumerate(zip(numbers, titles, reader.read_of_each(), strict=True)):
+                    if size:
+                        self._documents.append(Document(number, title or f"document {number}", row, size))
         return found
 
     def _make_rows(self, rows: int) -> None:
@@ -168,9 +174,10 @@ class AttachedMemory:
             return
         if self._documents:
             raise ValueError(f"expected {self.num_rows} documents, one for each row of the memory, got {rows}")
-        for layer in self.layers.values():
+        made = [self._memory(layer.layer, rows) for layer in self.layers.values()]
+        for layer, memory in zip(self.layers.values(), made, strict=True):
             layer.memory.cleanup()
-            layer.memory = self._memory(layer.layer, rows)
+            layer.memory, layer.last_lookup = memory, None
         self._reading.stand_at(torch.zeros(rows, dtype=torch.int64))
 
     def _refuse_other_weights(self) -> None:
@@ -198,6 +205,7 @@ class AttachedMemory:
         cleared = next(iter(self.layers.values())).memory.rows_to_clear(rows)
         for layer in self.layers.values():
             layer.memory.clear(cleared)
+            layer.last_lookup = None
         self._documents = [each for each in self._documents if each.row not in cleared]
         offsets = self._reading.offsets.clone()
         offsets[cleared] = 0

@@ -39,8 +39,9 @@ class Weights:
 
     def _switches(self) -> Iterator[tuple[Any, ...]]:
         for module in self._model.modules():
-            if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
-                yield str(module.active_adapters), bool(module.disable_adapters), str(getattr(module, "scaling", ""))
+            names = getattr(module, "active_adapters", None)
+            if names is not None and not callable(names) and hasattr(module, "disable_adapters"):
+                yield str(names), bool(module.disable_adapters), str(getattr(module, "scaling", ""))
 
 
 def _version(parameter: nn.Parameter) -> int:

@@ -57,10 +57,10 @@ class Local:
         return torch.cat(parts, dim=2)
 
     def products(self, query: Tensor) -> Tensor:
-        """query (B, H, T, D) -> inner products with the keys (B, H, T, S)."""
+        """query (B, H, T, D) -> inner products with the keys (B, H, T, S), in float32: in float16 they may overflow."""
         batch, heads, count, width = query.shape
         grouped = query.reshape(batch, self.key.shape[1], -1, width)
-        return (grouped @ self.key.mT).view(batch, heads, count, -1)
+        return (grouped.float() @ self.key.float().mT).view(batch, heads, count, -1)
 
     def masked(self, query: Tensor, block: slice, num_queries: int) -> Tensor:
         """query (B, H, t, D), a block of so many -> logits (B, H, t, S), and one more for a sink, if there is one."""

@@ -83,9 +83,17 @@ class MemoryLayer(Extension):
 
     def joined(self, out: Tensor, query: Tensor, local: Local) -> Tensor:
         """As `Extension.joined`."""
+        self.last_lookup = None
+        if len(query) % len(self.reading.rows):
+            rows = len(self.reading.rows)
+            raise ValueError(f"expected a batch that is a multiple of the {rows} rows of the memory, got {len(query)}")
         if self.reading.staging:
             self.staged = self._placed(local.key, keys=True), local.value.detach()
-        if not self.enabled or not any(self.memory.num_entries[row] for row in self.reading.rows):
+        if (
+            not self.enabled
+            or self.memory.is_closed
+            or not any(self.memory.num_entries[row] for row in self.reading.rows)
+        ):
             return self._untouched(out)
         join: Any = self._join
         if torch.compiler.is_compiling():  # a search cannot be compiled
@@ -144,8 +152,6 @@ class MemoryLayer(Extension):
     def _grouped(self, x: Tensor) -> Tensor:
         """(B, H, T, n) -> (R, H, B / R * T, n)."""
         rows, (batch, heads, count, size) = len(self.reading.rows), x.shape
-        if batch % rows:
-            raise ValueError(f"expected a batch that is a multiple of the {rows} rows of the memory, got {batch}")
         return x.view(rows, batch // rows, heads, count, size).transpose(1, 2).reshape(rows, heads, -1, size)
 
     def _of_batch(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:

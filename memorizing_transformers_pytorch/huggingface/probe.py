@@ -112,6 +112,8 @@ def probe(model: Any) -> tuple[dict[int, Layer], dict[int, str]]:
 
 def _candidates(model: Any) -> dict[int, nn.Module]:
     name = _name(model)
+    if hasattr(model, "get_base_model"):
+        raise ValueError(f"expected a model of transformers, got {name}: attach to its get_base_model()")
     if not hasattr(model, "config") or not hasattr(model, "can_generate") or not model.can_generate():
         raise ValueError(f"expected a causal language model of transformers, got {name}")
     if getattr(model.config, "is_encoder_decoder", False):

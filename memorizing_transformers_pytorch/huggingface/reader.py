@@ -46,6 +46,11 @@ class Reader(AbstractContextManager["Reader"]):
             layer.staged = None
         self._reading.stand_at(self._now)
 
+    def read_of_each(self) -> list[int]:
+        """How many tokens of each text were read."""
+        sizes: list[int] = (self._now - self._before).tolist()
+        return sizes
+
     def read(self, pieces: list[Piece], texts: list[Tensor], losses: list[Tensor] | None) -> None:
         """Run the model on a piece of each of some texts, then remember what it has staged; losses: to be filled in."""
         rows = [piece.row for piece in pieces]

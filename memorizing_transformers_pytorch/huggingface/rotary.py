@@ -38,9 +38,9 @@ class Rotary:
         return self._apply(x, angles.cos().float(), angles.sin().float())
 
     def unturned(self, x: Tensor, position_embeddings: CosSin) -> Tensor:
-        """x (B, H, T, D) as it was before the family turned it so, in float32."""
+        """x (B, H, T, D) turned back to position 0, as long as the family has made it, in float32."""
         cos, sin = (part.float() / self.scale for part in position_embeddings)
-        return self._apply(x, cos, -sin) / self.scale
+        return self._apply(x, cos, -sin)
 
     def _apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Where a layer turns only a part of each head, its function is given that part, or takes it by itself."""

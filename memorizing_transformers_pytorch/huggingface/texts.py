@@ -26,6 +26,10 @@ def checked_texts(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: 
     if not isinstance(input_ids, Tensor) or input_ids.ndim not in (1, 2) or input_ids.is_floating_point():
         got = f"{input_ids.dtype} {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else repr(type(input_ids))
         raise ValueError(f"expected input_ids as integers (N,) or (rows, N), got {got}")
+    if input_ids.numel() == 0:
+        raise ValueError(
+            f"expected at least one token in each document, got input_ids of shape {tuple(input_ids.shape)}"
+        )
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         shapes = f"{tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
         raise ValueError(f"expected an attention_mask of shape {shapes}")

@@ -128,6 +128,89 @@ def test_the_bias_of_the_heads_learns_and_nothing_else_that_is_frozen(combine: s
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in memory.parameters())
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_scaled_embeddings_are_as_long_at_constant_positions_as_at_true_ones(family: str) -> None:
+    """One token read and one asked are one apart in either case (YaRN makes queries and keys longer)."""
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 10_000.0}
+    part = {"partial_rotary_factor": 0.5} if family == "phi" else {}
+    model, found = tiny(family, rope_parameters={**yarn, **part}), []
+    for positions in ("true", "constant"):
+        memory = attach_memory(model, **EVERYTHING, positions=positions, distance=1)
+        assert memory.layers[0].layer.rotary is not None
+        assert memory.layers[0].layer.rotary.scale > 1.1
+        memory.read(tokens(1, 1), progress=False)
+        found.append(logits(model, tokens(1, 1, seed=1)))
+        memory.detach()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reading_that_is_broken_off_is_listed_as_far_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    memory = attach_memory(model, layers=[1], chunk=10, skip_first=0)
+    forward, calls = model.forward, []
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "forward", broken)
+        with pytest.raises(KeyboardInterrupt):
+            memory.read(tokens(1, 50), progress=False)
+    assert [document.tokens for document in memory.documents()] == [20]
+    assert memory.layers[1].memory.num_entries == (20,)
+    memory.read(tokens(1, 5), progress=False)
+    assert memory.layers[1].memory.store.origins[0, :25, 1].tolist() == list(range(25))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_batch_that_is_no_multiple_of_the_rows_is_refused(family: str) -> None:
+    model = tiny(family)
+    memory = attach_memory(model, layers=[0])
+    memory.read(tokens(3, 20), progress=False)
+    for rows in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"a multiple of the 3 rows of the memory, got {rows}"):
+            logits(model, tokens(rows, 5))
+    assert logits(model, tokens(6, 5)).isfinite().all()
+
+
+def test_what_was_looked_up_is_forgotten_with_what_was_read() -> None:
+    model = tiny("llama")
+    memory = attach_memory(model, layers=[0])
+    memory.read(tokens(3, 20), progress=False)
+    logits(model, tokens(3, 5))
+    assert set(memory.last_retrieved) == {0}
+    memory.clear()
+    assert memory.last_retrieved == {}
+    memory.read(tokens(1, 20), progress=False)
+    with memory.enabled(False):
+        logits(model, tokens(1, 5))
+    assert memory.last_retrieved == {}
+    memory.detach()
+    assert repr(memory) == "AttachedMemory(detached)"
+
+
+def test_a_failure_while_attaching_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memorizing_transformers_pytorch.huggingface import attached
+
+    model, made = tiny("llama"), []
+
+    class Failing(attached.KNNMemory):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            made.append(1)
+            if len(made) == 2:
+                raise MemoryError
+            super().__init__(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attached, "KNNMemory", Failing)
+        with pytest.raises(MemoryError):
+            attach_memory(model, layers="all")
+    attach_memory(model, layers="all")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_close_to_float32(dtype: torch.dtype) -> None:
     found = []
@@ -296,6 +379,8 @@ def test_bad_options_are_refused_and_the_model_is_untouched(options: dict[str, A
         (torch.ones(2, 3, 4).long(), None, "expected input_ids as integers"),
         (torch.ones(2, 3), None, "expected input_ids as integers"),
         (torch.ones(1, 3).long(), torch.ones(1, 4), "expected an attention_mask of shape"),
+        (torch.zeros(0, 5).long(), None, "expected at least one token in each document"),
+        (torch.zeros(1, 0).long(), None, "expected at least one token in each document"),
         (torch.ones(1, 3).long(), torch.zeros(1, 3), "expected at least one token in each document"),
         (torch.tensor([[3, 99]]), None, "expected token ids of the model, 0 to 98, got 3 to 99"),
     ],
