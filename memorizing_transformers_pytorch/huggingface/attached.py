@@ -133,7 +133,8 @@ class AttachedMemory:
     ) -> list[Tensor]:
         """`read`, and the loss (in nats) of each token of each document, without padding, as it was read: (N,) float32.
 
-        A token is predicted from the part of its chunk before it, and the memory. The first of a document is NaN.
+        A token is predicted from the part of its chunk before it, and the memory. The first of a document is NaN, and
+        with skip_first=0, where chunks do not overlap, the first of each chunk.
         """
         return self._read(input_ids, attention_mask, document, progress, losses=True)
 

@@ -132,8 +132,6 @@ def _candidates(model: Any) -> dict[int, nn.Module]:
 def watching(model: nn.Module, modules: dict[int, nn.Module]) -> Iterator[dict[int, Seen]]:
     """Inside, what passes through these layers is kept; gradients, dropout and what is cached are off."""
     seen, hooks = {index: Seen() for index in modules}, []
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
         for index, module in modules.items():
             use(module, seen[index])
@@ -143,13 +141,24 @@ def watching(model: nn.Module, modules: dict[int, nn.Module]) -> Iterator[dict[i
                 layer.position_embeddings = options.get("position_embeddings")
 
             hooks.append(module.register_forward_pre_hook(remember, with_kwargs=True))
-        with torch.no_grad():
+        with evaluating(model):
             yield seen
     finally:
         for hook in hooks:
             hook.remove()
         for module in modules.values():
             leave(module)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and learns nothing; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
         for module in training:
             module.training = True
 

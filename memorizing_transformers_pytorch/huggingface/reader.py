@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing_transformers_pytorch.huggingface.memory_layer import MemoryLayer, Reading
-from memorizing_transformers_pytorch.huggingface.probe import run
+from memorizing_transformers_pytorch.huggingface.probe import evaluating, run
 from memorizing_transformers_pytorch.huggingface.texts import Piece
 
 
@@ -29,19 +29,14 @@ class Reader(AbstractContextManager["Reader"]):
         self._model, self._layers, self._reading, self._skip_first = model, layers, reading, skip_first
         self._numbers = torch.tensor(numbers)
         self._before, self._now = reading.offsets, reading.offsets.clone()
-        self._training: list[torch.nn.Module] = []
-        self._no_grad = torch.no_grad()
+        self._evaluating = evaluating(model)
 
     def __enter__(self) -> Reader:
-        self._training = [module for module in self._model.modules() if module.training]
-        self._model.eval()
-        self._no_grad.__enter__()
+        self._evaluating.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._no_grad.__exit__(*exception)
-        for module in self._training:
-            module.training = True
+        self._evaluating.__exit__(*exception)
         for layer in self._layers:
             layer.staged = None
         self._reading.stand_at(self._now)
