@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from memorizing_transformers_pytorch.huggingface.attach import attach_memory
-from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory, Document
+from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.layers import suggest_layers
+from memorizing_transformers_pytorch.huggingface.ledger import Document
 
 __all__ = ["AttachedMemory", "Document", "attach_memory", "suggest_layers"]

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from memorizing_transformers_pytorch.huggingface import interface
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.layers import chosen_layers
+from memorizing_transformers_pytorch.huggingface.memory_layer import MemoryLayer
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.probe import Layer, probe
+from memorizing_transformers_pytorch.huggingface.site import Reading, Site
 
 
 def attach_memory(model: Any, *, layers: str | Iterable[int] = "auto", **options: Any) -> AttachedMemory:
@@ -26,6 +30,9 @@ def attach_memory(model: Any, *, layers: str | Iterable[int] = "auto", **options
     chunk: how many tokens `read` gives the model at once, and so its local context while reading.
     skip_first: how many tokens at the beginning of each chunk are not remembered, as they attract attention whatever
         they are; chunks overlap by as many.
+    write: "read", only what is given to `read` (and `writing`) is remembered; or "window", also what leaves the cache
+        while the model writes, which then keeps the last `window` tokens in every layer: so that a chat can go on for
+        ever. A chat keeps its cache (`past_key_values`) from call to call.
     dtype, device, index, directory: of the memory, as for `KNNMemory`; dtype and device are those of the model unless
         said otherwise.
 
@@ -38,7 +45,9 @@ def attach_memory(model: Any, *, layers: str | Iterable[int] = "auto", **options
     numbers = _numbers(model, layers, served, refused)
     for number in numbers:
         interface.backend_of(served[number].module, served[number].module.config)
-    return AttachedMemory(model, [served[number] for number in numbers], checked)
+    reading = Reading([0], torch.zeros(1, dtype=torch.int64))
+    sites: list[Site] = [MemoryLayer(served[number], checked, reading) for number in numbers]
+    return AttachedMemory(model, sites, reading, checked)
 
 
 def _numbers(model: Any, layers: str | Iterable[int], served: dict[int, Layer], refused: dict[int, str]) -> list[int]:

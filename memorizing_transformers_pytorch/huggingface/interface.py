@@ -29,8 +29,11 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 class Extension:
     """What takes part in the attention of one layer; see `use`."""
 
-    def joined(self, out: Tensor, query: Tensor, local: Local) -> Tensor:
-        """out (B, T, H, D), of the backend -> what the layer shall give instead."""
+    def joined(self, module: nn.Module, out: Tensor, query: Tensor, local: Local) -> Tensor:
+        """out (B, T, H, D), of the backend -> what the layer shall give instead.
+
+        module: the attention module that runs, which may be a copy of the one that was given to `use`.
+        """
         raise NotImplementedError
 
 
@@ -91,7 +94,7 @@ def attend(
     out, weights = backend_of(module, config)(bare, query, key, value, attention_mask, **options)
     if config._attn_implementation == "sdpa":
         options = {name: option for name, option in options.items() if name not in IGNORED_BY_SDPA}
-    return extension.joined(out, query, Local(key, value, attention_mask, options)), weights
+    return extension.joined(module, out, query, Local(key, value, attention_mask, options)), weights
 
 
 def backend_of(module: nn.Module, config: Any) -> AttentionFunction:

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 
+CHOICES = {"combine": ("softmax", "gate"), "positions": ("true", "constant"), "write": ("read", "window")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """See `attach_memory`."""
@@ -19,6 +22,8 @@ class Options:
     max_memories: int = 262_144
     chunk: int = 512
     skip_first: int = 4
+    write: str = "read"
+    window: int | None = None
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
     index: str = "auto"
@@ -30,6 +35,8 @@ class Options:
                 raise ValueError(f"expected {name} to be at least {least}, got {getattr(self, name)}")
         if self.skip_first >= self.chunk:
             raise ValueError(f"expected skip_first to be below chunk={self.chunk}, got {self.skip_first}")
-        for name, choices in {"combine": ("softmax", "gate"), "positions": ("true", "constant")}.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} to be one of {choices}, got {getattr(self, name)!r}")
+        if (self.write == "window") != (self.window is not None) or (self.window is not None and self.window < 2):
+            raise ValueError(f"expected a window of at least 2 with write='window' alone, got {self.window}")

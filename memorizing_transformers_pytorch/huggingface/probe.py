@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.interface import Extension, Local, is_used, leave, use
 from memorizing_transformers_pytorch.huggingface.rotary import CosSin, Rotary, rotary_of
 
@@ -56,7 +57,7 @@ class Seen(Extension):
     keys: list[Tensor] = field(default_factory=list)
     cos_sin: list[Any] = field(default_factory=list)
 
-    def joined(self, out: Tensor, query: Tensor, local: Local) -> Tensor:
+    def joined(self, module: nn.Module, out: Tensor, query: Tensor, local: Local) -> Tensor:
         self.calls += 1
         self.out, self.query, self.local = out, query, local
         return out
@@ -165,7 +166,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def run(model: Any, tokens: Tensor, offset: int = 0, **options: Any) -> Any:
     """A forward pass over tokens (T,) or (B, T), whose first stands at `offset`, without a cache."""
-    tokens = tokens.to(model.get_input_embeddings().weight.device).reshape(-1, tokens.shape[-1])
+    tokens = tokens.to(device_of(model)).reshape(-1, tokens.shape[-1])
     if offset:
         options["position_ids"] = offset + torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
     accepted = inspect.signature(model.forward).parameters

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.memory_layer import MemoryLayer, Reading
+from memorizing_transformers_pytorch.huggingface.contents import Contents
+from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.probe import evaluating, run
 from memorizing_transformers_pytorch.huggingface.texts import Piece
 
@@ -20,15 +21,13 @@ from memorizing_transformers_pytorch.huggingface.texts import Piece
 class Reader(AbstractContextManager["Reader"]):
     """Inside, the model is in evaluation mode and learns nothing. Afterwards rows stand after what was read of them.
 
-    numbers: of the documents, one for each row.
+    numbers: of the documents, one for each row. store: whether what was read is remembered.
     """
 
-    def __init__(
-        self, model: Any, layers: list[MemoryLayer], reading: Reading, skip_first: int, numbers: list[int]
-    ) -> None:
-        self._model, self._layers, self._reading, self._skip_first = model, layers, reading, skip_first
+    def __init__(self, model: Any, contents: Contents, skip_first: int, numbers: list[int], *, store: bool) -> None:
+        self._model, self._contents, self._skip_first, self._store = model, contents, skip_first, store
         self._numbers = torch.tensor(numbers)
-        self._before, self._now = reading.offsets, reading.offsets.clone()
+        self._before, self._now = contents.reading.offsets, contents.reading.offsets.clone()
         self._evaluating = evaluating(model)
 
     def __enter__(self) -> Reader:
@@ -37,9 +36,9 @@ class Reader(AbstractContextManager["Reader"]):
 
     def __exit__(self, *exception: Any) -> None:
         self._evaluating.__exit__(*exception)
-        for layer in self._layers:
-            layer.staged = None
-        self._reading.stand_at(self._now)
+        for site in self._contents.sites:
+            site.arrived = None
+        self._contents.reading.stand_at(self._now if self._store else self._before)
 
     def read_of_each(self) -> list[int]:
         """How many tokens of each text were read."""
@@ -51,17 +50,18 @@ class Reader(AbstractContextManager["Reader"]):
         rows = [piece.row for piece in pieces]
         tokens, mask = _padded([texts[piece.row][piece.start : piece.stop] for piece in pieces])
         starts = self._before[rows] + torch.tensor([piece.start for piece in pieces])
-        self._reading.rows, self._reading.offsets, self._reading.staging = rows, starts, True
-        device = self._model.get_input_embeddings().weight.device
+        reading = self._contents.reading
+        reading.rows, reading.offsets, reading.staging = rows, starts, self._store
+        device = device_of(self._model)
         out = run(self._model, tokens, attention_mask=mask.to(device), logits_to_keep=0 if losses is not None else 1)
         if losses is not None:
             _fill_in(losses, pieces, tokens, out.logits)
-        mask[:, : self._skip_first] = 0
-        places = starts[:, None] + torch.arange(tokens.shape[1])
-        origins = torch.stack((self._numbers[rows, None].expand_as(tokens), places, tokens), dim=-1)
-        staged = [(layer.memory, layer.stage(mask.bool(), origins)) for layer in self._layers]
-        for memory, entries in staged:
-            memory.commit(entries)
+        if self._store:
+            mask[:, : self._skip_first] = 0
+            places = starts[:, None] + torch.arange(tokens.shape[1])
+            origins = torch.stack((self._numbers[rows, None].expand_as(tokens), places, tokens), dim=-1)
+            arrived = [site.arrived for site in self._contents.sites]
+            self._contents.store(arrived, [mask.bool()] * len(arrived), [origins] * len(arrived))
         for piece in pieces:
             self._now[piece.row] = self._before[piece.row] + piece.stop
 

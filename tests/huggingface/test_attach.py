@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -193,11 +196,11 @@ def test_what_was_looked_up_is_forgotten_with_what_was_read() -> None:
 
 
 def test_a_failure_while_attaching_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    from memorizing_transformers_pytorch.huggingface import attached
+    from memorizing_transformers_pytorch.huggingface import site
 
     model, made = tiny("llama"), []
 
-    class Failing(attached.KNNMemory):
+    class Failing(site.KNNMemory):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             made.append(1)
             if len(made) == 2:
@@ -205,7 +208,7 @@ def test_a_failure_while_attaching_leaves_the_model_untouched(monkeypatch: pytes
             super().__init__(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(attached, "KNNMemory", Failing)
+        patched.setattr(site, "KNNMemory", Failing)
         with pytest.raises(MemoryError):
             attach_memory(model, layers="all")
     attach_memory(model, layers="all")
@@ -257,7 +260,7 @@ def test_constant_positions_do_not_depend_on_where_it_was_read() -> None:
         if before:
             memory.read(filler[:, :before], progress=False)
             memory.clear()
-            memory._reading.offsets[:] = before
+            memory._contents.reading.offsets[:] = before
         memory.read(ids, progress=False)
         found.append(logits(model, tokens(1, 5, seed=4)))
         memory.detach()
@@ -420,3 +423,62 @@ def test_a_model_that_has_a_memory_is_refused_another() -> None:
     attach_memory(model, layers=[0])
     with pytest.raises(ValueError, match=r"which has one: detach\(\) it first"):
         attach_memory(model, layers=[1])
+
+
+def test_parameters_of_an_adapter_are_its_own_and_all_that_it_saves(tmp_path: Path) -> None:
+    """PEFT trains a copy of the biases; saved with the adapter, they come back with it."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["memory_bias"])
+    model, ids = tiny("llama", "sdpa"), tokens(1, 30)
+    memory = attach_memory(model, layers=[1], skip_first=0)
+    adapted = peft.get_peft_model(model, config)
+    (bias,) = memory.parameters()
+    assert bias.requires_grad
+    memory.read(ids, progress=False)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert bias.grad is not None
+    assert bias.grad.abs().sum() > 0
+    with torch.no_grad():
+        bias.fill_(-1.5)
+    changed = logits(adapted, ids)
+    with adapted.disable_adapter(), pytest.warns(UserWarning, match="the weights have changed"):
+        assert not torch.equal(logits(adapted, ids), changed)
+    adapted.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum("memory_bias" in name for name in saved) == 1
+    assert all("memory_bias" in name or "lora_" in name for name in saved)
+
+    again = tiny("llama", "sdpa")
+    memory = attach_memory(again, layers=[1], skip_first=0)
+    loaded = peft.PeftModel.from_pretrained(again, tmp_path)
+    assert memory.parameters()[0].tolist() == [-1.5] * 4
+    memory.read(ids, progress=False)
+    torch.testing.assert_close(logits(loaded, ids), changed)
+
+
+def test_a_deep_copy_has_biases_of_its_own() -> None:
+    model, ids = tiny("llama"), tokens(1, 9)
+    memory = attach_memory(model, layers=[1], skip_first=0)
+    memory.read(tokens(1, 30, seed=1), progress=False)
+    twin = copy.deepcopy(model)
+    before = logits(model, ids)
+    assert torch.equal(logits(twin, ids), before)
+    with torch.no_grad():
+        twin.model.layers[1].self_attn.memory_bias.bias.fill_(-9.0)
+    assert torch.equal(logits(model, ids), before)
+    assert not torch.equal(logits(twin, ids), before)
+
+
+def test_parameters_are_saved_and_loaded_by_themselves(tmp_path: Path) -> None:
+    memory = attach_memory(tiny("llama"), layers="all")
+    with torch.no_grad():
+        for i, parameter in enumerate(memory.parameters()):
+            parameter.fill_(i + 0.5)
+    memory.save_parameters(tmp_path / "memory.safetensors")
+    other = attach_memory(tiny("llama"), layers="all")
+    other.load_parameters(tmp_path / "memory.safetensors")
+    assert [parameter.tolist() for parameter in other.parameters()] == [[0.5] * 4, [1.5] * 4]
+    fewer = attach_memory(tiny("llama"), layers=[1])
+    with pytest.raises(ValueError, match="expected parameters of the shapes"):
+        fewer.load_parameters(tmp_path / "memory.safetensors")
+    assert fewer.parameters()[0].tolist() == [0.0] * 4

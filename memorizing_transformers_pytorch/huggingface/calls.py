@@ -1,0 +1,60 @@
+"""What a model is called with, seen by a hook.
+
+Shapes: B rows, T tokens of a call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+UNKNOWN = -1  # token id of what was given as an embedding
+
+
+@dataclass(frozen=True)
+class Call:
+    """tokens: (B, T) int64. mask: (B, T) bool, False for padding. cache: what the model keeps of earlier calls."""
+
+    tokens: Tensor
+    mask: Tensor
+    cache: Any
+
+
+class Calls:
+    """Tells about each call of a model: `before(call)` it, which may raise, and `after()` it, if it did not raise.
+
+    The hooks are on the model inside, which is called also where adapters (PEFT) go round the outermost one.
+    """
+
+    def __init__(self, model: Any, before: Callable[[Call], None], after: Callable[[], None]) -> None:
+        inside: nn.Module = model.base_model
+        signature = inspect.signature(inside.forward)
+
+        def enter(_module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
+            before(_call(signature.bind_partial(*inputs, **options).arguments))
+
+        self._hooks = [
+            inside.register_forward_pre_hook(enter, with_kwargs=True),
+            inside.register_forward_hook(lambda *_: after()),
+        ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _call(given: dict[str, Any]) -> Call:
+    given = {**given.pop("kwargs", {}), **given}
+    tokens, embedded = given.get("input_ids"), given.get("inputs_embeds")
+    if tokens is None:
+        assert embedded is not None
+        tokens = torch.full(embedded.shape[:2], UNKNOWN)
+    mask = given.get("attention_mask")
+    known = isinstance(mask, Tensor) and mask.ndim == 2
+    seen = mask[:, -tokens.shape[1] :].bool() if known else torch.ones_like(tokens).bool()  # type: ignore[index]
+    return Call(tokens.detach().cpu().long(), seen.cpu(), given.get("past_key_values"))

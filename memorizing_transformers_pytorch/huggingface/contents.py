@@ -1,0 +1,59 @@
+"""What the layers of a model remember, together: the same rows, documents and tokens.
+
+Shapes: R rows, N tokens, G key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from memorizing_transformers_pytorch.huggingface.ledger import Ledger
+from memorizing_transformers_pytorch.huggingface.site import Reading, Site
+
+Pairs = tuple[Tensor, Tensor]
+"""Keys and values (R, G, N, D)."""
+
+
+class Contents:
+    """The memories of some layers. Either all of them change, or none."""
+
+    def __init__(self, sites: list[Site], reading: Reading) -> None:
+        self.sites, self.reading, self.ledger = sites, reading, Ledger()
+
+    @property
+    def num_rows(self) -> int:
+        return self.sites[0].memory.num_indices
+
+    def make_rows(self, rows: int) -> None:
+        """Have so many rows. Raises ValueError if there are others, and something is remembered."""
+        if rows == self.num_rows:
+            return
+        if self.ledger:
+            raise ValueError(f"expected {self.num_rows} documents, one for each row of the memory, got {rows}")
+        made = [site.new_memory(rows) for site in self.sites]
+        for site, memory in zip(self.sites, made, strict=True):
+            site.use_memory(memory)
+        self.reading.stand_at(torch.zeros(rows, dtype=torch.int64))
+
+    def clear(self, rows: int | Iterable[int] | None) -> None:
+        """Forget what these rows hold, or all. Raises ValueError for rows that there are not."""
+        cleared = self.sites[0].memory.rows_to_clear(rows)
+        for site in self.sites:
+            site.memory.clear(cleared)
+            site.last_lookup = None
+        self.ledger.forget(cleared)
+        offsets = self.reading.offsets.clone()
+        offsets[cleared] = 0
+        self.reading.offsets = offsets
+
+    def store(self, pairs: list[Pairs | None], masks: list[Tensor], origins: list[Tensor]) -> None:
+        """Remember, in each layer, pairs of the rows being read, where its mask (R, N) is True; origins (R, N, 3)."""
+        staged = []
+        for site, pair, mask, origin in zip(self.sites, pairs, masks, origins, strict=True):
+            if pair is not None and bool(mask.any()):
+                staged.append((site.memory, site.stage(*pair, mask, origin)))
+        for memory, entries in staged:
+            memory.commit(entries)

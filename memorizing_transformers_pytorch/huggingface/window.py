@@ -1,0 +1,144 @@
+"""While a model writes, its cache keeps the last tokens only: what leaves it is remembered.
+
+Shapes: B rows, G key/value heads, T tokens of a call, C tokens kept, D head width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from memorizing_transformers_pytorch.huggingface.calls import Call
+from memorizing_transformers_pytorch.huggingface.contents import Contents, Pairs
+
+
+class _Windowed(DynamicSlidingWindowLayer):
+    """Keeps the last `window` - 1 tokens for the next call, which sees them all."""
+
+    def activate_past_recording(self) -> None:
+        self.crop(0)
+
+    def crop(self, *_: Any, **__: Any) -> None:
+        raise ValueError("expected tokens that stay, with write='window': assisted decoding takes some back")
+
+
+class _OfFullAttention(_Windowed):
+    """For layers whose own masks hide nothing that the window keeps."""
+
+    is_sliding = False
+
+
+def let_old_tokens_leave(cache: Any, window: int) -> None:
+    """Make a cache that holds nothing yet keep so many tokens. Raises ValueError for one that cannot."""
+    if type(cache) is not DynamicCache:
+        got = type(cache).__name__
+        raise ValueError(f"expected a DynamicCache (the default of generate) with write='window', got {got}")
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = _OfFullAttention(window)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[i] = _Windowed(min(window, layer.sliding_window))
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = functools.partial(_OfFullAttention, window)
+
+
+class Window:
+    """A conversation: what passes through the model with one cache, which keeps the last `window` tokens.
+
+    A cache that holds nothing yet begins another one; what the one before still kept is remembered then.
+    """
+
+    def __init__(self, contents: Contents, window: int) -> None:
+        self._contents, self._window = contents, window
+        self._call: Call | None = None
+        self.drop()
+
+    def before(self, call: Call) -> None:
+        """Keep aside what this call does. Raises ValueError for calls of which nothing can be remembered."""
+        self._call = None
+        if call.cache is None:
+            return
+        if call.cache.get_seq_length() == 0:
+            let_old_tokens_leave(call.cache, self._window)
+            self._begin(call)
+        elif call.cache is not self._cache:
+            raise ValueError("expected the cache of the last conversation or an empty one, got another one")
+        rows = self._contents.num_rows
+        if len(call.tokens) != rows:
+            got = f"{len(call.tokens)} (no beams, no several continuations with write='window')"
+            raise ValueError(f"expected a batch of the {rows} rows of the memory, got {got}")
+        self._call, self._contents.reading.staging = call, True
+
+    def after(self) -> None:
+        """Remember what has left the cache in this call."""
+        call, self._call = self._call, None
+        if call is not None:
+            self._contents.reading.staging = False
+            self._take_in(call)
+            layers = self._cache.layers
+            self._let_go([layers[site.index].sliding_window - 1 for site in self._contents.sites])
+
+    def end(self) -> None:
+        """Remember what the cache still keeps. The conversation cannot be gone on with."""
+        if self._cache is not None:
+            self._let_go([0] * len(self._kept))
+            self._contents.reading.offsets = self._contents.reading.offsets + self._passed
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget what the cache still keeps. The conversation cannot be gone on with."""
+        self._cache: Any = None
+        self._kept: list[Pairs | None] = []
+
+    def _begin(self, call: Call) -> None:
+        self.end()
+        self._contents.make_rows(len(call.tokens))
+        rows = list(range(len(call.tokens)))
+        self._numbers = self._contents.ledger.begin([None] * len(rows), rows)
+        self._cache, self._kept = call.cache, [None] * len(self._contents.sites)
+        self._passed = torch.zeros(len(rows), dtype=torch.int64)
+        self._mask = torch.zeros(len(rows), 0, dtype=torch.bool)
+        self._origins = torch.zeros(len(rows), 0, 3, dtype=torch.int64)
+
+    def _take_in(self, call: Call) -> None:
+        """What has arrived in this call is kept."""
+        places = self._contents.reading.offsets[:, None] + self._passed[:, None] + call.mask.cumsum(dim=1) - 1
+        numbers = torch.tensor(self._numbers)[:, None].expand_as(places)
+        origins = torch.stack((numbers, places, call.tokens), dim=-1)
+        self._mask = torch.cat((self._mask, call.mask), dim=1)
+        self._origins = torch.cat((self._origins, origins), dim=1)
+        self._passed = self._passed + call.mask.sum(dim=1)
+        for number, tokens in zip(self._numbers, call.mask.sum(dim=1).tolist(), strict=True):
+            self._contents.ledger.grow(number, tokens)
+        for i, site in enumerate(self._contents.sites):
+            assert site.arrived is not None
+            self._kept[i] = _joined(self._kept[i], site.arrived)
+            site.arrived = None
+
+    def _let_go(self, kept: list[int]) -> None:
+        """Remember, of what is kept for each layer, all but the last so many tokens."""
+        pairs: list[Pairs | None] = []
+        masks, origins = [], []
+        for i, (pair, count) in enumerate(zip(self._kept, kept, strict=True)):
+            assert pair is not None
+            total = pair[0].shape[2]
+            leaving = max(total - count, 0)
+            first = self._mask.shape[1] - total
+            pairs.append((pair[0][:, :, :leaving], pair[1][:, :, :leaving]))
+            masks.append(self._mask[:, first : first + leaving])
+            origins.append(self._origins[:, first : first + leaving])
+            self._kept[i] = pair[0][:, :, leaving:], pair[1][:, :, leaving:]
+        self._contents.store(pairs, masks, origins)
+        longest = max(pair[0].shape[2] for pair in self._kept if pair is not None)
+        self._mask = self._mask[:, self._mask.shape[1] - longest :]
+        self._origins = self._origins[:, self._origins.shape[1] - longest :]
+
+
+def _joined(before: Pairs | None, new: Pairs) -> Pairs:
+    if before is None:
+        return new
+    return torch.cat((before[0], new[0]), dim=2), torch.cat((before[1], new[1]), dim=2)
