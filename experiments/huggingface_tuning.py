@@ -103,7 +103,7 @@ def main(options: Options) -> None:
 
 
 def train(model: Any, memory: AttachedMemory, optimizer: Any, source: Any, options: Options) -> list[Any]:
-    """A step for each segment, at rates that fall to zero with the time -> [minutes, place in the passage, loss] of each."""
+    """A step for each segment, rates fall to zero -> [minutes, place in the passage, loss] of each."""
     model.train()
     start, log = time.monotonic(), []
     rates = [group["lr"] for group in optimizer.param_groups]

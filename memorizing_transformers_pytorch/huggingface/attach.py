@@ -8,19 +8,24 @@ from typing import Any
 import torch
 
 from memorizing_transformers_pytorch.huggingface import interface
+from memorizing_transformers_pytorch.huggingface.added import Added, AddedLayer
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
-from memorizing_transformers_pytorch.huggingface.layers import chosen_layers
+from memorizing_transformers_pytorch.huggingface.layers import chosen_layers, induction_scores
 from memorizing_transformers_pytorch.huggingface.memory_layer import MemoryLayer
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.probe import Layer, probe
 from memorizing_transformers_pytorch.huggingface.site import Reading, Site
 
 
-def attach_memory(model: Any, *, layers: str | Iterable[int] = "auto", **options: Any) -> AttachedMemory:
+def attach_memory(
+    model: Any, *, layers: str | Iterable[int] = "auto", added: bool | Added = False, **options: Any
+) -> AttachedMemory:
     """Give some layers of a causal language model of transformers a memory, which they read with their own attention.
 
     model: any that attends through the attention interface, with attn_implementation "sdpa" or "eager".
     layers: numbers of layers, "all" that can, or "auto": those with induction heads (see `suggest_layers`).
+    added: instead of giving the layers themselves a memory, add a layer of attention with a memory after each of them,
+        which must be trained (see `Added` for its sizes). "auto" adds one, after the best layer.
     topk: how many entries each query retrieves.
     combine: "softmax", one softmax over local keys and retrieved ones, with a bias per head that starts at 0; or
         "gate", the paper's learned gate per head.
@@ -46,8 +51,27 @@ def attach_memory(model: Any, *, layers: str | Iterable[int] = "auto", **options
     for number in numbers:
         interface.backend_of(served[number].module, served[number].module.config)
     reading = Reading([0], torch.zeros(1, dtype=torch.int64))
-    sites: list[Site] = [MemoryLayer(served[number], checked, reading) for number in numbers]
+    sites: list[Site]
+    if added:
+        if checked.window is not None:
+            raise ValueError("expected write='read' with an added layer, got write='window'")
+        numbers = list(induction_scores(model, served))[:1] if layers == "auto" else numbers
+        sites = _added(model, [served[number] for number in numbers], added, checked, reading)
+    else:
+        sites = [MemoryLayer(served[number], checked, reading) for number in numbers]
     return AttachedMemory(model, sites, reading, checked)
+
+
+def _added(model: Any, layers: list[Layer], added: bool | Added, options: Options, reading: Reading) -> list[Site]:
+    """A layer after each of these."""
+    sizes = Added() if isinstance(added, bool) else added
+    width = model.config.get_text_config().hidden_size
+    names = {module: name for name, module in model.named_modules()}
+    whole = [model.get_submodule(names[layer.module].rpartition(".")[0]) for layer in layers]
+    return [
+        AddedLayer(layer.index, module, width, sizes, options, reading)
+        for layer, module in zip(layers, whole, strict=True)
+    ]
 
 
 def _numbers(model: Any, layers: str | Iterable[int], served: dict[int, Layer], refused: dict[int, str]) -> list[int]:

@@ -161,6 +161,7 @@ class AttachedMemory:
             self._writable = before
 
     def _before_call(self, call: Call) -> None:
+        self._contents.reading.call = call
         if self._segments.is_open:
             self._segments.before(call)
         elif not self._is_reading:

@@ -1,6 +1,6 @@
 """What a model is called with, seen by a hook.
 
-Shapes: B rows, T tokens of a call.
+Shapes: B rows, T tokens of a call, S tokens with those before them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ UNKNOWN = -1  # token id of what was given as an embedding
 
 @dataclass(frozen=True)
 class Call:
-    """tokens: (B, T) int64. mask: (B, T) bool, False for padding. cache: what the model keeps of earlier calls."""
+    """tokens: (B, T) int64. seen: (B, S) bool, False for padding, also of the tokens before that a cache has seen.
+    cache: what the model keeps of earlier calls."""
 
     tokens: Tensor
-    mask: Tensor
+    seen: Tensor
     cache: Any
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool, False for padding."""
+        return self.seen[:, -self.tokens.shape[1] :]
 
 
 class Calls:
@@ -54,7 +60,9 @@ def _call(given: dict[str, Any]) -> Call:
     if tokens is None:
         assert embedded is not None
         tokens = torch.full(embedded.shape[:2], UNKNOWN)
-    mask = given.get("attention_mask")
-    known = isinstance(mask, Tensor) and mask.ndim == 2
-    seen = mask[:, -tokens.shape[1] :].bool() if known else torch.ones_like(tokens).bool()  # type: ignore[index]
-    return Call(tokens.detach().cpu().long(), seen.cpu(), given.get("past_key_values"))
+    mask, cache = given.get("attention_mask"), given.get("past_key_values")
+    before = 0 if cache is None else int(cache.get_seq_length())
+    seen = torch.ones(len(tokens), before + tokens.shape[1]).bool()
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        seen = mask[:, : seen.shape[1]].bool().cpu()
+    return Call(tokens.detach().cpu().long(), seen, cache)

@@ -89,15 +89,14 @@ class MemoryLayer(Extension, Site):
         return joined
 
     def _join(self, out: Tensor, query: Tensor, local: Local, bias: Tensor) -> Tensor:
-        placed = self.grouped(self._placed(query, keys=False))
-        lookup, shape = self.look_up(placed.detach()), (*query.shape[:3], -1)
-        mask = self.of_batch(lookup.mask, shape)
-        logits = local.logits(self.of_batch(retrieved_logits(placed, lookup), shape)).masked_fill(~mask, LEAST)
-        weights = logits.softmax(dim=-1) * mask
+        placed = self._placed(query, keys=False)
+        lookup = self.look_up(placed)
+        logits = local.logits(retrieved_logits(placed, lookup)).masked_fill(~lookup.mask, LEAST)
+        weights = logits.softmax(dim=-1) * lookup.mask
         if self.options.combine == "softmax":
             bias = bias + logits.logsumexp(dim=-1, keepdim=True) - local.total(query)
-        share = (bias.sigmoid() * mask.any(dim=-1, keepdim=True)).transpose(1, 2)
-        of_memory = self.of_batch(retrieved_values(self.grouped(weights), lookup), shape).transpose(1, 2)
+        share = (bias.sigmoid() * lookup.mask.any(dim=-1, keepdim=True)).transpose(1, 2)
+        of_memory = retrieved_values(weights, lookup).transpose(1, 2)
         return (out + share * (of_memory - out.float())).to(out.dtype)
 
     def _placed(self, x: Tensor, *, keys: bool) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-
 CHOICES = {"combine": ("softmax", "gate"), "positions": ("true", "constant"), "write": ("read", "window")}
 
 

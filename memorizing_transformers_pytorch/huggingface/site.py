@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.memory.retrieved import Lookup
+from memorizing_transformers_pytorch.memory.retrieved import Lookup, Table
 from memorizing_transformers_pytorch.memory.store import StagedEntries
 
 
@@ -23,11 +24,13 @@ class Reading:
     """Which rows of the memory are in the batch, and whether what passes shall be remembered.
 
     offsets: for each of them how many tokens were read before. staging: whether keys and values are kept aside.
+    call: what the model has been called with.
     """
 
     rows: list[int]
     offsets: Tensor
     staging: bool = False
+    call: Call | None = None
 
     def stand_at(self, offsets: Tensor) -> None:
         """From now on all rows are in the batch, with so many tokens read of each, and nothing is kept aside."""
@@ -113,11 +116,11 @@ class Site:
         off = not self.enabled or self.memory.is_closed
         return off or not any(self.memory.num_entries[row] for row in self.reading.rows)
 
-    def look_up(self, query: Tensor) -> Lookup:
-        """query (R, H, T, D)"""
+    def look_up(self, query: Tensor) -> OfBatch:
+        """query (B, H, T, D) -> what was found for each row of the batch."""
         with self.memory.at_batch_indices(self.reading.rows):
-            self.last_lookup = self.memory.look_up(query, self.options.topk)
-        return self.last_lookup
+            self.last_lookup = self.memory.look_up(self._grouped(query.detach()), self.options.topk)
+        return OfBatch(self.last_lookup, query.shape)
 
     def stage(self, keys: Tensor, values: Tensor, mask: Tensor, origins: Tensor) -> StagedEntries:
         """Keys and values (R, G, N, D) where mask (R, N) is True, as they can be stored: storing nothing yet."""
@@ -128,13 +131,28 @@ class Site:
         """(R,) -> (B,): each row of the memory serves as many rows of the batch, one after the other."""
         return numbers.repeat_interleave(batch // len(numbers))
 
-    def grouped(self, x: Tensor) -> Tensor:
-        """(B, H, T, n) -> (R, H, B / R * T, n)."""
+    def _grouped(self, x: Tensor) -> Tensor:
+        """(B, H, T, D) -> (R, H, B / R * T, D)."""
         rows, (batch, heads, count, size) = len(self.reading.rows), x.shape
         return x.view(rows, batch // rows, heads, count, size).transpose(1, 2).reshape(rows, heads, -1, size)
 
-    def of_batch(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """(R, H, B / R * T, n) -> (B, H, T, n)."""
-        batch, heads, count, _ = shape
+
+class OfBatch:
+    """What the rows of a batch found, several of which may share a row of the memory: (B, H, T, K)."""
+
+    def __init__(self, lookup: Lookup, shape: tuple[int, ...]) -> None:
+        self._lookup, self._shape = lookup, shape
+        self.slots, self.scores, self.mask = map(self._of_batch, (lookup.slots, lookup.scores, lookup.mask))
+
+    def tables(self) -> list[Table]:
+        """As `Lookup.tables`."""
+        return [
+            Table(keys, values, self._of_batch(slots), None if mask is None else self._of_batch(mask))
+            for keys, values, slots, mask in self._lookup.tables()
+        ]
+
+    def _of_batch(self, x: Tensor) -> Tensor:
+        """(R, H, B / R * T, K) -> (B, H, T, K)."""
+        batch, heads, count, _ = self._shape
         rows = len(x)
         return x.view(rows, heads, batch // rows, count, -1).transpose(1, 2).reshape(batch, heads, count, -1)

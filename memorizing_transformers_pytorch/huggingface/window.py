@@ -9,7 +9,6 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from memorizing_transformers_pytorch.huggingface.calls import Call
