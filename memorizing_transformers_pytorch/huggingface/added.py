@@ -120,7 +120,7 @@ class AddedLayer(Site):
             raise ValueError(f"expected a DynamicCache (the default of generate) with an added layer, got {got}")
         number = cache.__dict__.setdefault("_memorizing", {}).setdefault(self.index, len(cache.layers))
         if number == len(cache.layers):
-            cache.layers.append(DynamicLayer())
+            cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
         return cache.layers[number]
 
     def _past(self, state: Any) -> tuple[Tensor | None, Tensor | None]:

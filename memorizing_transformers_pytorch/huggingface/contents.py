@@ -32,7 +32,7 @@ class Contents:
         if rows == self.num_rows:
             return
         if self.ledger:
-            raise ValueError(f"expected {self.num_rows} documents, one for each row of the memory, got {rows}")
+            raise ValueError(f"expected the {self.num_rows} rows of what is remembered, got {rows}: clear() it first")
         made = [site.new_memory(rows) for site in self.sites]
         for site, memory in zip(self.sites, made, strict=True):
             site.use_memory(memory)

@@ -15,7 +15,7 @@ from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Pairs
 
 
-class _Windowed(DynamicSlidingWindowLayer):
+class _Windowed(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     """Keeps the last `window` - 1 tokens for the next call, which sees them all."""
 
     def activate_past_recording(self) -> None:
@@ -24,8 +24,11 @@ class _Windowed(DynamicSlidingWindowLayer):
     def crop(self, *_: Any, **__: Any) -> None:
         raise ValueError("expected tokens that stay, with write='window': assisted decoding takes some back")
 
+    def reorder_cache(self, *_: Any, **__: Any) -> None:
+        raise ValueError("expected rows that stay, with write='window': beams change places")
 
-class _OfFullAttention(_Windowed):
+
+class _OfFullAttention(_Windowed):  # type: ignore[no-untyped-call]
     """For layers whose own masks hide nothing that the window keeps."""
 
     is_sliding = False
@@ -42,7 +45,8 @@ def let_old_tokens_leave(cache: Any, window: int) -> None:
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[i] = _Windowed(min(window, layer.sliding_window))
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = functools.partial(_OfFullAttention, window)
+        made: Any = functools.partial(_OfFullAttention, window)
+        cache.layer_class_to_replicate = made
 
 
 class Window:
@@ -66,10 +70,6 @@ class Window:
             self._begin(call)
         elif call.cache is not self._cache:
             raise ValueError("expected the cache of the last conversation or an empty one, got another one")
-        rows = self._contents.num_rows
-        if len(call.tokens) != rows:
-            got = f"{len(call.tokens)} (no beams, no several continuations with write='window')"
-            raise ValueError(f"expected a batch of the {rows} rows of the memory, got {got}")
         self._call, self._contents.reading.staging = call, True
 
     def after(self) -> None:

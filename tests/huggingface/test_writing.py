@@ -1,0 +1,177 @@
+"""What passes through a model in training and in writing is remembered as if it had been read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from transformers import DynamicCache
+
+from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_memory
+from tests.huggingface.families import tiny
+from tests.huggingface.test_attach import EVERYTHING, logits, tokens
+
+WRITING: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+WINDOW: dict[str, Any] = {**EVERYTHING, "write": "window"}
+
+
+def entries(memory: AttachedMemory, layer: int = 1, row: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys (G, n, D) and origins (n, 3), oldest first."""
+    known = memory.layers[layer].memory
+    count = known.num_entries[row]
+    return known.store.keys[row, :, :count].float(), known.store.origins[row, :count]
+
+
+@pytest.mark.parametrize("skip_first", [0, 2])
+def test_segments_in_training_are_remembered_as_they_would_be_read(skip_first: int) -> None:
+    ids = tokens(2, 24)
+    read = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": 0}, chunk=8)
+    read.read(ids, progress=False)
+    written = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": skip_first})
+    for segment in ids.split(8, dim=1):
+        with written.writing(["one", "two"]):
+            written.model(input_ids=segment, labels=segment).loss.backward()
+    assert [(each.title, each.tokens) for each in written.documents()] == [("one", 24), ("two", 24)]
+    for row in range(2):
+        keys, origins = entries(written, row=row)
+        expected, expected_origins = entries(read, row=row)
+        kept = [place for place in range(24) if place % 8 >= skip_first]
+        assert origins.tolist() == expected_origins[kept].tolist()
+        if not skip_first:
+            torch.testing.assert_close(keys, expected)
+
+
+def test_padding_of_a_segment_is_not_remembered() -> None:
+    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(2, 8)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with memory.writing():
+        logits(memory.model, ids, attention_mask=mask)
+    assert memory.layers[1].memory.num_entries == (8, 5)
+    assert entries(memory, row=1)[1][:, 1].tolist() == [0, 1, 2, 3, 4]
+    memory.clear([1])
+    with memory.writing():
+        logits(memory.model, ids, attention_mask=mask)
+    assert [(each.row, each.tokens) for each in memory.documents()] == [(0, 16), (1, 5)]
+
+
+def test_a_segment_that_fails_is_not_remembered() -> None:
+    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(1, 8)
+    with pytest.raises(KeyboardInterrupt), memory.writing():
+        logits(memory.model, ids)
+        raise KeyboardInterrupt
+    assert memory.documents() == []
+    assert memory.layers[0].memory.num_entries == (0,)
+    logits(memory.model, ids)
+    assert memory.layers[0].memory.num_entries == (0,)
+
+
+def test_weights_that_change_between_segments_are_expected() -> None:
+    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(1, 16)
+    optimizer = torch.optim.SGD(memory.model.parameters(), lr=0.1)
+    for segment in ids.split(8, dim=1):
+        with memory.writing():
+            memory.model(input_ids=segment, labels=segment).loss.backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match="the weights have changed since they read"):
+        logits(memory.model, ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
+def test_what_leaves_the_window_is_as_good_as_seen(family: str) -> None:
+    """With everything retrieved in all layers, a small window and the memory write what a cache without end does."""
+    model, ids = tiny(family), tokens(2, 11)
+    expected = model.generate(ids, max_new_tokens=20, **WRITING)
+    memory = attach_memory(model, **WINDOW, window=7)
+    cache = DynamicCache(config=model.config)
+    found = model.generate(ids, max_new_tokens=20, past_key_values=cache, **WRITING)
+    assert torch.equal(found, expected)
+    assert cache.layers[0].keys.shape[2] == 6
+    assert memory.layers[1].memory.num_entries == (24, 24)  # 11 and 19 have passed, 6 are in the cache
+    assert torch.equal(entries(memory)[1][:, 2], expected[0, :24])
+    memory.clear()
+    assert torch.equal(model.generate(ids, max_new_tokens=20, **WRITING), expected)
+
+
+def test_a_sliding_window_with_a_memory_is_full_attention() -> None:
+    model, ids = tiny("mistral", sliding_window=None), tokens(1, 8)
+    expected = model.generate(ids, max_new_tokens=20, **WRITING)
+    sliding = tiny("mistral", sliding_window=8)
+    assert not torch.equal(sliding.generate(ids, max_new_tokens=20, **WRITING), expected)
+    attach_memory(sliding, **WINDOW, window=100)
+    assert torch.equal(sliding.generate(ids, max_new_tokens=20, **WRITING), expected)
+
+
+def test_padding_on_the_left_is_not_remembered_when_it_leaves_the_window() -> None:
+    model, ids = tiny("llama"), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, **WRITING)
+    memory = attach_memory(model, **WINDOW, window=6)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=20, **WRITING), expected)
+    assert memory.layers[1].memory.num_entries == (23, 19)
+    assert entries(memory, row=1)[1][:, 1].tolist() == list(range(19))
+
+
+def test_a_chat_goes_on_with_its_cache_and_the_next_one_remembers_it() -> None:
+    model, ids = tiny("llama"), tokens(1, 9)
+    memory = attach_memory(model, **WINDOW, window=6)
+    first = model.generate(ids, max_new_tokens=5, return_dict_in_generate=True, **WRITING)
+    more = torch.cat((first.sequences, tokens(1, 4, seed=5)), dim=1)
+    second = model.generate(more, past_key_values=first.past_key_values, max_new_tokens=5, **WRITING)
+    memory.detach()
+    assert torch.equal(second, model.generate(more, max_new_tokens=5, **WRITING))
+
+    memory = attach_memory(model, **WINDOW, window=6)
+    model.generate(ids, max_new_tokens=5, **WRITING)
+    model.generate(tokens(1, 3, seed=6), max_new_tokens=1, **WRITING)
+    assert [each.tokens for each in memory.documents()] == [13, 3]
+    assert entries(memory)[1][:, 1].tolist() == list(range(13))
+    assert memory._contents.reading.offsets.tolist() == [13]
+    with pytest.raises(ValueError, match="expected the cache of the last conversation or an empty one"):
+        model.generate(more, past_key_values=first.past_key_values, max_new_tokens=1, **WRITING)
+
+
+def test_what_cannot_be_remembered_in_writing_is_refused() -> None:
+    model, ids = tiny("llama"), tokens(1, 9)
+    memory = attach_memory(model, **WINDOW, window=6)
+    with pytest.raises(ValueError, match="beams change places"):
+        model.generate(ids, num_beams=3, max_new_tokens=5, **WRITING)
+    memory.clear()
+    model.generate(ids, max_new_tokens=5, **WRITING)
+    with pytest.raises(ValueError, match="expected the 1 rows of what is remembered, got 3"):
+        model.generate(ids, num_beams=3, max_new_tokens=5, **WRITING)
+    with pytest.raises(ValueError, match="expected a DynamicCache"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=5, **WRITING)
+    with pytest.raises(ValueError, match="assisted decoding takes some back"):
+        model.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=5, **WRITING)
+
+
+def test_assisted_decoding_with_a_memory_that_is_only_read_writes_the_same() -> None:
+    model, ids = tiny("llama"), tokens(1, 5).repeat(1, 3)
+    memory = attach_memory(model, **EVERYTHING)
+    memory.read(tokens(1, 30, seed=2), progress=False)
+    expected = model.generate(ids, max_new_tokens=9, **WRITING)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=9, **WRITING), expected)
+
+
+def test_nothing_is_remembered_inside_read_only() -> None:
+    model, ids = tiny("llama"), tokens(1, 20)
+    memory = attach_memory(model, **WINDOW, window=6)
+    memory.read(ids, progress=False)
+    before = entries(memory)[0].clone()
+    with memory.read_only():
+        (losses,) = memory.score(ids, progress=False)
+        model.generate(ids, max_new_tokens=9, **WRITING)
+        with pytest.raises(ValueError, match=r"got one inside read_only\(\)"):
+            memory.read(ids, progress=False)
+        with pytest.raises(ValueError, match=r"got one inside read_only\(\)"), memory.writing():
+            pass
+    assert losses[1:].isfinite().all()
+    assert torch.equal(entries(memory)[0], before)
+    assert len(memory.documents()) == 1
