@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from memorizing_transformers_pytorch.huggingface.added import Added
 from memorizing_transformers_pytorch.huggingface.attach import attach_memory
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.layers import suggest_layers
 from memorizing_transformers_pytorch.huggingface.ledger import Document
 
-__all__ = ["AttachedMemory", "Document", "attach_memory", "suggest_layers"]
+__all__ = ["Added", "AttachedMemory", "Document", "attach_memory", "suggest_layers"]

@@ -103,7 +103,8 @@ class AddedLayer(Site):
         if self.reading.staging:
             self.arrived = attended.pairs[..., 0, :].detach(), attended.pairs[..., 1, :].detach()
         if state is not None:
-            inputs = attended.conv_inputs * seen[:, -hidden.shape[1] :, None]
+            inputs = hidden[..., :1] if attended.conv_inputs is None else attended.conv_inputs
+            inputs = inputs * seen[:, -hidden.shape[1] :, None]
             state.update(inputs.unsqueeze(1), attended.pairs.transpose(1, 2).flatten(2).unsqueeze(1))
         out: Tensor = attended.out
         return out
