@@ -47,6 +47,7 @@ def attach_memory(
     """
     checked = Options(**options)
     served, refused = probe(model)
+    _check_chunk(model, served, checked.chunk)
     numbers = _numbers(model, layers, served, refused)
     for number in numbers:
         interface.backend_of(served[number].module, served[number].module.config)
@@ -60,6 +61,13 @@ def attach_memory(
     else:
         sites = [MemoryLayer(served[number], checked, reading) for number in numbers]
     return AttachedMemory(model, sites, reading, checked)
+
+
+def _check_chunk(model: Any, served: dict[int, Layer], chunk: int) -> None:
+    """Raises ValueError for chunks that are longer than the positions that the model has learned."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and chunk > most and any(layer.embedded for layer in served.values()):
+        raise ValueError(f"expected chunk to be at most {most}, the positions that the model has, got {chunk}")
 
 
 def _added(model: Any, layers: list[Layer], added: bool | Added, options: Options, reading: Reading) -> list[Site]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.huggingface.probe import Layer, Seen, probe, run, watching
 
-REPEATED = 64  # random tokens, twice
+REPEATED = 64  # random tokens, twice; fewer for models that have fewer positions
 ROWS = 4
 ENOUGH = 0.2  # of its attention; the rest of the layers of SmolLM2-135M have less than 0.06
 _scores: weakref.WeakKeyDictionary[Any, dict[int, float]] = weakref.WeakKeyDictionary()
@@ -35,9 +35,10 @@ def suggest_layers(model: Any) -> dict[int, float]:
 def induction_scores(model: Any, served: dict[int, Layer]) -> dict[int, float]:
     """As `suggest_layers`, of these layers. Kept for as long as the model lives."""
     if model not in _scores:
-        vocabulary = model.config.get_text_config().vocab_size
+        config = model.config.get_text_config()
+        repeated = min(REPEATED, (getattr(config, "max_position_embeddings", None) or 2 * REPEATED) // 2)
         random = torch.Generator().manual_seed(0)
-        tokens = torch.randint(vocabulary, (ROWS, REPEATED), generator=random).repeat(1, 2)
+        tokens = torch.randint(config.vocab_size, (ROWS, repeated), generator=random).repeat(1, 2)
         with watching(model, {index: layer.module for index, layer in served.items()}) as seen:
             run(model, tokens)
             found = {index: _score(seen[index]) for index in served}
@@ -64,5 +65,6 @@ def _score(seen: Seen) -> float:
     query = seen.query
     logits = seen.local.masked(query, slice(0, query.shape[2]), query.shape[2])
     weights: Tensor = logits.softmax(dim=-1)
-    later = torch.arange(REPEATED, 2 * REPEATED - 1, device=weights.device)
-    return float(weights[:, :, later, later - REPEATED + 1].mean(dim=(0, 2)).max())
+    repeated = query.shape[2] // 2
+    later = torch.arange(repeated, 2 * repeated - 1, device=weights.device)
+    return float(weights[:, :, later, later - repeated + 1].mean(dim=(0, 2)).max())

@@ -32,7 +32,7 @@ class Layer:
     """A layer that can be given a memory.
 
     index: its number. module: its attention. heads, kv_heads, width: H, G and D. rotary: how its keys are turned, None
-    if they are not.
+    if they are not. embedded: whether positions came with the embedding of the token (learned ones).
     """
 
     index: int
@@ -41,6 +41,7 @@ class Layer:
     kv_heads: int
     width: int
     rotary: Rotary | None
+    embedded: bool
 
 
 @dataclass
@@ -188,7 +189,9 @@ def _layer(index: int, module: nn.Module, seen: Seen) -> Layer:
         raise ValueError(f"its queries, keys and values have widths {width}, {key.shape[-1]} and {value.shape[-1]}")
     if not _same(seen.out.float(), _with_half_in_memory(seen.query, seen.local)):  # type: ignore[union-attr]
         raise ValueError("its attention is more than a softmax over scaled products of queries and keys")
-    return Layer(index, module, heads, key.shape[1], width, _positions(module, seen))
+    embedded = seen.cos_sin[0] is None and not all(_same(seen.inputs[0], other) for other in seen.inputs[1:])
+    rotary = None if embedded else _rotary(module, seen)
+    return Layer(index, module, heads, key.shape[1], width, rotary, embedded)
 
 
 def _with_half_in_memory(query: Tensor, local: Local) -> Tensor:
@@ -202,13 +205,11 @@ def _with_half_in_memory(query: Tensor, local: Local) -> Tensor:
     return (weights @ values).transpose(1, 2)
 
 
-def _positions(module: nn.Module, seen: Seen) -> Rotary | None:
-    """How the keys carry their positions. Raises ValueError for a way that is not known."""
+def _rotary(module: nn.Module, seen: Seen) -> Rotary | None:
+    """How the keys are turned, None if they are not. Raises ValueError for a way that is not known."""
     first, *others = seen.keys
     if all(_same(first, other) for other in others):
         return None
-    if seen.cos_sin[0] is None and not all(_same(seen.inputs[0], other) for other in seen.inputs[1:]):
-        return None  # positions came with the tokens: keys are kept as they are
     rotary = rotary_of(module, _first_two(seen.cos_sin[0]))
     if rotary is not None:
         keys = [rotary.unturned(key, cos_sin) for key, cos_sin in zip(seen.keys, seen.cos_sin, strict=True)]

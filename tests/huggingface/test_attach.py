@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -482,3 +483,24 @@ def test_parameters_are_saved_and_loaded_by_themselves(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected parameters of the shapes"):
         fewer.load_parameters(tmp_path / "memory.safetensors")
     assert fewer.parameters()[0].tolist() == [0.0] * 4
+
+
+def test_chunks_fit_the_positions_that_a_model_has_learned() -> None:
+    model = tiny("gpt2", n_positions=64, max_position_embeddings=64)
+    with pytest.raises(ValueError, match="expected chunk to be at most 64, the positions that the model has, got 512"):
+        attach_memory(model)
+    memory = attach_memory(model, chunk=64)
+    memory.read(tokens(1, 200), progress=False)
+    attach_memory(tiny("llama", max_position_embeddings=64), layers=[0])  # rotary ones go on for ever
+
+
+def test_a_model_that_is_offloaded_has_a_memory_where_it_computes() -> None:
+    model, ids = tiny("llama"), tokens(1, 40)
+    expected = logits(model, ids)[:, 24:]
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    memory = attach_memory(model, **EVERYTHING)
+    memory.read(ids[:, :24], progress=False)
+    torch.testing.assert_close(logits(model, ids[:, 24:]), expected, rtol=1e-4, atol=1e-4)
+    memory.read(ids[:, :24], progress=False)  # by the same weights
+    memory.detach()
+    assert torch.equal(logits(model, ids)[:, 24:], expected)

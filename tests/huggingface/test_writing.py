@@ -62,9 +62,14 @@ def test_padding_of_a_segment_is_not_remembered() -> None:
 
 def test_a_segment_that_fails_is_not_remembered() -> None:
     memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(1, 8)
-    with pytest.raises(KeyboardInterrupt), memory.writing():
-        logits(memory.model, ids)
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with memory.writing():
+            logits(memory.model, ids)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert memory.documents() == []
     assert memory.layers[0].memory.num_entries == (0,)
     logits(memory.model, ids)
