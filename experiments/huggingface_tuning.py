@@ -119,7 +119,7 @@ def train(model: Any, memory: AttachedMemory, optimizer: Any, source: Any, optio
             torch.nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            log.append([share * options.minutes, place, float(loss)])
+            log.append([share * options.minutes, place, loss.item()])
             if len(log) % 40 == 0:
                 recent = [loss for _, place, loss in log[-40:] if place]
                 print(f"{len(log)} steps, {share:.0%}: {sum(recent) / len(recent):.3f}", flush=True)

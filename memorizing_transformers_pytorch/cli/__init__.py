@@ -1,4 +1,7 @@
-"""The command line: `memorizing-transformers train | evaluate | generate`. Bad input is one line, exit code 2."""
+"""The command line: `memorizing-transformers train | evaluate | generate | export`.
+
+Bad input is one line and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ COMMANDS = {
     "train": "train a model with a memory on text of your own, or go on with a run",
     "evaluate": "what the memory of a run is worth on held-out documents",
     "generate": "read texts of any length, then continue them",
+    "export": "write the model of a run for transformers and the Hugging Face hub",
 }
 
 HELP = (

@@ -1,6 +1,7 @@
-"""A memory for causal language models of transformers (the extra `huggingface`).
+"""Memories and models for transformers (the extra `huggingface`).
 
-`attach_memory` gives some layers of a model a memory, which they read with their own attention.
+`attach_memory` gives some layers of a causal language model a memory, which they read with their own attention.
+`MemorizingTransformerForCausalLM` is our own model as one of transformers, and `export_run` writes a run as such.
 """
 
 from __future__ import annotations
@@ -8,7 +9,21 @@ from __future__ import annotations
 from memorizing_transformers_pytorch.huggingface.added import Added
 from memorizing_transformers_pytorch.huggingface.attach import attach_memory
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
+from memorizing_transformers_pytorch.huggingface.causal_lm import (
+    MemorizingTransformerConfig,
+    MemorizingTransformerForCausalLM,
+)
+from memorizing_transformers_pytorch.huggingface.export import export_run
 from memorizing_transformers_pytorch.huggingface.layers import suggest_layers
 from memorizing_transformers_pytorch.huggingface.ledger import Document
 
-__all__ = ["Added", "AttachedMemory", "Document", "attach_memory", "suggest_layers"]
+__all__ = [
+    "Added",
+    "AttachedMemory",
+    "Document",
+    "MemorizingTransformerConfig",
+    "MemorizingTransformerForCausalLM",
+    "attach_memory",
+    "export_run",
+    "suggest_layers",
+]

@@ -14,12 +14,12 @@ SAMPLED = 16  # numbers of each parameter
 
 
 class Weights:
-    """The weights of a model, apart from the parameters with `ignored` in their names, and which of them wrote.
+    """The weights of a model, apart from parameters with `ignored` in their names (if any), and which of them wrote.
 
     Adapters (PEFT) count, and whether they are switched on.
     """
 
-    def __init__(self, model: nn.Module, ignored: str) -> None:
+    def __init__(self, model: nn.Module, ignored: str | None = None) -> None:
         self._model, self._ignored = model, ignored
         self._written_by: str | None = None
         self._seen: tuple[Any, ...] | None = None
@@ -58,7 +58,7 @@ class Weights:
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in self._model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if self._ignored not in f"{prefix}.{name}":
+                if self._ignored is None or self._ignored not in f"{prefix}.{name}":
                     yield f"{prefix}.{name}", _kept(module, name, parameter)
 
     def _switches(self) -> Iterator[tuple[Any, ...]]:

@@ -8,18 +8,23 @@ Shapes: B rows, H query heads, T tokens, D head width.
 
 from __future__ import annotations
 
-import weakref
+import contextlib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 
+from memorizing_transformers_pytorch.durable import replacing
+from memorizing_transformers_pytorch.huggingface.fingerprint import Weights
 from memorizing_transformers_pytorch.huggingface.probe import Layer, Seen, probe, run, watching
 
 REPEATED = 64  # random tokens, twice; fewer for models that have fewer positions
 ROWS = 4
 ENOUGH = 0.2  # of its attention; the rest of the layers of SmolLM2-135M have less than 0.06
-_scores: weakref.WeakKeyDictionary[Any, dict[int, float]] = weakref.WeakKeyDictionary()
+CACHE = Path(HF_HOME) / "memorizing_transformers_pytorch"
 
 
 def suggest_layers(model: Any) -> dict[int, float]:
@@ -33,17 +38,31 @@ def suggest_layers(model: Any) -> dict[int, float]:
 
 
 def induction_scores(model: Any, served: dict[int, Layer]) -> dict[int, float]:
-    """As `suggest_layers`, of these layers. Kept for as long as the model lives."""
-    if model not in _scores:
-        config = model.config.get_text_config()
-        repeated = min(REPEATED, (getattr(config, "max_position_embeddings", None) or 2 * REPEATED) // 2)
-        random = torch.Generator().manual_seed(0)
-        tokens = torch.randint(config.vocab_size, (ROWS, repeated), generator=random).repeat(1, 2)
-        with watching(model, {index: layer.module for index, layer in served.items()}) as seen:
-            run(model, tokens)
-            found = {index: _score(seen[index]) for index in served}
-        _scores[model] = dict(sorted(found.items(), key=lambda item: -item[1]))
-    return _scores[model]
+    """As `suggest_layers`, of these layers; once for each checkpoint, then from a file in the cache of Hugging Face."""
+    path = CACHE / f"induction-{Weights(model).fingerprint()}.json"
+    try:
+        scores = {int(index): float(score) for index, score in json.loads(path.read_text(encoding="utf-8")).items()}
+        if set(scores) == set(served):
+            return scores
+    except (OSError, ValueError, AttributeError, TypeError):  # not there, or not whole: it is made anew
+        pass
+    scores = _measured(model, served)
+    with contextlib.suppress(OSError):  # a cache that cannot be written to
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as aside:
+            aside.write_text(json.dumps(scores), encoding="utf-8")
+    return scores
+
+
+def _measured(model: Any, served: dict[int, Layer]) -> dict[int, float]:
+    config = model.config.get_text_config()
+    repeated = min(REPEATED, (getattr(config, "max_position_embeddings", None) or 2 * REPEATED) // 2)
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (ROWS, repeated), generator=random).repeat(1, 2)
+    with watching(model, {index: layer.module for index, layer in served.items()}) as seen:
+        run(model, tokens)
+        found = {index: _score(seen[index]) for index in served}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def chosen_layers(model: Any, served: dict[int, Layer]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,26 @@ def test_layers_are_suggested_by_their_induction_heads() -> None:
     assert list(scores.values()) == sorted(scores.values(), reverse=True)
     assert all(0 <= score <= 1 for score in scores.values())
     assert list(attach_memory(tiny("llama")).layers) == [next(iter(suggest_layers(tiny("llama"))))]
+
+
+def test_suggestions_are_kept_for_each_checkpoint(cache: Path) -> None:
+    scores = suggest_layers(tiny("llama"))
+    (path,) = cache.iterdir()
+    path.write_text(json.dumps({0: 0.75, 1: 0.5}))
+    assert suggest_layers(tiny("llama")) == {0: 0.75, 1: 0.5}
+    path.write_text("{")
+    assert suggest_layers(tiny("llama")) == scores
+    assert {int(index): score for index, score in json.loads(path.read_text()).items()} == scores
+    suggest_layers(tiny("qwen2"))
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_auto_takes_all_layers_from_the_first_induction_head_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memorizing_transformers_pytorch.huggingface import layers
+
+    scores = {18: 0.9, 23: 0.3, 17: 0.2, **{index: 0.0 for index in range(30) if index not in (17, 18, 23)}}
+    monkeypatch.setattr(layers, "induction_scores", lambda *_: scores)
+    assert layers.chosen_layers(None, {}) == list(range(14, 30))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
