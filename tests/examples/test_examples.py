@@ -1,0 +1,100 @@
+"""The examples do what they say, with a tiny model; each has fewer than 60 lines of code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from examples import chat_with_a_book, complete_code, endless_stream, tune_in_a_loop, tune_with_trainer
+from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
+from memorizing_transformers_pytorch.huggingface import attach_memory
+from memorizing_transformers_pytorch.huggingface.export import for_transformers
+from tests.huggingface.families import tiny
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BOOK = "The whale was white. Ahab hunted the whale over all the seas. " * 4
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    made = for_transformers(ByteTokenizer())
+    made.pad_token = "!"
+    return made
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny("llama", "sdpa", vocab_size=256)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 75  # with what they say at the top
+    code = path.read_text().split('"""', 2)[2]
+    assert len([line for line in code.splitlines() if line.strip()]) < 60
+
+
+def test_a_chat_goes_on_and_shows_where_it_looked(model: Any, tokenizer: Any) -> None:
+    memory = attach_memory(model, layers="all", write="window", window=40, chunk=64)
+    tokens = tokenizer(BOOK, return_tensors="pt").input_ids
+    memory.read(tokens, progress=False)
+    chat = chat_with_a_book.Chat(memory, tokenizer, max_new_tokens=5)
+    for _ in range(3):
+        assert isinstance(chat.ask("Who hunts?"), str)
+        assert all(source in BOOK for source in chat.sources(tokens[0].tolist()))
+    assert [document.tokens for document in memory.documents()] == [len(BOOK), 3 * 33 + 2 - 1]
+
+
+def test_code_is_completed_with_the_files_that_were_read(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("def one():\n    return 1\n")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "two.py").write_text("def two():\n    return 2\n")
+    memory = attach_memory(model, layers="all")
+    complete_code.read_code(memory, tokenizer, tmp_path)
+    assert [document.title for document in memory.documents()] == ["one.py", "two.py"]
+    text, files = complete_code.complete(memory, tokenizer, "def three", max_new_tokens=5)
+    assert len(text) > 0
+    assert set(files) <= {"one.py", "two.py"}
+    assert files
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_trainer_tunes_only_the_adapter(model: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    documents = [torch.randint(256, (length,)).tolist() for length in (40, 25, 33)]
+    before = {name: each.clone() for name, each in model.named_parameters()}
+    adapted = tune_with_trainer.tune(model, documents, tmp_path, steps=4, rows=2, segment=16)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "model.safetensors").exists()
+    learned = {name for name, each in adapted.named_parameters() if each.requires_grad}
+    assert learned
+    assert all("lora_" in name or "memory_bias" in name for name in learned)
+    now = {name.replace("base_layer.", ""): each for name, each in model.named_parameters()}
+    assert all(torch.equal(now[name], each) for name, each in before.items())
+    assert any(bool(each.any()) for name, each in adapted.named_parameters() if "modules_to_save" in name)
+
+
+def test_a_loop_tunes_the_biases(model: Any, tmp_path: Path) -> None:
+    documents = [torch.randint(256, (1, length)) for length in (50, 33)]
+    memory = tune_in_a_loop.tune(model, documents, segment=16, layers="all")
+    assert all(parameter.abs().sum() > 0 for parameter in memory.parameters())
+    memory.save_parameters(tmp_path / "biases.safetensors")
+    values = [parameter.tolist() for parameter in memory.parameters()]
+    memory.detach()
+    again = attach_memory(model, layers="all")
+    again.load_parameters(tmp_path / "biases.safetensors")
+    assert [parameter.tolist() for parameter in again.parameters()] == values
+
+
+def test_a_stream_is_followed_in_bounded_space(model: Any, tokenizer: Any) -> None:
+    memory = attach_memory(model, layers="all", max_memories=100)
+    lines = [BOOK[:61] + "\n"] * 20
+    found = list(endless_stream.follow(memory, tokenizer, lines, size=64))
+    assert [read for read, _ in found][-1] == 20 * 62
+    assert all(loss > 0 for _, loss in found)
+    assert memory.layers[0].memory.num_entries == (100,)
