@@ -94,8 +94,8 @@ def modes(
         memory.read(text[place - HALF : place], progress=False)
         for layer in memory.layers.values():
             random = torch.Generator().manual_seed(place)
-            count = layer.memory.num_entries[0]
-            values = layer.memory.store.values[0, :, :count]
+            count = layer.num_entries[0]
+            values = layer.memories[0].store.values[0, :, :count]
             values.copy_(values[:, torch.randperm(count, generator=random)].clone())
         return loss(memory, text[place : place + HALF])
 

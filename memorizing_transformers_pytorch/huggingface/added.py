@@ -72,7 +72,7 @@ class AddedLayer(Site):
     def detach(self) -> None:
         self._hook.remove()
         delattr(self._module, NAME)
-        self.memory.cleanup()
+        self.close()
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._added.parameters())
@@ -96,7 +96,7 @@ class AddedLayer(Site):
             added.norm(hidden),
             bias=_bias(seen, hidden),
             past=past,
-            look_up=None if self.is_silent else lambda queries, _: self.look_up(queries),
+            look_up=None if self.is_silent else lambda queries, _: self.look_up([queries])[0],
             conv_state=conv_state,
             documents=(~seen[:, -hidden.shape[1] :]).long(),
         )

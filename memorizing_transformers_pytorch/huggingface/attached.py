@@ -49,7 +49,7 @@ class AttachedMemory:
     def __repr__(self) -> str:
         if not self._attached:
             return "AttachedMemory(detached)"
-        entries = {index: site.memory.num_entries for index, site in self.layers.items()}
+        entries = {index: site.num_entries for index, site in self.layers.items()}
         return f"AttachedMemory(layers={list(self.layers)}, entries={entries}, bytes={self.num_bytes:,})"
 
     @property
@@ -113,7 +113,7 @@ class AttachedMemory:
         if self._window is not None and self._writable:
             self._window.end()
         self._contents.make_rows(len(texts))
-        numbers = self._contents.ledger.begin(titles, range(len(texts)))
+        numbers = self._contents.begin(titles)
         found = [torch.full((len(text),), torch.nan) for text in texts]
         pieces = pieces_of([len(text) for text in texts], self.options.chunk, self.options.skip_first)
         reader = Reader(self.model, self._contents, self.options.skip_first, numbers, store=self._writable)
@@ -211,13 +211,10 @@ class AttachedMemory:
     @property
     def last_retrieved(self) -> dict[int, Tensor]:
         """What the last call of the model looked up in each layer: origins (R, H, T, K, 3), as document number,
-        position and token id; -1 where nothing was found."""
-        found = {}
-        for index, site in self.layers.items():
-            if site.last_lookup is not None:
-                origins = site.memory.origins(site.last_lookup.slots)
-                found[index] = origins.masked_fill(~site.last_lookup.mask.unsqueeze(-1), -1)
-        return found
+        position in the document and token id; -1 where nothing was found."""
+        found = {index: site.last_retrieved for index, site in self.layers.items()}
+        places = {index: origins for index, origins in found.items() if origins is not None}
+        return {index: self._contents.ledger.in_documents(origins) for index, origins in places.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         """What was added to the model: the bias of each head of each layer with a memory, or the added layer."""

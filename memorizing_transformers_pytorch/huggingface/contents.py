@@ -5,7 +5,7 @@ Shapes: R rows, N tokens, G key/value heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Contents:
 
     @property
     def num_rows(self) -> int:
-        return self.sites[0].memory.num_indices
+        return self.sites[0].num_rows
 
     def make_rows(self, rows: int) -> None:
         """Have so many rows. Raises ValueError if there are others, and something is remembered."""
@@ -33,17 +33,20 @@ class Contents:
             return
         if self.ledger:
             raise ValueError(f"expected the {self.num_rows} rows of what is remembered, got {rows}: clear() it first")
-        made = [site.new_memory(rows) for site in self.sites]
-        for site, memory in zip(self.sites, made, strict=True):
-            site.use_memory(memory)
+        made = [site.new_memories(rows) for site in self.sites]
+        for site, memories in zip(self.sites, made, strict=True):
+            site.use_memories(memories)
         self.reading.stand_at(torch.zeros(rows, dtype=torch.int64))
+
+    def begin(self, titles: Sequence[str | None]) -> list[int]:
+        """Begin a document in each row -> their numbers."""
+        return self.ledger.begin(titles, range(self.num_rows), self.reading.offsets.tolist())
 
     def clear(self, rows: int | Iterable[int] | None) -> None:
         """Forget what these rows hold, or all. Raises ValueError for rows that there are not."""
-        cleared = self.sites[0].memory.rows_to_clear(rows)
+        cleared = self.sites[0].memories[0].rows_to_clear(rows)
         for site in self.sites:
-            site.memory.clear(cleared)
-            site.last_lookup = None
+            site.clear(cleared)
         self.ledger.forget(cleared)
         offsets = self.reading.offsets.clone()
         offsets[cleared] = 0
@@ -54,6 +57,6 @@ class Contents:
         staged = []
         for site, pair, mask, origin in zip(self.sites, pairs, masks, origins, strict=True):
             if pair is not None and bool(mask.any()):
-                staged.append((site.memory, site.stage(*pair, mask, origin)))
-        for memory, entries in staged:
-            memory.commit(entries)
+                staged.append((site, site.stage(*pair, mask, origin)))
+        for site, entries in staged:
+            site.commit(entries)

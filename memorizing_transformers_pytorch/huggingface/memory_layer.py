@@ -21,6 +21,8 @@ from memorizing_transformers_pytorch.huggingface.interface import LEAST, Extensi
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site
+from memorizing_transformers_pytorch.memory import KNNMemory
+from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
 from memorizing_transformers_pytorch.nn.retrieval import retrieved_logits, retrieved_values
 
 GATE_START = -2.0
@@ -41,14 +43,19 @@ class HeadBias(nn.Module):
 
 
 class MemoryLayer(Extension, Site):
-    """The memory of one layer, taking part in its attention."""
+    """The memory of one layer, taking part in its attention.
 
-    def __init__(self, layer: Layer, options: Options, reading: Reading) -> None:
+    recent: of how many entries the keys are turned to where they stand; older ones lie in a memory of their own, turned
+    back to position 0. None where all are alike.
+    """
+
+    def __init__(self, layer: Layer, options: Options, reading: Reading, recent: int | None) -> None:
         weight = next(layer.module.parameters())
-        super().__init__(
-            layer.index, Shape(layer.kv_heads, layer.width, device_of(layer.module), weight.dtype), options, reading
-        )
         self.layer = layer
+        true_places = layer.rotary is not None and options.positions == "true"
+        self.recent = recent if true_places and recent is not None and recent < options.max_memories else None
+        shape = Shape(layer.kv_heads, layer.width, device_of(layer.module), weight.dtype)
+        super().__init__(layer.index, shape, options, reading)
         self._position_embeddings: Any = None
         self._hook: Any = None
 
@@ -62,7 +69,31 @@ class MemoryLayer(Extension, Site):
         self._hook.remove()
         interface.leave(self.layer.module)
         delattr(self.layer.module, BIAS)
-        self.memory.cleanup()
+        self.close()
+
+    def new_memories(self, rows: int) -> list[KNNMemory]:
+        if self.recent is None:
+            return super().new_memories(rows)
+        older = self.options.max_memories - self.recent
+        return [self.new_memory(rows, self.recent, "exact"), self.new_memory(rows, older, self.options.index)]
+
+    def commit(self, entries: StagedEntries) -> None:
+        """As `Site.commit`. Entries that must make room grow old."""
+        if self.recent is None:
+            super().commit(entries)
+            return
+        for some in entries.portions(self.recent):
+            for row, count in zip(some.rows, some.counts(), strict=True):
+                self._let_grow_old(row, count)
+            super().commit(some)
+
+    def _let_grow_old(self, row: int, arriving: int) -> None:
+        recent, older = self.memories
+        too_many = recent.num_entries[row] + arriving - recent.max_memories
+        if too_many > 0 and self.layer.rotary is not None:
+            leaving = recent.store.oldest(row, too_many)
+            bare = self.layer.rotary.turned(leaving.keys, -leaving.origins[..., POSITION])
+            older.commit(leaving._replace(keys=bare.to(leaving.keys.dtype)))
 
     def parameters(self) -> list[nn.Parameter]:
         module: Any = self.layer.module.get_submodule(BIAS)
@@ -78,7 +109,7 @@ class MemoryLayer(Extension, Site):
         self.begin_call(len(query))
         if self.reading.staging:
             count = query.shape[2]
-            self.arrived = self._placed(local.key[:, :, -count:], keys=True), local.value[:, :, -count:].detach()
+            self.arrived = self._placed(local.key[:, :, -count:]), local.value[:, :, -count:].detach()
         bias: Tensor = module.get_submodule(BIAS)(query)
         if self.is_silent:  # the same numbers, but with the bias in the graph, as DistributedDataParallel needs
             return out + 0 * bias.sum().to(out) if torch.is_grad_enabled() and bias.requires_grad else out
@@ -89,22 +120,35 @@ class MemoryLayer(Extension, Site):
         return joined
 
     def _join(self, out: Tensor, query: Tensor, local: Local, bias: Tensor) -> Tensor:
-        placed = self._placed(query, keys=False)
-        lookup = self.look_up(placed)
-        logits = local.logits(retrieved_logits(placed, lookup)).masked_fill(~lookup.mask, LEAST)
-        weights = logits.softmax(dim=-1) * lookup.mask
+        found = self.look_up(self._queries(query))
+        mask = torch.cat([part.mask for part in found], dim=-1)
+        products = torch.cat([retrieved_logits(part.query, part) for part in found], dim=-1)
+        logits = local.logits(products).masked_fill(~mask, LEAST)
+        weights = logits.softmax(dim=-1) * mask
         if self.options.combine == "softmax":
             bias = bias + logits.logsumexp(dim=-1, keepdim=True) - local.total(query)
-        share = (bias.sigmoid() * lookup.mask.any(dim=-1, keepdim=True)).transpose(1, 2)
-        of_memory = retrieved_values(weights, lookup).transpose(1, 2)
+        share = (bias.sigmoid() * mask.any(dim=-1, keepdim=True)).transpose(1, 2)
+        parts = zip(torch.split(weights, self.options.topk, dim=-1), found, strict=True)
+        of_memory = torch.stack([retrieved_values(some, part) for some, part in parts]).sum(dim=0).transpose(1, 2)
         return (out + share * (of_memory - out.float())).to(out.dtype)
 
-    def _placed(self, x: Tensor, *, keys: bool) -> Tensor:
-        """Queries or keys (B, heads, T, D), turned to where they stand in the document, or all to one distance."""
+    def _queries(self, query: Tensor) -> list[Tensor]:
+        """Queries (B, H, T, D) for each of the memories: turned to where they stand, or to one distance."""
         rotary = self.layer.rotary
         if rotary is None:
-            return x
+            return [query]
+        offsets = self.of_rows(self.reading.offsets, len(query)).unsqueeze(1)
+        here = [rotary.turned(query, offsets)] if self.options.positions == "true" else []
+        if self.recent is None and here:
+            return here
+        bare = rotary.unturned(query, self._position_embeddings)
+        return [*here, rotary.turned(bare, torch.full((1, 1), self.options.distance))]
+
+    def _placed(self, keys: Tensor) -> Tensor:
+        """Keys (B, G, T, D), turned to where they stand in the document, or to position 0."""
+        rotary = self.layer.rotary
+        if rotary is None:
+            return keys
         if self.options.positions == "true":
-            return rotary.turned(x, self.of_rows(self.reading.offsets, len(x)).unsqueeze(1))
-        bare = rotary.unturned(x, self._position_embeddings)
-        return bare if keys else rotary.turned(bare, torch.full((1, 1), self.options.distance))
+            return rotary.turned(keys, self.of_rows(self.reading.offsets, len(keys)).unsqueeze(1))
+        return rotary.unturned(keys, self._position_embeddings)

@@ -17,7 +17,8 @@ class Options:
     topk: int = 32
     combine: str = "softmax"
     positions: str = "true"
-    distance: int = 64
+    distance: int = 1_024
+    recent: int | None = None
     max_memories: int = 262_144
     chunk: int = 512
     skip_first: int = 4
@@ -32,6 +33,8 @@ class Options:
         for name, least in {"topk": 1, "distance": 0, "max_memories": 1, "chunk": 1, "skip_first": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"expected {name} to be at least {least}, got {getattr(self, name)}")
+        if self.recent is not None and self.recent < 1:
+            raise ValueError(f"expected recent to be at least 1, got {self.recent}")
         if self.skip_first >= self.chunk:
             raise ValueError(f"expected skip_first to be below chunk={self.chunk}, got {self.skip_first}")
         for name, choices in CHOICES.items():

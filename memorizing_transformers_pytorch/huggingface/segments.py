@@ -63,6 +63,6 @@ def _continued(contents: Contents, titles: Sequence[str | None] | str | None) ->
     named = [titles] * len(rows) if titles is None or isinstance(titles, str) else list(titles)
     latest = [contents.ledger.latest(row) for row in rows]
     return [
-        number if number is not None else contents.ledger.begin([title], [row])[0]
+        number if number is not None else contents.ledger.begin([title], [row], [int(contents.reading.offsets[row])])[0]
         for row, title, number in zip(rows, named, latest, strict=True)
     ]

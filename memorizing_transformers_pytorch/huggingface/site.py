@@ -50,17 +50,18 @@ class Shape:
 class Site:
     """A layer with a memory.
 
-    index: the number of the layer. arrived: keys and values (B, G, T, D) of the last call, while `reading.staging`;
-    keys are turned to where they stand. last_lookup: what the last call found.
+    index: the number of the layer. memories: what it remembers; new entries enter the first. arrived: keys and values
+    (B, G, T, D) of the last call, while `reading.staging`; keys are turned to where they stand. last_lookups: what the
+    last call found in each of the memories.
     """
 
     def __init__(self, index: int, shape: Shape, options: Options, reading: Reading) -> None:
         self.index, self.options, self.reading = index, options, reading
         self._shape = shape
-        self.memory = self.new_memory(1)
+        self.memories = self.new_memories(1)
         self.enabled = True
         self.arrived: tuple[Tensor, Tensor] | None = None
-        self.last_lookup: Lookup | None = None
+        self.last_lookups: list[Lookup | None] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         """Copies of a module (as PEFT makes them) share the memory."""
@@ -78,34 +79,64 @@ class Site:
         """What was added to the model, to be learned."""
         raise NotImplementedError
 
-    def new_memory(self, rows: int) -> KNNMemory:
+    def new_memories(self, rows: int) -> list[KNNMemory]:
+        return [self.new_memory(rows, self.options.max_memories, self.options.index)]
+
+    def new_memory(self, rows: int, capacity: int, index: str) -> KNNMemory:
         options, shape = self.options, self._shape
         return KNNMemory(
             shape.width,
-            options.max_memories,
+            capacity,
             rows,
             num_kv_heads=shape.kv_heads,
             dtype=shape.dtype if options.dtype is None else options.dtype,
             device=shape.device if options.device is None else torch.device(options.device),
-            index=options.index,
+            index=index,
             directory=options.directory,
         )
 
-    def use_memory(self, memory: KNNMemory) -> None:
-        """Remember in this one from now on, and close the one before."""
-        self.memory.cleanup()
-        self.memory, self.last_lookup = memory, None
+    def use_memories(self, memories: list[KNNMemory]) -> None:
+        """Remember in these from now on, and close those before."""
+        self.close()
+        self.memories, self.last_lookups = memories, []
+
+    def close(self) -> None:
+        for memory in self.memories:
+            memory.cleanup()
+
+    def clear(self, rows: list[int]) -> None:
+        for memory in self.memories:
+            memory.clear(rows)
+        self.last_lookups = []
+
+    @property
+    def num_rows(self) -> int:
+        return self.memories[0].num_indices
+
+    @property
+    def num_entries(self) -> tuple[int, ...]:
+        """Of each row."""
+        return tuple(map(sum, zip(*(memory.num_entries for memory in self.memories), strict=True)))
 
     @property
     def num_bytes(self) -> int:
         """What the entries take: keys, values, origins and ages."""
-        store = self.memory.store
-        per_entry = 2 * self._shape.kv_heads * self._shape.width * store.keys.itemsize + 32
-        return per_entry * sum(self.memory.num_entries)
+        itemsize = self.memories[0].store.keys.itemsize
+        return (2 * self._shape.kv_heads * self._shape.width * itemsize + 32) * sum(self.num_entries)
+
+    @property
+    def last_retrieved(self) -> Tensor | None:
+        """Origins (R, H, T, K, 3) of what the last call found, -1 where it found nothing; None if it did not look."""
+        origins = [
+            memory.origins(lookup.slots).masked_fill(~lookup.mask.unsqueeze(-1), -1)
+            for memory, lookup in zip(self.memories, self.last_lookups, strict=False)
+            if lookup is not None
+        ]
+        return torch.cat(origins, dim=-2) if origins else None
 
     def begin_call(self, batch: int) -> None:
         """Forget the last call. Raises ValueError for a batch that the rows of the memory cannot serve."""
-        self.last_lookup = None
+        self.last_lookups = []
         rows = len(self.reading.rows)
         if batch % rows:
             raise ValueError(f"expected a batch that is a multiple of the {rows} rows of the memory, got {batch}")
@@ -113,19 +144,33 @@ class Site:
     @property
     def is_silent(self) -> bool:
         """Whether there is nothing to look up."""
-        off = not self.enabled or self.memory.is_closed
-        return off or not any(self.memory.num_entries[row] for row in self.reading.rows)
+        return not self.enabled or not any(map(self._holds_something, self.memories))
 
-    def look_up(self, query: Tensor) -> OfBatch:
-        """query (B, H, T, D) -> what was found for each row of the batch."""
-        with self.memory.at_batch_indices(self.reading.rows):
-            self.last_lookup = self.memory.look_up(self._grouped(query.detach()), self.options.topk)
-        return OfBatch(self.last_lookup, query.shape)
+    def _holds_something(self, memory: KNNMemory) -> bool:
+        return not memory.is_closed and any(memory.num_entries[row] for row in self.reading.rows)
+
+    def look_up(self, queries: list[Tensor]) -> list[OfBatch]:
+        """Queries (B, H, T, D) for each of the memories -> what each row of the batch found in those that hold
+        something."""
+        found = []
+        for memory, query in zip(self.memories, queries, strict=True):
+            lookup = None
+            if self._holds_something(memory):
+                with memory.at_batch_indices(self.reading.rows):
+                    lookup = memory.look_up(self._grouped(query.detach()), self.options.topk)
+                found.append(OfBatch(lookup, query))
+            self.last_lookups.append(lookup)
+        return found
 
     def stage(self, keys: Tensor, values: Tensor, mask: Tensor, origins: Tensor) -> StagedEntries:
         """Keys and values (R, G, N, D) where mask (R, N) is True, as they can be stored: storing nothing yet."""
-        with self.memory.at_batch_indices(self.reading.rows):
-            return self.memory.stage(torch.stack((keys, values.to(keys)), dim=-2), mask, origins)
+        memory = self.memories[0]
+        with memory.at_batch_indices(self.reading.rows):
+            return memory.stage(torch.stack((keys, values.to(keys)), dim=-2), mask, origins)
+
+    def commit(self, entries: StagedEntries) -> None:
+        """Store what `stage` has checked."""
+        self.memories[0].commit(entries)
 
     def of_rows(self, numbers: Tensor, batch: int) -> Tensor:
         """(R,) -> (B,): each row of the memory serves as many rows of the batch, one after the other."""
@@ -138,10 +183,11 @@ class Site:
 
 
 class OfBatch:
-    """What the rows of a batch found, several of which may share a row of the memory: (B, H, T, K)."""
+    """What the rows of a batch found with a query, several of which may share a row of the memory: (B, H, T, K)."""
 
-    def __init__(self, lookup: Lookup, shape: tuple[int, ...]) -> None:
-        self._lookup, self._shape = lookup, shape
+    def __init__(self, lookup: Lookup, query: Tensor) -> None:
+        self.query = query
+        self._lookup, self._shape = lookup, query.shape
         self.slots, self.scores, self.mask = map(self._of_batch, (lookup.slots, lookup.scores, lookup.mask))
 
     def tables(self) -> list[Table]:

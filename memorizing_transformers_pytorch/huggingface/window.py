@@ -96,12 +96,12 @@ class Window:
     def _begin(self, call: Call) -> None:
         self.end()
         self._contents.make_rows(len(call.tokens))
-        rows = list(range(len(call.tokens)))
-        self._numbers = self._contents.ledger.begin([None] * len(rows), rows)
+        rows = len(call.tokens)
+        self._numbers = self._contents.begin([None] * rows)
         self._cache, self._kept = call.cache, [None] * len(self._contents.sites)
-        self._passed = torch.zeros(len(rows), dtype=torch.int64)
-        self._mask = torch.zeros(len(rows), 0, dtype=torch.bool)
-        self._origins = torch.zeros(len(rows), 0, 3, dtype=torch.int64)
+        self._passed = torch.zeros(rows, dtype=torch.int64)
+        self._mask = torch.zeros(rows, 0, dtype=torch.bool)
+        self._origins = torch.zeros(rows, 0, 3, dtype=torch.int64)
 
     def _take_in(self, call: Call) -> None:
         """What has arrived in this call is kept."""

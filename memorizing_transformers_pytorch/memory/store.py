@@ -13,6 +13,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from memorizing_transformers_pytorch.memory.index import Ring
 from memorizing_transformers_pytorch.memory.retrieved import Lookup
 
 ORIGIN_FIELDS = 3  # document id, position in the document, token id
+POSITION = 1  # which of them
 UNKNOWN = -1
 COPIED_AT_ONCE = 4_096  # entries, that stay in cache on their way
 
@@ -43,6 +45,17 @@ class StagedEntries(NamedTuple):
     values: Tensor
     origins: Tensor
     mask: Tensor | None
+
+    def counts(self) -> list[int]:
+        """How many entries each of the rows will be given."""
+        return [self.keys.shape[2]] * len(self.rows) if self.mask is None else self.mask.sum(dim=1).tolist()
+
+    def portions(self, size: int) -> Iterator[StagedEntries]:
+        """The same entries, so many of each row at a time."""
+        for start in range(0, self.keys.shape[2], size):
+            some = slice(start, start + size)
+            mask = None if self.mask is None else self.mask[:, some]
+            yield StagedEntries(self.rows, self.keys[:, :, some], self.values[:, :, some], self.origins[:, some], mask)
 
 
 class Store:
@@ -117,6 +130,13 @@ class Store:
         self.cursors[row] = cursor
         self.filled[row] = min(self.filled[row] + count, self.capacity)
         self.written_to[row] += count
+
+    def oldest(self, row: int, count: int) -> StagedEntries:
+        """Copies of so many entries of a row, the oldest first."""
+        first = self.cursors[row] - self.filled[row]
+        places = (first + torch.arange(count, device=self.device)) % self.capacity
+        keys, values = self.keys[row][None, :, places], self.values[row][None, :, places]
+        return StagedEntries([row], keys, values, self.origins[row][None, places], None)
 
     def clear(self, rows: list[int]) -> None:
         for row in rows:

@@ -97,4 +97,4 @@ def test_a_stream_is_followed_in_bounded_space(model: Any, tokenizer: Any) -> No
     found = list(endless_stream.follow(memory, tokenizer, lines, size=64))
     assert [read for read, _ in found][-1] == 20 * 62
     assert all(loss > 0 for _, loss in found)
-    assert memory.layers[0].memory.num_entries == (100,)
+    assert memory.layers[0].num_entries == (100,)

@@ -165,9 +165,9 @@ def test_a_reading_that_is_broken_off_is_listed_as_far_as_it_came(monkeypatch: p
         with pytest.raises(KeyboardInterrupt):
             memory.read(tokens(1, 50), progress=False)
     assert [document.tokens for document in memory.documents()] == [20]
-    assert memory.layers[1].memory.num_entries == (20,)
+    assert memory.layers[1].num_entries == (20,)
     memory.read(tokens(1, 5), progress=False)
-    assert memory.layers[1].memory.store.origins[0, :25, 1].tolist() == list(range(25))
+    assert memory.layers[1].memories[0].store.origins[0, :25, 1].tolist() == list(range(25))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -223,7 +223,7 @@ def test_half_precision_is_close_to_float32(dtype: torch.dtype) -> None:
         model = tiny("llama", "sdpa").to(each)
         memory = attach_memory(model, **{**EVERYTHING, "dtype": None})
         memory.read(tokens(1, 30), progress=False)
-        assert memory.layers[0].memory.dtype == each
+        assert memory.layers[0].memories[0].dtype == each
         found.append(logits(model, tokens(2, 6, seed=1)))
     assert found[1].dtype == dtype
     assert float((found[1].float() - found[0]).norm() / found[0].norm()) < 0.1
@@ -273,7 +273,7 @@ def test_the_first_tokens_of_a_chunk_are_not_remembered_but_all_others_once() ->
     model, ids = tiny("llama"), tokens(1, 50)
     memory = attach_memory(model, layers=[1], chunk=16, skip_first=4)
     memory.read(ids, document="a book", progress=False)
-    layer = memory.layers[1].memory
+    layer = memory.layers[1].memories[0]
     origins = layer.store.origins[0, : layer.num_entries[0]]
     assert origins[:, 1].tolist() == list(range(4, 50))
     assert origins[:, 2].tolist() == ids[0, 4:].tolist()

@@ -22,7 +22,7 @@ WINDOW: dict[str, Any] = {**EVERYTHING, "write": "window"}
 
 def entries(memory: AttachedMemory, layer: int = 1, row: int = 0) -> tuple[Tensor, Tensor]:
     """Keys (G, n, D) and origins (n, 3), oldest first."""
-    known = memory.layers[layer].memory
+    known = memory.layers[layer].memories[0]
     count = known.num_entries[row]
     return known.store.keys[row, :, :count].float(), known.store.origins[row, :count]
 
@@ -52,7 +52,7 @@ def test_padding_of_a_segment_is_not_remembered() -> None:
     mask[1, 5:] = 0
     with memory.writing():
         logits(memory.model, ids, attention_mask=mask)
-    assert memory.layers[1].memory.num_entries == (8, 5)
+    assert memory.layers[1].num_entries == (8, 5)
     assert entries(memory, row=1)[1][:, 1].tolist() == [0, 1, 2, 3, 4]
     memory.clear([1])
     with memory.writing():
@@ -71,9 +71,9 @@ def test_a_segment_that_fails_is_not_remembered() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert memory.documents() == []
-    assert memory.layers[0].memory.num_entries == (0,)
+    assert memory.layers[0].num_entries == (0,)
     logits(memory.model, ids)
-    assert memory.layers[0].memory.num_entries == (0,)
+    assert memory.layers[0].num_entries == (0,)
 
 
 def test_weights_that_change_between_segments_are_expected() -> None:
@@ -97,7 +97,7 @@ def test_what_leaves_the_window_is_as_good_as_seen(family: str) -> None:
     found = model.generate(ids, max_new_tokens=20, past_key_values=cache, **WRITING)
     assert torch.equal(found, expected)
     assert cache.layers[0].keys.shape[2] == 6
-    assert memory.layers[1].memory.num_entries == (24, 24)  # 11 and 19 have passed, 6 are in the cache
+    assert memory.layers[1].num_entries == (24, 24)  # 11 and 19 have passed, 6 are in the cache
     assert torch.equal(entries(memory)[1][:, 2], expected[0, :24])
     memory.clear()
     assert torch.equal(model.generate(ids, max_new_tokens=20, **WRITING), expected)
@@ -119,7 +119,7 @@ def test_padding_on_the_left_is_not_remembered_when_it_leaves_the_window() -> No
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, **WRITING)
     memory = attach_memory(model, **WINDOW, window=6)
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=20, **WRITING), expected)
-    assert memory.layers[1].memory.num_entries == (23, 19)
+    assert memory.layers[1].num_entries == (23, 19)
     assert entries(memory, row=1)[1][:, 1].tolist() == list(range(19))
 
 

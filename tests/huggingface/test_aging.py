@@ -1,0 +1,121 @@
+"""Entries that grow old are as far away as one distance tells, recent ones as far as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from memorizing_transformers_pytorch.huggingface import attach_memory
+from memorizing_transformers_pytorch.huggingface.probe import probe, run, watching
+from tests.huggingface.families import tiny
+from tests.huggingface.test_attach import logits, tokens
+
+ONE: dict[str, Any] = {"layers": [0], "skip_first": 0, "index": "exact", "dtype": torch.float32, "topk": 64}
+
+
+class FirstLayer:
+    """Queries (H, T, D), keys and values (G, T, D) of the first layer, when tokens stand at a place."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._modules = model, {0: probe(model)[0][0].module}
+
+    def __call__(self, ids: Tensor, place: int) -> tuple[Tensor, Tensor, Tensor]:
+        with watching(self._model, self._modules) as seen:
+            run(self._model, ids, place)
+        assert seen[0].query is not None
+        assert seen[0].local is not None
+        return seen[0].query[0], seen[0].local.key[0], seen[0].local.value[0]
+
+    def each(self, ids: Tensor, place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Each token by itself at the same place."""
+        parts = zip(*(self(token, place) for token in ids.split(1, dim=1)), strict=True)
+        queries, keys, values = (torch.cat(part, dim=1) for part in parts)
+        return queries, keys, values
+
+
+@pytest.mark.parametrize("recent", [1, 7, 20, 33])
+def test_the_first_layer_attends_as_a_plain_softmax_over_keys_at_two_kinds_of_distances(recent: int) -> None:
+    """The slow, obvious way: run the tokens where they are, and the old ones at 0 with the queries at the distance."""
+    model, book, ids, distance = tiny("llama"), tokens(1, 33), tokens(1, 5, seed=1), 50
+    first = FirstLayer(model)
+    now, here = first(ids, 33), first(book, 0)
+    far, old = first.each(ids, distance), first.each(book, 0)
+    memory = attach_memory(model, **ONE, recent=recent, distance=distance, chunk=9)
+    memory.read(book, progress=False)
+    outs: list[Tensor] = []
+    out = memory.layers[0].layer.module.o_proj
+    out.register_forward_pre_hook(lambda _, inputs: outs.append(inputs[0]))
+    logits(model, ids)
+
+    ahead, expected = torch.ones(5, 5).triu(1).bool(), []
+    for head in range(4):
+        kv, border = head // 2, 33 - recent
+        from_old = far[0][head] @ old[1][kv, :border].mT
+        from_recent = now[0][head] @ here[1][kv, border:].mT
+        local = (now[0][head] @ now[1][kv].mT).masked_fill(ahead, -torch.inf)
+        weights = (torch.cat((from_old, from_recent, local), dim=1) * 8**-0.5).softmax(dim=1)
+        expected.append(weights @ torch.cat((here[2][kv], now[2][kv])))
+    torch.testing.assert_close(outs[0][0], torch.cat(expected, dim=-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("recent", "capacity"), [(5, 20), (8, 100), (30, 40), (16, 16)])
+def test_no_entry_is_lost_but_the_oldest_of_all(recent: int, capacity: int) -> None:
+    model, ids = tiny("llama"), tokens(2, 61)
+    mask = torch.ones_like(ids)
+    mask[1, 31:] = 0
+    memory = attach_memory(model, **ONE, recent=recent, max_memories=capacity, chunk=11)
+    memory.read(ids, mask, progress=False)
+    for row, length in enumerate((61, 31)):
+        kept = []
+        for part in reversed(memory.layers[0].memories):
+            store = part.store
+            kept += store.oldest(row, part.num_entries[row]).origins[0, :, 1].tolist()
+        assert kept == list(range(max(length - capacity, 0), length))
+
+
+def test_old_keys_are_those_of_constant_positions() -> None:
+    model, ids = tiny("phi", "sdpa"), tokens(1, 40)
+    stores = []
+    for options in ({"recent": 4}, {"positions": "constant"}):
+        memory = attach_memory(model, **ONE, **options, chunk=40)
+        memory.read(ids, progress=False)
+        stores.append(memory.layers[0].memories[-1].store.keys[0, :, :36].clone())
+        memory.detach()
+    torch.testing.assert_close(*stores, rtol=1e-4, atol=1e-4)
+
+
+def test_more_than_the_recent_part_holds_may_come_at_once() -> None:
+    model, ids = tiny("llama"), tokens(1, 40)
+    found = []
+    for chunk in (40, 3):
+        memory = attach_memory(model, **ONE, recent=3, chunk=chunk)
+        with memory.enabled(False):
+            memory.read(ids, progress=False)
+        found.append([part.store.origins[0, : part.num_entries[0], 1].tolist() for part in memory.layers[0].memories])
+        memory.detach()
+    assert sorted(found[0][0]) == sorted(found[1][0]) == [37, 38, 39]
+    assert found[0][1] == found[1][1] == list(range(37))
+
+
+def test_half_of_the_context_is_recent_unless_told() -> None:
+    assert attach_memory(tiny("llama", max_position_embeddings=100), layers=[0]).layers[0].recent == 50
+    assert attach_memory(tiny("smollm3"), layers=[1]).layers[1].recent is None  # no rotary embeddings there
+    assert attach_memory(tiny("llama"), layers=[0], positions="constant").layers[0].recent is None
+    with pytest.raises(ValueError, match="expected recent to be at least 1, got 0"):
+        attach_memory(tiny("llama"), layers=[0], recent=0)
+
+
+def test_positions_of_what_was_looked_up_are_those_in_its_document() -> None:
+    memory = attach_memory(tiny("llama"), **ONE, recent=5)
+    memory.read(tokens(1, 12), document="one", progress=False)
+    memory.read(tokens(1, 9, seed=1), document="two", progress=False)
+    logits(memory.model, tokens(1, 3, seed=2))
+    origins = memory.last_retrieved[0]
+    found = {tuple(origin) for origin in origins[0, 0, 0, :, :2].tolist()}
+    assert found == {(-1, -1), *((0, place) for place in range(12)), *((1, place) for place in range(9))}
+    assert [document.start for document in memory.documents()] == [0, 12]
