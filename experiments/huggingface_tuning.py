@@ -42,6 +42,8 @@ class Options:
     topk: int = 32
     segments: int = 8
     """Of 512 tokens in each passage."""
+    before: int = 8_192
+    """Tokens that are read before every other passage, each chunk by itself, so that older memories are learned too."""
     bias_rate: float = 0.05
     rate: float = 1e-3
     seed: int = 0
@@ -78,7 +80,8 @@ def passages(texts: list[Tensor], size: int, seed: int) -> Any:
 def main(options: Options) -> None:
     model, tokenizer = load(options.model)
     texts = [tokenizer(path.read_text(), return_tensors="pt").input_ids[0] for path in options.texts]
-    texts = [text for text in texts if len(text) > SEGMENT * options.segments]
+    size = SEGMENT * options.segments + options.before
+    texts = [text for text in texts if len(text) > size]
     print(f"{len(texts)} texts, {sum(map(len, texts)):,} tokens", flush=True)
     memory = attached(model.requires_grad_(False), options.how, options.topk)
     tuned = with_adapter(model, memory, options.rank) if options.how.startswith("lora") else model
@@ -92,7 +95,7 @@ def main(options: Options) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     print(sum(each.numel() for each in learned), "numbers learned", flush=True)
-    log = train(tuned, memory, optimizer, passages(texts, SEGMENT * options.segments, options.seed), options)
+    log = train(tuned, memory, optimizer, passages(texts, size, options.seed), options)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.how.startswith("lora"):
         tuned.save_pretrained(options.output)
@@ -109,7 +112,11 @@ def train(model: Any, memory: AttachedMemory, optimizer: Any, source: Any, optio
     rates = [group["lr"] for group in optimizer.param_groups]
     while (share := (time.monotonic() - start) / 60 / options.minutes) < 1:
         memory.clear()
-        for place, segment in enumerate(next(source).split(SEGMENT, dim=1)):
+        before, passage = next(source).tensor_split([options.before], dim=1)
+        if options.how != "lora-local" and options.before and len(log) // options.segments % 2:
+            with memory.enabled(False):
+                memory.read(before, progress=False)
+        for place, segment in enumerate(passage.split(SEGMENT, dim=1)):
             share = min((time.monotonic() - start) / 60 / options.minutes, 1.0)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * min(1.0, len(log) / 20) * (1 - share)
