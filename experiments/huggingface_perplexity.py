@@ -4,12 +4,14 @@
 
 MODEL_FOLDER holds a model of transformers, or one .gguf file. Of each passage of 4,096 tokens the later half is scored:
 with local context only (chunks of 512), with a memory of the first half, with a memory of as much of another text, with
-that of the first half but its values shuffled, and with the whole passage as context. For longer memories the text
-before the passage is read too. Passages that OUTPUT.json has already are not measured again.
+that of the first half but its values shuffled, and with the whole passage as context. For longer memories and contexts
+the text before the passage is read too. What comes before the later half is read chunk by chunk without looking
+anything up. Passages that OUTPUT.json has already are not measured again.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +43,12 @@ class Options:
     topk: int = 32
     longer: tuple[int, ...] = ()
     """Tokens of the text before the passage's later half to read, beside the 2,048 of the first."""
+    only_longer: bool = False
+    """Measure these alone."""
+    longest: int | None = None
+    """Length of a passage that is all context, beside the 4,096."""
+    tuned: Path | None = None
+    """What experiments/huggingface_tuning.py has written."""
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -58,16 +66,22 @@ def starts(length: int, passages: int, before: int) -> list[int]:
 
 @torch.no_grad()
 def with_all(model: Any, tokens: Tensor) -> float:
-    """The loss of the later half but its first token, with everything before it as context."""
+    """The loss of the last 2,048 tokens but the first of them, with everything before as context."""
     logits = model(input_ids=tokens[None], logits_to_keep=HALF, use_cache=False).logits[0, :-1]
     return float(torch.nn.functional.cross_entropy(logits.float(), tokens[1 - HALF :]))
 
 
-def with_memory(memory: AttachedMemory, before: Tensor, later: Tensor) -> float:
+def after(memory: AttachedMemory, before: Tensor, later: Tensor) -> float:
     """The loss of the later tokens after the others were read."""
-    memory.clear()
-    memory.read(before, progress=False)
+    read(memory, before)
     return loss(memory, later)
+
+
+def read(memory: AttachedMemory, tokens: Tensor) -> None:
+    """Into an empty memory, without looking anything up."""
+    memory.clear()
+    with memory.enabled(False):
+        memory.read(tokens, progress=False)
 
 
 def loss(memory: AttachedMemory, tokens: Tensor) -> float:
@@ -77,54 +91,72 @@ def loss(memory: AttachedMemory, tokens: Tensor) -> float:
 
 
 def modes(
-    model: Any, memory: AttachedMemory, text: Tensor, other: Tensor, longer: tuple[int, ...]
+    model: Any, memory: AttachedMemory, text: Tensor, other: Tensor, options: Options
 ) -> dict[str, Callable[[int], float]]:
     """The loss of the half that begins at a place in the text, by what the model knows of what came before."""
 
     def local(place: int) -> float:
         with memory.enabled(False):
-            return with_memory(memory, text[place - HALF : place], text[place : place + HALF])
+            return after(memory, text[:1], text[place : place + HALF])
 
-    def full(place: int) -> float:
+    def full(place: int, before: int = HALF) -> float:
         with memory.enabled(False):
-            return with_all(model, text[place - HALF : place + HALF])
+            return with_all(model, text[place - before : place + HALF])
+
+    def remembered(place: int, before: int = HALF) -> float:
+        return after(memory, text[place - before : place], text[place : place + HALF])
 
     def shuffled(place: int) -> float:
-        memory.clear()
-        memory.read(text[place - HALF : place], progress=False)
+        read(memory, text[place - HALF : place])
         for layer in memory.layers.values():
-            random = torch.Generator().manual_seed(place)
-            count = layer.num_entries[0]
-            values = layer.memories[0].store.values[0, :, :count]
-            values.copy_(values[:, torch.randperm(count, generator=random)].clone())
+            for part in layer.memories:
+                random = torch.Generator().manual_seed(place)
+                count = part.num_entries[0]
+                values = part.store.values[0, :, :count]
+                values.copy_(values[:, torch.randperm(count, generator=random)].clone())
         return loss(memory, text[place : place + HALF])
 
     found: dict[str, Callable[[int], float]] = {
         "local": local,
-        "memory": lambda place: with_memory(memory, text[place - HALF : place], text[place : place + HALF]),
-        "memory of another text": lambda place: with_memory(memory, other[:HALF], text[place : place + HALF]),
+        "memory": remembered,
+        "memory of another text": lambda place: after(memory, other[:HALF], text[place : place + HALF]),
         "values shuffled": shuffled,
         "full context": full,
     }
-    for count in longer:
-        found[f"memory of {count:,}"] = lambda place, count=count: with_memory(
-            memory, text[place - count : place], text[place : place + HALF]
-        )
-    return found
+    longer = {f"memory of {n:,}": functools.partial(remembered, before=n) for n in options.longer}
+    if options.longest is not None:
+        longer[f"full context of {options.longest:,}"] = functools.partial(full, before=options.longest - HALF)
+    return longer if options.only_longer else found | longer
+
+
+def attached(model: Any, options: Options) -> AttachedMemory:
+    """The memory, as it was tuned if it was."""
+    layers, topk, tuned = options.layers or "auto", options.topk, options.tuned
+    added = tuned is not None and json.loads((tuned / "tuning.json").read_text())["options"]["how"] == "added"
+    if added:
+        layers = "auto"
+    memory = attach_memory(model, layers=layers, added=added, topk=topk, index="exact", max_memories=131_072)
+    if tuned is not None and (tuned / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(model, tuned)
+    elif tuned is not None:
+        memory.load_parameters(tuned / "memory.safetensors")
+    return memory
 
 
 def main(options: Options) -> None:
     model, tokenizer = load(options.model)
     print({index: round(score, 2) for index, score in list(suggest_layers(model).items())[:10]}, flush=True)
-    chosen = options.layers or "auto"
-    memory = attach_memory(model, layers=chosen, topk=options.topk, index="exact", max_memories=131_072)
+    memory = attached(model, options)
     print(memory, flush=True)
     results = json.loads(options.output.read_text()) if options.output.is_file() else {"losses": {}}
     texts = [tokenizer(path.read_text(), return_tensors="pt").input_ids[0] for path in options.texts]
     for i, (path, text) in enumerate(zip(options.texts, texts, strict=True)):
         losses = results["losses"].setdefault(path.stem, {})
-        for place in starts(len(text), options.passages, max(HALF, *options.longer) if options.longer else HALF):
-            for name, measure in modes(model, memory, text, texts[i - 1], options.longer).items():
+        before = max(HALF, *options.longer, (options.longest or HALF) - HALF) if options.longer else HALF
+        for place in starts(len(text), options.passages, before):
+            for name, measure in modes(model, memory, text, texts[i - 1], options).items():
                 if str(place) not in losses.setdefault(name, {}):
                     losses[name][str(place)] = measure(place)
                     results.update(layers=list(memory.layers), topk=options.topk, **provenance(torch.device("cpu")))
@@ -149,7 +181,8 @@ def table(results: dict[str, Any]) -> str:
             low, high = np.exp(np.percentile(draws[row], [2.5, 97.5])) if draws is not None else (np.nan, np.nan)
             cells.append(f"{np.exp(mean):.2f} [{low:.1f}, {high:.1f}]")
         means = dict(zip(losses, np.exp(sums.mean(axis=1)), strict=True))
-        share = (means["local"] - means["memory"]) / (means["local"] - means["full context"])
+        whole = {"local", "memory", "full context"} <= set(means)
+        share = (means["local"] - means["memory"]) / (means["local"] - means["full context"]) if whole else np.nan
         lines.append(f"| {name} | {' | '.join(cells)} | {share:.0%} |")
     return "\n".join(lines) + f"\n\n({origin(results)}; layers {results['layers']}, top {results['topk']})"
 
