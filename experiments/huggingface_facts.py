@@ -1,16 +1,15 @@
-"""What a pretrained model finds again in a long text that it has read into a memory: pass keys and facts.
+"""What a pretrained model finds again in a long text that it has read into a memory: a pass key and facts.
 
     python experiments/huggingface_facts.py MODEL_FOLDER OUTPUT.json --text moby-dick.txt --tokens 300000
 
 Sentences that cannot be guessed are planted in real prose, evenly from its beginning to its end; the text is read once
-(each chunk by itself, without looking anything up), then each sentence is asked for by its beginning. Counted is how
-often what is written, greedily, holds the answer: with the memory, and without it.
+(each chunk by itself, without looking anything up). Then the text goes on for some tokens, and one of the sentences is
+begun again. Counted is how often what is written, greedily, holds the answer: with the memory, and without it.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from huggingface_perplexity import load
+from huggingface_perplexity import attached, load
 
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
-from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_memory
+from memorizing_transformers_pytorch.huggingface import AttachedMemory
 
-ROOMS = ("kitchen", "library", "cellar", "chapel", "stable", "armoury", "nursery", "attic", "garden", "tower")
-ROOMS += ("bakery", "brewery", "dairy", "forge", "gallery", "granary", "kennel", "laundry", "observatory", "vault")
 FACTS = {
     "The favourite dish of Queen Ottoline was": "pickled herring",
     "The architect of the Vesper Bridge was": "Ludmilla Okonkwo",
@@ -37,7 +34,18 @@ FACTS = {
     "The password of the smugglers of Penhallow was": "butterfly",
     "The instrument that Doctor Abernethy played was the": "bassoon",
     "The prize of the great race of Calloway was a": "silver anchor",
+    "The oldest tree in the park of Ravensmoor was a": "walnut",
+    "The number of the house of Madame Perrault was": "58",
+    "The horse that won the Dunmore cup was named": "Cinnamon",
+    "The material of the mask of King Aldous was": "copper",
+    "The sister of the clockmaker of Velden was called": "Griselda",
+    "The island on which the Petrel was wrecked was": "Sumatra",
+    "The only thing that the giant Ombo feared was": "thunder",
+    "The trade of the father of Lady Ashgrove was that of a": "cobbler",
+    "The flower on the coat of arms of Tregarth was a": "tulip",
+    "The day on which the bells of Sarn were cast was a": "Thursday",
 }
+KEY = "The pass key is", "71432"
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,12 @@ class Options:
     text: Path
     tokens: int = 300_000
     topk: tuple[int, ...] = (32,)
-    distance: tuple[int, ...] = (1024,)
-    seed: int = 0
+    bias: tuple[float, ...] = (0.0,)
+    """Added to how much the memory is trusted."""
+    local: int = 200
+    """Tokens of the text after what was read that come before each question."""
+    tuned: Path | None = None
+    """What experiments/huggingface_tuning.py has written."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +74,15 @@ class Planted:
 
     @property
     def sentence(self) -> str:
-        return f"\n{self.question} {self.answer}.\n"
+        key = f" Remember it. {self.answer} is the pass key." if self.kind == "pass key" else ""
+        return f"\n{self.question} {self.answer}.{key}\n"
 
 
-def planted(seed: int) -> list[Planted]:
-    """Twenty pass keys and ten facts, spread alike."""
-    chance = random.Random(seed)
-    keys = [(f"The pass key of the {room} is", str(chance.randrange(10_000, 100_000))) for room in ROOMS]
-    found = []
-    for kind, pairs in (("pass key", keys), ("fact", list(FACTS.items()))):
-        for (question, answer), depth in zip(pairs, np.linspace(0.02, 0.98, len(pairs)), strict=True):
-            found.append(Planted(kind, question, answer, float(depth)))
+def planted() -> list[Planted]:
+    """Facts from the beginning to the end, and the pass key in the middle."""
+    depths = np.linspace(0.02, 0.98, len(FACTS)).tolist()
+    found = [Planted("fact", *pair, depth) for pair, depth in zip(FACTS.items(), depths, strict=True)]
+    found.append(Planted("pass key", *KEY, 0.5))
     return sorted(found, key=lambda each: each.depth)
 
 
@@ -86,19 +96,21 @@ def with_sentences(text: list[int], sentences: list[Planted], tokenizer: Any) ->
     return out + text[before:]
 
 
-def answered(memory: AttachedMemory, tokenizer: Any, each: Planted) -> bool:
-    """Whether what is written after the question holds the answer."""
-    inputs = tokenizer(f"\n{each.question}", return_tensors="pt")
-    written = memory.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    return each.answer in tokenizer.decode(written[0, inputs.input_ids.shape[1] :])
+def answered(memory: AttachedMemory, tokenizer: Any, before: list[int], each: Planted) -> bool:
+    """Whether what is written after these tokens and the question holds the answer."""
+    question = tokenizer(f"\n{each.question}", add_special_tokens=False).input_ids
+    ids = torch.tensor([before + question])
+    written = memory.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    return each.answer in tokenizer.decode(written[0, ids.shape[1] :])
 
 
 def main(options: Options) -> None:
     model, tokenizer = load(options.model)
-    text = tokenizer(options.text.read_text()).input_ids[: options.tokens]
-    sentences = planted(options.seed)
+    whole = tokenizer(options.text.read_text()).input_ids
+    text, local = whole[: options.tokens], whole[options.tokens : options.tokens + options.local]
+    sentences = planted()
     tokens = with_sentences(text, sentences, tokenizer)
-    memory = attach_memory(model, max_memories=len(tokens), dtype=torch.bfloat16, index="exact")
+    memory = attached(model, options.tuned, dtype=torch.bfloat16, max_memories=len(tokens))
     start = time.monotonic()
     with memory.enabled(False):
         memory.read(torch.tensor(tokens), document=options.text.name)
@@ -108,14 +120,17 @@ def main(options: Options) -> None:
     results["answers"] = [{"kind": each.kind, "question": each.question, "depth": each.depth} for each in sentences]
     for entry, each in zip(results["answers"], sentences, strict=True):
         with memory.enabled(False):
-            entry["without"] = answered(memory, tokenizer, each)
+            entry["without"] = answered(memory, tokenizer, local, each)
+    learned = [parameter.detach().clone() for parameter in memory.parameters()]
     for topk in options.topk:
-        for distance in options.distance:
-            for name, value in {"topk": topk, "distance": distance}.items():
-                object.__setattr__(memory.options, name, value)
+        for bias in options.bias:
+            object.__setattr__(memory.options, "topk", topk)
+            with torch.no_grad():
+                for parameter, before in zip(memory.parameters(), learned, strict=True):
+                    parameter.copy_(before + bias)
             start = time.monotonic()
             for entry, each in zip(results["answers"], sentences, strict=True):
-                entry[f"top {topk}, distance {distance:,}"] = answered(memory, tokenizer, each)
+                entry[f"top {topk}, bias {bias:+.1f}"] = answered(memory, tokenizer, local, each)
             print(f"{(time.monotonic() - start) / len(sentences):.1f} s for an answer")
             print(table(results["answers"]), flush=True)
             results.update(provenance(torch.device("cpu")))
@@ -129,12 +144,14 @@ def table(answers: list[dict[str, Any]], parts: int = 5) -> str:
     lines = ["| | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
     for kind in ("pass key", "fact"):
         some = [each for each in answers if each["kind"] == kind]
-        lines.append(f"| {kind}s | " + " | ".join(f"{sum(each[way] for each in some)} of {len(some)}" for way in ways))
+        cells = [f"{sum(each[way] for each in some)} of {len(some)}" for way in ways]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
     for part in range(parts):
         some = [each for each in answers if part <= each["depth"] * parts < part + 1]
         name = f"{part / parts:.0%} to {(part + 1) / parts:.0%} of the text"
-        lines.append(f"| {name} | " + " | ".join(f"{sum(each[way] for each in some)} of {len(some)}" for way in ways))
-    return "\n".join(lines) + " |"
+        cells = [f"{sum(each[way] for each in some)} of {len(some)}" for way in ways]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
