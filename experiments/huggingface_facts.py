@@ -3,7 +3,7 @@
     python experiments/huggingface_facts.py MODEL_FOLDER OUTPUT.json --text moby-dick.txt --tokens 300000
 
 Sentences that cannot be guessed are planted in real prose, evenly from its beginning to its end; the text is read once
-(each chunk by itself, without looking anything up). Then the text goes on for some tokens, and one of the sentences is
+(each chunk by itself, without looking anything up), with index="auto". Then the text goes on for some tokens, and one of the sentences is
 begun again. Counted is how often what is written, greedily, holds the answer: with the memory, and without it.
 """
 
@@ -57,7 +57,7 @@ class Options:
     topk: tuple[int, ...] = (32,)
     bias: tuple[float, ...] = (0.0,)
     """Added to how much the memory is trusted."""
-    local: int = 200
+    local: int = 60
     """Tokens of the text after what was read that come before each question."""
     tuned: Path | None = None
     """What experiments/huggingface_tuning.py has written."""

@@ -132,7 +132,7 @@ def modes(
 def attached(model: Any, tuned: Path | None, **options: Any) -> AttachedMemory:
     """A memory, as it was tuned if it was."""
     added = tuned is not None and json.loads((tuned / "tuning.json").read_text())["options"]["how"] == "added"
-    memory = attach_memory(model, added=added, index="exact", **options)
+    memory = attach_memory(model, added=added, **options)
     if tuned is not None and (tuned / "adapter_config.json").is_file():
         from peft import PeftModel
 
@@ -146,7 +146,7 @@ def main(options: Options) -> None:
     model, tokenizer = load(options.model)
     print({index: round(score, 2) for index, score in list(suggest_layers(model).items())[:10]}, flush=True)
     chosen: Any = options.layers or "auto"
-    memory = attached(model, options.tuned, layers=chosen, topk=options.topk, max_memories=131_072)
+    memory = attached(model, options.tuned, layers=chosen, topk=options.topk, index="exact", max_memories=131_072)
     print(memory, flush=True)
     results = json.loads(options.output.read_text()) if options.output.is_file() else {"losses": {}}
     texts = [tokenizer(path.read_text(), return_tensors="pt").input_ids[0] for path in options.texts]
