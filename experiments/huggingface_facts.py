@@ -2,9 +2,10 @@
 
     python experiments/huggingface_facts.py MODEL_FOLDER OUTPUT.json --text moby-dick.txt --tokens 300000
 
-Sentences that cannot be guessed are planted in real prose, evenly from its beginning to its end; the text is read once
-(each chunk by itself, without looking anything up), with index="auto". Then the text goes on for some tokens, and one of the sentences is
-begun again. Counted is how often what is written, greedily, holds the answer: with the memory, and without it.
+Sentences that cannot be guessed are planted in real prose, evenly from its beginning to its end. The text is read once
+(each chunk by itself, without looking anything up), and searched with index="auto". Then it goes on for some tokens,
+and one of the sentences is begun again. Counted is how often what is written, greedily, holds the answer: with the memory,
+and without it.
 """
 
 from __future__ import annotations
