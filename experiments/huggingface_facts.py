@@ -4,8 +4,8 @@
 
 Sentences that cannot be guessed are planted in real prose, evenly from its beginning to its end. The text is read once
 (each chunk by itself, without looking anything up), and searched with index="auto". Then it goes on for some tokens,
-and one of the sentences is begun again. Counted is how often what is written, greedily, holds the answer: with the memory,
-and without it.
+and one of the sentences is begun again. Counted is how often what is written, greedily, holds the answer: with the
+memory, and without it.
 """
 
 from __future__ import annotations
