@@ -60,3 +60,8 @@ class Contents:
                 staged.append((site, site.stage(*pair, mask, origin)))
         for site, entries in staged:
             site.commit(entries)
+
+
+def origins_of(numbers: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
+    """Documents (R,), places in the row and tokens (R, N) -> (R, N, 3)."""
+    return torch.stack((numbers[:, None].expand_as(tokens), places, tokens), dim=-1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.contents import Contents
+from memorizing_transformers_pytorch.huggingface.contents import Contents, origins_of
 from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.probe import evaluating, run
 from memorizing_transformers_pytorch.huggingface.texts import Piece
@@ -59,7 +59,7 @@ class Reader(AbstractContextManager["Reader"]):
         if self._store:
             mask[:, : self._skip_first] = 0
             places = starts[:, None] + torch.arange(tokens.shape[1])
-            origins = torch.stack((self._numbers[rows, None].expand_as(tokens), places, tokens), dim=-1)
+            origins = origins_of(self._numbers[rows], places.expand_as(tokens), tokens)
             arrived = [site.arrived for site in self._contents.sites]
             self._contents.store(arrived, [mask.bool()] * len(arrived), [origins] * len(arrived))
         for piece in pieces:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from memorizing_transformers_pytorch.huggingface.calls import Call
-from memorizing_transformers_pytorch.huggingface.contents import Contents
+from memorizing_transformers_pytorch.huggingface.contents import Contents, origins_of
 
 
 class Segments:
@@ -47,7 +47,7 @@ class Segments:
         contents, rows = self._contents, len(call.tokens)
         numbers = _continued(contents, titles)
         places = contents.reading.offsets[:, None] + call.mask.cumsum(dim=1) - 1
-        origins = torch.stack((torch.tensor(numbers)[:, None].expand_as(places), places, call.tokens), dim=-1)
+        origins = origins_of(torch.tensor(numbers), places, call.tokens)
         pairs = [site.arrived for site in contents.sites]
         mask = call.mask.clone()
         mask[:, : self._skip_first] = False

@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from memorizing_transformers_pytorch.huggingface.calls import Call
-from memorizing_transformers_pytorch.huggingface.contents import Contents, Pairs
+from memorizing_transformers_pytorch.huggingface.contents import Contents, Pairs, origins_of
 
 
 class _Windowed(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
@@ -106,8 +106,7 @@ class Window:
     def _take_in(self, call: Call) -> None:
         """What has arrived in this call is kept."""
         places = self._contents.reading.offsets[:, None] + self._passed[:, None] + call.mask.cumsum(dim=1) - 1
-        numbers = torch.tensor(self._numbers)[:, None].expand_as(places)
-        origins = torch.stack((numbers, places, call.tokens), dim=-1)
+        origins = origins_of(torch.tensor(self._numbers), places, call.tokens)
         self._mask = torch.cat((self._mask, call.mask), dim=1)
         self._origins = torch.cat((self._origins, origins), dim=1)
         self._passed = self._passed + call.mask.sum(dim=1)
