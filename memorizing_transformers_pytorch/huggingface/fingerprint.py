@@ -69,7 +69,11 @@ class Weights:
 
 
 def _kept(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """The parameter, or what accelerate keeps of it elsewhere until it is needed."""
+    """The parameter; of one that FSDP has spread, the part of this process; of one on "meta", what accelerate keeps of it
+    elsewhere until it is needed."""
+    if hasattr(parameter, "to_local"):
+        own: Tensor = parameter.to_local()
+        return own
     kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     if parameter.device.type != "meta" or kept is None:
         return parameter
