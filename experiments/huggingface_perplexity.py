@@ -43,8 +43,8 @@ class Options:
     topk: int = 32
     longer: tuple[int, ...] = ()
     """Tokens of the text before the passage's later half to read, beside the 2,048 of the first."""
-    only_longer: bool = False
-    """Measure these alone."""
+    only: tuple[str, ...] = ()
+    """Measure these modes alone, such as local, "memory", "full context"."""
     longest: int | None = None
     """Length of a passage that is all context, beside the 4,096."""
     tuned: Path | None = None
@@ -126,7 +126,7 @@ def modes(
     longer = {f"memory of {n:,}": functools.partial(remembered, before=n) for n in options.longer}
     if options.longest is not None:
         longer[f"full context of {options.longest:,}"] = functools.partial(full, before=options.longest - HALF)
-    return longer if options.only_longer else found | longer
+    return {name: measure for name, measure in (found | longer).items() if not options.only or name in options.only}
 
 
 def attached(model: Any, tuned: Path | None, **options: Any) -> AttachedMemory:
