@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.options import Options
-from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site
+from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site, parameters_in_use
 from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
 
 NAME = "memory_attention"  # of the added module in a layer of the model
@@ -75,7 +75,7 @@ class AddedLayer(Site):
         self.close()
 
     def parameters(self) -> list[nn.Parameter]:
-        return list(self._added.parameters())
+        return parameters_in_use(self._module.get_submodule(NAME))
 
     def _after(self, module: nn.Module, _inputs: Any, out: Any) -> Any:
         """A forward hook: hidden states (B, T, E), alone or first in a tuple, get what the added layer gives."""
@@ -89,7 +89,7 @@ class AddedLayer(Site):
     def _attend(self, added: Any, hidden: Tensor) -> Tensor:
         call = self.reading.call
         assert call is not None
-        state = self._state(call.cache)
+        state = self._state(call.cache, before=call.seen.shape[1] - call.tokens.shape[1])
         past, conv_state = (None, None) if state is None else self._past(state)
         seen = call.seen.to(hidden.device)
         attended = added.attention.attend(
@@ -109,8 +109,8 @@ class AddedLayer(Site):
         out: Tensor = attended.out
         return out
 
-    def _state(self, cache: Any) -> Any:
-        """What the cache keeps for this layer (None without one): a layer more than the model has.
+    def _state(self, cache: Any, before: int) -> Any:
+        """What the cache keeps for this layer (None without one) after so many tokens: one more than the model has.
 
         Its keys are what went into the convolution (B, 1, S, C), its values the pairs (B, 1, S, G * 2 * D).
         """
@@ -119,6 +119,9 @@ class AddedLayer(Site):
         if not isinstance(cache, DynamicCache):
             got = type(cache).__name__
             raise ValueError(f"expected a DynamicCache (the default of generate) with an added layer, got {got}")
+        if cache.layer_class_to_replicate is not None or (before and not hasattr(cache, "_memorizing")):
+            expected = "past_key_values=DynamicCache(config=model.config) from the first call on"
+            raise ValueError(f"expected {expected} with an added layer, got a cache without a place for it")
         number = cache.__dict__.setdefault("_memorizing", {}).setdefault(self.index, len(cache.layers))
         if number == len(cache.layers):
             cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]

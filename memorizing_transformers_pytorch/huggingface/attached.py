@@ -6,7 +6,7 @@ Shapes: B rows of a batch, R rows of the memory, N tokens of a document, T token
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.reader import Reader
 from memorizing_transformers_pytorch.huggingface.segments import Segments
 from memorizing_transformers_pytorch.huggingface.site import Reading, Site
-from memorizing_transformers_pytorch.huggingface.texts import checked_texts, pieces_of
+from memorizing_transformers_pytorch.huggingface.texts import Titles, checked_texts, checked_titles, pieces_of
 from memorizing_transformers_pytorch.huggingface.window import Window
 
 
@@ -40,7 +40,7 @@ class AttachedMemory:
         self._contents = Contents(sites, reading)
         self._weights = Weights(model, BIAS)
         self._segments = Segments(self._contents, options.skip_first)
-        self._window = Window(self._contents, options.window) if options.window is not None else None
+        self._window = None if options.window is None else Window(self._contents, options.window, _ends_of(model))
         self._attached, self._writable, self._is_reading = True, True, False
         for site in sites:
             site.attach()
@@ -66,7 +66,7 @@ class AttachedMemory:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document: str | Sequence[str] | None = None,
+        document: Titles = None,
         progress: bool = True,
     ) -> None:
         """Read documents into the memory, a chunk at a time; each chunk sees what was read before.
@@ -86,7 +86,7 @@ class AttachedMemory:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        document: str | Sequence[str] | None = None,
+        document: Titles = None,
         progress: bool = True,
     ) -> list[Tensor]:
         """`read`, and the loss (in nats) of each token of each document, without padding, as it was read: (N,) float32.
@@ -101,13 +101,15 @@ class AttachedMemory:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        document: str | Sequence[str] | None,
+        document: Titles,
         progress: bool,
         losses: bool,
     ) -> list[Tensor]:
         self._expect_attached()
+        if self._segments.is_open:
+            raise ValueError("expected a call of the model inside writing(), got read() or score()")
         texts = checked_texts(input_ids, attention_mask, self.model.get_input_embeddings().weight.shape[0])
-        titles = _checked_titles(document, len(texts))
+        titles = checked_titles(document, len(texts))
         if self._contents.ledger:
             self._weights.refuse_others()
         if self._window is not None and self._writable:
@@ -131,7 +133,7 @@ class AttachedMemory:
         return found
 
     @contextlib.contextmanager
-    def writing(self, document: str | Sequence[str] | None = None) -> Iterator[None]:
+    def writing(self, document: Titles = None) -> Iterator[None]:
         """Inside, one call of the model, whose tokens are remembered at the end: for training on documents in order.
 
             for segment in book.split(512, dim=1):  # (R, 512)
@@ -147,6 +149,8 @@ class AttachedMemory:
         """
         self._expect_attached()
         self._expect_writable()
+        if self._window is not None:
+            self._window.end()
         with self._segments.remembered(document):
             yield
         self._weights.have_written()
@@ -162,16 +166,20 @@ class AttachedMemory:
 
     def _before_call(self, call: Call) -> None:
         self._contents.reading.call = call
+        if self._is_reading:
+            return
         if self._segments.is_open:
             self._segments.before(call)
-        elif not self._is_reading:
-            if self._contents.ledger:
-                self._weights.warn_of_others()
-            if self._window is not None and self._writable:
-                first = not self._contents.ledger
-                self._window.before(call)
-                if first:
-                    self._weights.have_written()
+            return
+        if self._contents.ledger:
+            self._weights.warn_of_others()
+        if self._window is not None and self._writable:
+            first = not self._contents.ledger
+            self._window.before(call)
+            if first:
+                self._weights.have_written()
+        elif self._window is not None and self._window.goes_on_with(call.cache):
+            raise ValueError("expected a new conversation inside read_only(), got one that is being remembered")
 
     def _after_call(self) -> None:
         if self._window is not None and not self._is_reading and not self._segments.is_open:
@@ -192,9 +200,9 @@ class AttachedMemory:
     def clear(self, rows: int | Iterable[int] | None = None) -> None:
         """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""
         self._expect_attached()
-        self._contents.clear(rows)
         if self._window is not None:
-            self._window.drop()
+            self._window.end() if rows is not None else self._window.drop()
+        self._contents.clear(rows)
 
     @contextlib.contextmanager
     def enabled(self, on: bool = True) -> Iterator[None]:
@@ -249,8 +257,7 @@ class AttachedMemory:
             site.detach()
 
 
-def _checked_titles(document: str | Sequence[str] | None, rows: int) -> list[str | None]:
-    titles: list[str | None] = [document] * rows if document is None or isinstance(document, str) else list(document)
-    if len(titles) != rows:
-        raise ValueError(f"expected a title for each of {rows} documents, got {len(titles)}")
-    return titles
+def _ends_of(model: Any) -> Tensor:
+    """The tokens with which the model ends a text."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return torch.tensor([] if ends is None else ends, dtype=torch.int64).flatten()

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-UNKNOWN = -1  # token id of what was given as an embedding
+from memorizing_transformers_pytorch.memory import UNKNOWN
 
 
 @dataclass(frozen=True)
 class Call:
-    """tokens: (B, T) int64. seen: (B, S) bool, False for padding, also of the tokens before that a cache has seen.
-    cache: what the model keeps of earlier calls."""
+    """tokens: (B, T) int64. places: (B, T) int64, the positions that the model gives them. seen: (B, S) bool, False for
+    padding, also of the tokens before that a cache has seen. cache: what the model keeps of earlier calls."""
 
     tokens: Tensor
+    places: Tensor
     seen: Tensor
     cache: Any
 
@@ -29,6 +30,11 @@ class Call:
     def mask(self) -> Tensor:
         """(B, T) bool, False for padding."""
         return self.seen[:, -self.tokens.shape[1] :]
+
+    @property
+    def next_places(self) -> Tensor:
+        """(B,): what comes after the last token that is no padding; 0 where all are."""
+        return ((self.places + 1) * self.mask).amax(dim=1)
 
 
 class Calls:
@@ -65,4 +71,7 @@ def _call(given: dict[str, Any]) -> Call:
     seen = torch.ones(len(tokens), before + tokens.shape[1]).bool()
     if isinstance(mask, Tensor) and mask.ndim == 2:
         seen = mask[:, : seen.shape[1]].bool().cpu()
-    return Call(tokens.detach().cpu().long(), seen, cache)
+    places = given.get("position_ids")
+    if not isinstance(places, Tensor) or places.ndim != 2:
+        places = torch.arange(before, before + tokens.shape[1])[None]
+    return Call(tokens.detach().cpu().long(), places.cpu().expand_as(tokens).long(), seen, cache)

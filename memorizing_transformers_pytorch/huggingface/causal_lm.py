@@ -86,6 +86,7 @@ class MemorizingTransformerForCausalLM(PreTrainedModel, GenerationMixin):  # typ
     config_class = MemorizingTransformerConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    accepts_loss_kwargs = False  # `Trainer` divides the loss when it accumulates gradients
     _tied_weights_keys = {"model.to_logits.1.weight": "model.token_emb.weight"}  # noqa: RUF012
 
     def __init__(self, config: MemorizingTransformerConfig) -> None:
@@ -106,6 +107,10 @@ class MemorizingTransformerForCausalLM(PreTrainedModel, GenerationMixin):  # typ
 
     def get_output_embeddings(self) -> Any:
         return self.model.to_logits[1]
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
+        """A vocabulary belongs to the configuration. Raises ValueError."""
+        raise ValueError(f"expected the vocabulary of {self.config.vocab_size} tokens to stay, got another size")
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -143,7 +148,7 @@ class MemorizingTransformerForCausalLM(PreTrainedModel, GenerationMixin):  # typ
         return Output(loss=loss, logits=logits[:, -logits_to_keep:] if logits_to_keep else logits)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> ReadingCache:
-        """What `generate(past_key_values=...)` goes on from, given these texts (B, T) and what follows them."""
+        """What `generate(past_key_values=...)` goes on from, once, given these texts (B, T) and what follows them."""
         cache: ReadingCache = self(input_ids, attention_mask, use_cache=True).past_key_values
         return cache
 

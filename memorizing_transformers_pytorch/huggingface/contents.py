@@ -40,7 +40,12 @@ class Contents:
 
     def begin(self, titles: Sequence[str | None]) -> list[int]:
         """Begin a document in each row -> their numbers."""
-        return self.ledger.begin(titles, range(self.num_rows), self.reading.offsets.tolist())
+        return [self.begin_in(row, title) for row, title in enumerate(titles)]
+
+    def begin_in(self, row: int, title: str | None) -> int:
+        """Begin a document in this row -> its number. Those of which nothing is remembered any more are struck out."""
+        self.ledger.strike_out(row, self.sites[0].oldest_place(row))
+        return self.ledger.begin(title, row, int(self.reading.offsets[row]))
 
     def clear(self, rows: int | Iterable[int] | None) -> None:
         """Forget what these rows hold, or all. Raises ValueError for rows that there are not."""

@@ -69,8 +69,8 @@ class Weights:
 
 
 def _kept(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """The parameter; of one that FSDP has spread, the part of this process; of one on "meta", what accelerate keeps of it
-    elsewhere until it is needed."""
+    """The parameter; of one that FSDP has spread, the part of this process; of one on "meta", what accelerate keeps of
+    it elsewhere until it is needed."""
     if hasattr(parameter, "to_local"):
         own: Tensor = parameter.to_local()
         return own

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -34,16 +35,19 @@ class Ledger:
         self._numbers = itertools.count()
 
     def __bool__(self) -> bool:
-        return bool(self.documents())
+        return any(each.tokens for each in self._documents.values())
 
-    def begin(self, titles: Iterable[str | None], rows: Iterable[int], starts: Iterable[int]) -> list[int]:
-        """Enter a document for each of these rows -> their numbers. Until they grow they are not listed."""
-        numbers = []
-        for title, row, start in zip(titles, rows, starts, strict=True):
-            number = next(self._numbers)
-            self._documents[number] = Document(number, title or f"document {number}", row, 0, start)
-            numbers.append(number)
-        return numbers
+    def begin(self, title: str | None, row: int, start: int) -> int:
+        """Enter a document -> its number. Until it grows it is not listed."""
+        number = next(self._numbers)
+        self._documents[number] = Document(number, title or f"document {number}", row, 0, start)
+        return number
+
+    def strike_out(self, row: int, oldest: int) -> None:
+        """Forget documents of this row that are empty, or end before its oldest entry, at this place."""
+        for number, each in list(self._documents.items()):
+            if each.row == row and (each.tokens == 0 or each.start + each.tokens <= oldest):
+                del self._documents[number]
 
     def grow(self, number: int, tokens: int) -> None:
         """So many tokens more of a document were read."""
@@ -62,10 +66,12 @@ class Ledger:
 
     def in_documents(self, origins: Tensor) -> Tensor:
         """Origins (..., 3) with places in a row -> with positions in their documents."""
-        origins = origins.clone()
-        for number, document in self._documents.items():
-            origins[..., 1] -= document.start * (origins[..., 0] == number)
-        return origins
+        numbers, starts = torch.tensor(
+            [(-1, 0), *((number, each.start) for number, each in self._documents.items())], device=origins.device
+        ).T.contiguous()
+        which = torch.searchsorted(numbers, origins[..., 0].contiguous()).clamp_max(len(numbers) - 1)
+        shift = torch.where(numbers[which] == origins[..., 0], starts[which], 0)
+        return torch.stack((origins[..., 0], origins[..., 1] - shift, origins[..., 2]), dim=-1)
 
     def documents(self) -> list[Document]:
         """Those of which something was read."""

@@ -20,7 +20,7 @@ from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.interface import LEAST, Extension, Local
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.probe import Layer
-from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site
+from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site, parameters_in_use
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
 from memorizing_transformers_pytorch.nn.retrieval import retrieved_logits, retrieved_values
@@ -96,10 +96,7 @@ class MemoryLayer(Extension, Site):
             older.commit(leaving._replace(keys=bare.to(leaving.keys.dtype)))
 
     def parameters(self) -> list[nn.Parameter]:
-        module: Any = self.layer.module.get_submodule(BIAS)
-        copies = getattr(module, "modules_to_save", {})  # of an adapter (PEFT), if there is one
-        used = [copies[name] for name in getattr(module, "active_adapters", []) if name in copies]
-        return list((used[0] if used else module).parameters())
+        return parameters_in_use(self.layer.module.get_submodule(BIAS))
 
     def _remember_positions(self, _module: nn.Module, _inputs: Any, options: dict[str, Any]) -> None:
         self._position_embeddings = options.get("position_embeddings")

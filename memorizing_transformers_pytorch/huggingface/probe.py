@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from memorizing_transformers_pytorch.huggingface.rotary import CosSin, Rotary, r
 
 TOKENS = 6
 OFFSETS = (0, 3, 11)
+FARTHEST = 4_096  # position at which angles are measured
 SAME = 2e-2  # relative error between keys that have been turned back: half-precision models round
 
 
@@ -109,7 +110,25 @@ def probe(model: Any) -> tuple[dict[int, Layer], dict[int, str]]:
     if not served:
         reasons = "; ".join(sorted(set(refused.values())))
         raise ValueError(f"expected a model with layers that can have a memory, got {_name(model)}: {reasons}")
-    return served, refused
+    return _refined(model, served), refused
+
+
+def _refined(model: Any, served: dict[int, Layer]) -> dict[int, Layer]:
+    """With angles that are precise, for models that round cosines and sines to half precision."""
+    turned = {index: layer.module for index, layer in served.items() if layer.rotary is not None}
+    config = model.config.get_text_config()
+    scaling = getattr(config, "rope_parameters", None) or {}
+    known = (getattr(config, "max_position_embeddings", None), scaling.get("original_max_position_embeddings"))
+    most = min([each for each in known if each], default=FARTHEST)
+    served = dict(served)
+    with watching(model, turned) as seen:
+        for place in (2**power for power in range(1, FARTHEST.bit_length()) if turned and 2**power < most):
+            run(model, torch.zeros(1, dtype=torch.int64), place)
+            for index in turned:
+                rotary, cos_sin = served[index].rotary, seen[index].position_embeddings
+                if rotary is not None and cos_sin[0].dtype != torch.float32:
+                    served[index] = replace(served[index], rotary=rotary.refined(cos_sin, place))
+    return served
 
 
 def _candidates(model: Any) -> dict[int, nn.Module]:
@@ -125,7 +144,8 @@ def _candidates(model: Any) -> dict[int, nn.Module]:
     modules = attention_modules(model)
     if not modules:
         raise ValueError(f"expected a model with attention layers, got {name}, in which none was found")
-    if any(is_used(module) for module in modules.values()):
+    added = any(name.endswith("memory_attention") for name, _ in model.named_modules())
+    if added or any(is_used(module) for module in modules.values()):
         raise ValueError(f"expected a model without a memory, got {name}, which has one: detach() it first")
     return modules
 

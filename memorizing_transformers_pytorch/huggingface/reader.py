@@ -38,6 +38,7 @@ class Reader(AbstractContextManager["Reader"]):
         self._evaluating.__exit__(*exception)
         for site in self._contents.sites:
             site.arrived = None
+            site.forget_last()
         self._contents.reading.stand_at(self._now if self._store else self._before)
 
     def read_of_each(self) -> list[int]:

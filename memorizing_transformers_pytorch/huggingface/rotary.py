@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,12 @@ class Rotary:
         """x (B, H, T, D) turned back to position 0, as long as the family has made it, in float32."""
         cos, sin = (part.float() / self.scale for part in position_embeddings)
         return self._apply(x, cos, -sin)
+
+    def refined(self, position_embeddings: CosSin, place: int) -> Rotary:
+        """With angles as precise as this later place shows them, half precision being too coarse at the first."""
+        cos, sin = (part[0, -1].double() for part in position_embeddings)
+        error = torch.atan2(sin, cos) - place * self.angles
+        return replace(self, angles=self.angles + torch.atan2(error.sin(), error.cos()) / place)
 
     def _apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Where a layer turns only a part of each head, its function is given that part, or takes it by itself."""

@@ -6,12 +6,13 @@ Shapes: B rows, T tokens of a segment.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.contents import Contents, origins_of
+from memorizing_transformers_pytorch.huggingface.texts import Titles, checked_titles
 
 
 class Segments:
@@ -20,49 +21,47 @@ class Segments:
     def __init__(self, contents: Contents, skip_first: int) -> None:
         self._contents, self._skip_first = contents, skip_first
         self._call: Call | None = None
+        self._titles: Titles = None
         self.is_open = False
 
     def before(self, call: Call) -> None:
-        """Keep aside what this call does, or the same call again (gradient checkpointing)."""
-        if call.cache is not None and call.cache.get_seq_length():
-            raise ValueError("expected whole segments in writing(), got a call that goes on with a cache")
+        """Keep aside what this call does. Raises ValueError for one that goes on with a cache, or a second one."""
+        if self._call is not None or (call.cache is not None and call.cache.get_seq_length()):
+            got = "another one" if self._call is not None else "one that goes on with a cache"
+            raise ValueError(f"expected one call of the model with a whole segment inside writing(), got {got}")
+        checked_titles(self._titles, len(call.tokens))
         self._contents.make_rows(len(call.tokens))
         self._contents.reading.staging, self._call = True, call
 
     @contextlib.contextmanager
-    def remembered(self, titles: Sequence[str | None] | str | None) -> Iterator[None]:
+    def remembered(self, titles: Titles) -> Iterator[None]:
         """Inside, one call of the model; at the end it is remembered, unless something was raised."""
         reading = self._contents.reading
-        self.is_open, self._call = True, None
+        self.is_open, self._call, self._titles = True, None, titles
         try:
             yield
             if self._call is not None:
-                self._store(self._call, titles)
+                self._store(self._call)
         finally:
-            self.is_open, reading.staging = False, False
+            self.is_open, self._call, reading.staging = False, None, False
             for site in self._contents.sites:
                 site.arrived = None
 
-    def _store(self, call: Call, titles: Sequence[str | None] | str | None) -> None:
-        contents, rows = self._contents, len(call.tokens)
-        numbers = _continued(contents, titles)
-        places = contents.reading.offsets[:, None] + call.mask.cumsum(dim=1) - 1
-        origins = origins_of(torch.tensor(numbers), places, call.tokens)
+    def _store(self, call: Call) -> None:
+        contents, offsets = self._contents, self._contents.reading.offsets
+        numbers = self._continued()
+        origins = origins_of(torch.tensor(numbers), offsets[:, None] + call.places, call.tokens)
+        mask = call.mask & (call.mask.cumsum(dim=1) > self._skip_first)
         pairs = [site.arrived for site in contents.sites]
-        mask = call.mask.clone()
-        mask[:, : self._skip_first] = False
         contents.store(pairs, [mask] * len(pairs), [origins] * len(pairs))
-        for row in range(rows):
-            contents.ledger.grow(numbers[row], int(call.mask[row].sum()))
-        contents.reading.offsets = contents.reading.offsets + call.mask.sum(dim=1)
+        for number, size in zip(numbers, call.mask.sum(dim=1).tolist(), strict=True):
+            contents.ledger.grow(number, size)
+        contents.reading.offsets = offsets + call.next_places
 
-
-def _continued(contents: Contents, titles: Sequence[str | None] | str | None) -> list[int]:
-    """The number of the document of each row: the one that is being read, or a new one with this title."""
-    rows = range(contents.num_rows)
-    named = [titles] * len(rows) if titles is None or isinstance(titles, str) else list(titles)
-    latest = [contents.ledger.latest(row) for row in rows]
-    return [
-        number if number is not None else contents.ledger.begin([title], [row], [int(contents.reading.offsets[row])])[0]
-        for row, title, number in zip(rows, named, latest, strict=True)
-    ]
+    def _continued(self) -> list[int]:
+        """The number of the document of each row: the one that is being read, or a new one with its title."""
+        contents, numbers = self._contents, []
+        for row, title in enumerate(checked_titles(self._titles, contents.num_rows)):
+            latest = contents.ledger.latest(row)
+            numbers.append(contents.begin_in(row, title) if latest is None else latest)
+        return numbers

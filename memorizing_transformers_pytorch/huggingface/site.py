@@ -16,7 +16,7 @@ from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Table
-from memorizing_transformers_pytorch.memory.store import StagedEntries
+from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Site:
         self.enabled = True
         self.arrived: tuple[Tensor, Tensor] | None = None
         self.last_lookups: list[Lookup | None] = []
+        self._settled: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         """Copies of a module (as PEFT makes them) share the memory."""
@@ -98,7 +99,8 @@ class Site:
     def use_memories(self, memories: list[KNNMemory]) -> None:
         """Remember in these from now on, and close those before."""
         self.close()
-        self.memories, self.last_lookups = memories, []
+        self.memories = memories
+        self.forget_last()
 
     def close(self) -> None:
         for memory in self.memories:
@@ -107,7 +109,7 @@ class Site:
     def clear(self, rows: list[int]) -> None:
         for memory in self.memories:
             memory.clear(rows)
-        self.last_lookups = []
+        self.forget_last()
 
     @property
     def num_rows(self) -> int:
@@ -127,6 +129,17 @@ class Site:
     @property
     def last_retrieved(self) -> Tensor | None:
         """Origins (R, H, T, K, 3) of what the last call found, -1 where it found nothing; None if it did not look."""
+        return self._found_at() if self._settled is None else self._settled
+
+    def settle(self) -> None:
+        """Keep the origins of what the last call found, as entries are about to be overwritten."""
+        self._settled = self._found_at()
+
+    def forget_last(self) -> None:
+        """Nothing was looked up any more."""
+        self.last_lookups, self._settled = [], None
+
+    def _found_at(self) -> Tensor | None:
         origins = [
             memory.origins(lookup.slots).masked_fill(~lookup.mask.unsqueeze(-1), -1)
             for memory, lookup in zip(self.memories, self.last_lookups, strict=False)
@@ -134,9 +147,16 @@ class Site:
         ]
         return torch.cat(origins, dim=-2) if origins else None
 
+    def oldest_place(self, row: int) -> int:
+        """Where in what was read the oldest entry of this row stands; -1 where there is none."""
+        for memory in reversed(self.memories):
+            if memory.num_entries[row]:
+                return int(memory.store.oldest(row, 1).origins[0, 0, POSITION])
+        return -1
+
     def begin_call(self, batch: int) -> None:
         """Forget the last call. Raises ValueError for a batch that the rows of the memory cannot serve."""
-        self.last_lookups = []
+        self.forget_last()
         rows = len(self.reading.rows)
         if batch % rows:
             raise ValueError(f"expected a batch that is a multiple of the {rows} rows of the memory, got {batch}")
@@ -202,3 +222,10 @@ class OfBatch:
         batch, heads, count, _ = self._shape
         rows = len(x)
         return x.view(rows, heads, batch // rows, count, -1).transpose(1, 2).reshape(batch, heads, count, -1)
+
+
+def parameters_in_use(module: Any) -> list[nn.Parameter]:
+    """Those of a module that was added, or of the copy of it that an adapter (PEFT) has made and uses."""
+    copies = getattr(module, "modules_to_save", {})
+    used = [copies[name] for name in getattr(module, "active_adapters", []) if name in copies]
+    return list((used[0] if used else module).parameters())

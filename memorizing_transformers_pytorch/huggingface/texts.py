@@ -5,7 +5,7 @@ Shapes: R rows, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,19 @@ class Piece(NamedTuple):
     start: int
     stop: int
     new: int
+
+
+Titles = str | Sequence[str] | None
+"""Of all documents, of each, or of none."""
+
+
+def checked_titles(titles: Titles, rows: int) -> list[str | None]:
+    """A title for each of the documents. Raises ValueError for another number."""
+    if titles is None or isinstance(titles, str):
+        return [titles] * rows
+    if len(titles) != rows:
+        raise ValueError(f"expected a title for each of {rows} documents, got {len(titles)}")
+    return list(titles)
 
 
 def checked_texts(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> list[Tensor]:

@@ -6,9 +6,11 @@ Shapes: B rows, G key/value heads, T tokens of a call, C tokens kept, D head wid
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from memorizing_transformers_pytorch.huggingface.calls import Call
@@ -34,8 +36,11 @@ class _OfFullAttention(_Windowed):  # type: ignore[no-untyped-call]
     is_sliding = False
 
 
-def let_old_tokens_leave(cache: Any, window: int) -> None:
-    """Make a cache that holds nothing yet keep so many tokens. Raises ValueError for one that cannot."""
+def let_old_tokens_leave(cache: Any, window: int, remembered: list[int]) -> None:
+    """Make a cache that holds nothing yet keep so many tokens. Raises ValueError for one that cannot.
+
+    remembered: the layers with a memory.
+    """
     if type(cache) is not DynamicCache:
         got = type(cache).__name__
         raise ValueError(f"expected a DynamicCache (the default of generate) with write='window', got {got}")
@@ -44,6 +49,9 @@ def let_old_tokens_leave(cache: Any, window: int) -> None:
             cache.layers[i] = _OfFullAttention(window)
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[i] = _Windowed(min(window, layer.sliding_window))
+    kinds = {type(cache.layers[layer]).__name__ for layer in remembered if layer < len(cache.layers)}
+    if not kinds <= {_Windowed.__name__, _OfFullAttention.__name__}:
+        raise ValueError(f"expected layers of attention alone with write='window', got caches {sorted(kinds)}")
     if cache.layer_class_to_replicate is DynamicLayer:
         made: Any = functools.partial(_OfFullAttention, window)
         cache.layer_class_to_replicate = made
@@ -52,38 +60,58 @@ def let_old_tokens_leave(cache: Any, window: int) -> None:
 class Window:
     """A conversation: what passes through the model with one cache, which keeps the last `window` tokens.
 
-    A cache that holds nothing yet begins another one; what the one before still kept is remembered then.
+    A cache that holds nothing yet begins another one; what the one before still kept is remembered then. ends: tokens
+    after which nothing comes.
     """
 
-    def __init__(self, contents: Contents, window: int) -> None:
-        self._contents, self._window = contents, window
+    def __init__(self, contents: Contents, window: int, ends: Tensor) -> None:
+        self._contents, self._window, self._ends = contents, window, ends
         self._call: Call | None = None
         self.drop()
 
     def before(self, call: Call) -> None:
         """Keep aside what this call does. Raises ValueError for calls of which nothing can be remembered."""
-        self._call = None
+        if self._call is not None:  # the last one has failed: it is not known what its cache holds
+            self._call, self._contents.reading.staging = None, False
+            self.end()
         if call.cache is None:
             return
         if call.cache.get_seq_length() == 0:
-            let_old_tokens_leave(call.cache, self._window)
+            self._contents.make_rows(len(call.tokens))
+            let_old_tokens_leave(call.cache, self._window, [site.index for site in self._contents.sites])
             self._begin(call)
-        elif call.cache is not self._cache:
+        elif not self.goes_on_with(call.cache):
             raise ValueError("expected the cache of the last conversation or an empty one, got another one")
-        self._call, self._contents.reading.staging = call, True
+        self._call, self._contents.reading.staging = self._without_rest(call), True
+
+    def goes_on_with(self, cache: Any) -> bool:
+        """Whether this is the cache of the conversation."""
+        return cache is not None and cache is self._cache
 
     def after(self) -> None:
         """Remember what has left the cache in this call."""
         call, self._call = self._call, None
         if call is not None:
             self._contents.reading.staging = False
+            for site in self._contents.sites:
+                site.settle()
             self._take_in(call)
             layers = self._cache.layers
             self._let_go([layers[site.index].sliding_window - 1 for site in self._contents.sites])
 
+    def _without_rest(self, call: Call) -> Call:
+        """`generate` goes on with rows that have ended, token by token, until all have: that is padding."""
+        if call.tokens.shape[1] > 1:
+            self._ended = torch.zeros(len(call.tokens), dtype=torch.bool)
+            return call
+        seen = call.seen.clone()
+        seen[:, -1] &= ~self._ended
+        self._ended = self._ended | torch.isin(call.tokens[:, 0], self._ends)
+        return replace(call, seen=seen)
+
     def end(self) -> None:
         """Remember what the cache still keeps. The conversation cannot be gone on with."""
-        if self._cache is not None:
+        if self._cache is not None and all(pair is not None for pair in self._kept):
             self._let_go([0] * len(self._kept))
             self._contents.reading.offsets = self._contents.reading.offsets + self._passed
         self.drop()
@@ -95,21 +123,21 @@ class Window:
 
     def _begin(self, call: Call) -> None:
         self.end()
-        self._contents.make_rows(len(call.tokens))
         rows = len(call.tokens)
         self._numbers = self._contents.begin([None] * rows)
         self._cache, self._kept = call.cache, [None] * len(self._contents.sites)
         self._passed = torch.zeros(rows, dtype=torch.int64)
+        self._ended = torch.zeros(rows, dtype=torch.bool)
         self._mask = torch.zeros(rows, 0, dtype=torch.bool)
         self._origins = torch.zeros(rows, 0, 3, dtype=torch.int64)
 
     def _take_in(self, call: Call) -> None:
         """What has arrived in this call is kept."""
-        places = self._contents.reading.offsets[:, None] + self._passed[:, None] + call.mask.cumsum(dim=1) - 1
+        places = self._contents.reading.offsets[:, None] + call.places
         origins = origins_of(torch.tensor(self._numbers), places, call.tokens)
         self._mask = torch.cat((self._mask, call.mask), dim=1)
         self._origins = torch.cat((self._origins, origins), dim=1)
-        self._passed = self._passed + call.mask.sum(dim=1)
+        self._passed = torch.maximum(self._passed, call.next_places)
         for number, tokens in zip(self._numbers, call.mask.sum(dim=1).tolist(), strict=True):
             self._contents.ledger.grow(number, tokens)
         for i, site in enumerate(self._contents.sites):

@@ -94,3 +94,27 @@ def test_auto_adds_one_layer() -> None:
     memory.detach()
     with pytest.raises(ValueError, match="expected write='read' with an added layer"):
         attach_memory(memory.model, added=True, write="window", window=9)
+
+
+def test_a_cache_without_a_place_for_it_is_refused() -> None:
+    from transformers import DynamicCache
+
+    memory, ids = added(), tokens(1, 6)
+    cache = memory.model(input_ids=ids, use_cache=True).past_key_values
+    for bad in (cache, DynamicCache()):
+        with pytest.raises(ValueError, match=r"expected past_key_values=DynamicCache\(config=model.config\)"):
+            logits(memory.model, ids, past_key_values=bad)
+    with pytest.raises(ValueError, match="which has one: detach"):
+        attach_memory(memory.model, added=True)
+
+
+def test_an_adapter_has_a_copy_that_learns(tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    memory = added(layers=[1])
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["memory_attention"])
+    adapted = peft.get_peft_model(memory.model, config)
+    assert all(parameter.requires_grad for parameter in memory.parameters())
+    memory.read(tokens(1, 20), progress=False)
+    ids = tokens(1, 9)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in memory.parameters())

@@ -119,3 +119,17 @@ def test_positions_of_what_was_looked_up_are_those_in_its_document() -> None:
     found = {tuple(origin) for origin in origins[0, 0, 0, :, :2].tolist()}
     assert found == {(-1, -1), *((0, place) for place in range(12)), *((1, place) for place in range(9))}
     assert [document.start for document in memory.documents()] == [0, 12]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_knows_where_late_tokens_stand(dtype: torch.dtype) -> None:
+    """Keys of the first layer depend on nothing but token and place."""
+    ids, found = tokens(1, 3_000), []
+    for each in (torch.float32, dtype):
+        model = tiny("llama", max_position_embeddings=8192)
+        frequencies = model.model.rotary_emb.inv_freq
+        model.to(each).model.rotary_emb.inv_freq = frequencies  # as from_pretrained leaves them
+        memory = attach_memory(model, **ONE)
+        memory.read(ids, progress=False)
+        found.append(memory.layers[0].memories[0].store.keys[0, :, 2_500:3_000].float())
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02

@@ -97,6 +97,8 @@ def test_what_a_memory_cannot_follow_is_refused() -> None:
         model.generate(ids, num_beams=2, max_new_tokens=3, pad_token_id=0)
     with pytest.raises(ValueError, match="expected no labels with use_cache"):
         model(ids, labels=ids, use_cache=True)
+    with pytest.raises(ValueError, match="expected the vocabulary of 99 tokens to stay"):
+        model.resize_token_embeddings(120)
     with pytest.raises(ValueError, match="expected segment_length to be at least 1"):
         MemorizingTransformerConfig(MODEL, segment_length=0)
     with pytest.raises(ValueError, match="expected the fields of ModelConfig"):
@@ -146,3 +148,23 @@ def test_a_run_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(ValueError, match="expected the folder of a run"):
         export_run(tmp_path / "corpus", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path: Path) -> None:
+    data, norms = [{"input_ids": row, "labels": row} for row in tokens(4, 24)], []
+    for rows in (4, 1):
+        arguments = transformers.TrainingArguments(
+            tmp_path / str(rows),
+            max_steps=1,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=4 // rows,
+            logging_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            save_strategy="no",
+        )
+        trainer = transformers.Trainer(made(), arguments, train_dataset=data)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)

@@ -180,3 +180,119 @@ def test_nothing_is_remembered_inside_read_only() -> None:
     assert losses[1:].isfinite().all()
     assert torch.equal(entries(memory)[0], before)
     assert len(memory.documents()) == 1
+
+
+def test_padding_on_the_left_of_a_segment_takes_no_place() -> None:
+    """Positions are those that the model was given: by itself it counts padding too."""
+    ids, pads = tokens(1, 12), torch.zeros(1, 4).long()
+    mask = torch.cat((pads, torch.ones(1, 12).long()), dim=1)
+    kept = []
+    for options in ({}, {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}):
+        for recent in (100, 3):
+            memory = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": 4}, recent=recent)
+            with memory.writing():
+                logits(memory.model, torch.cat((pads, ids), dim=1), attention_mask=mask, **options)
+            places = [part.store.origins[0, : part.num_entries[0], 1] for part in reversed(memory.layers[1].memories)]
+            kept.append(torch.cat(places).sort().values.tolist())
+            found = logits(memory.model, tokens(1, 5, seed=3))
+            plain = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": 4}, recent=recent)
+            with plain.writing():
+                logits(plain.model, ids)
+            torch.testing.assert_close(found, logits(plain.model, tokens(1, 5, seed=3)), rtol=1e-3, atol=1e-3)
+    assert kept == [list(range(8, 16))] * 2 + [list(range(4, 12))] * 2
+
+
+def test_a_call_that_fails_ends_the_conversation_but_not_the_memory() -> None:
+    model, ids = tiny("llama"), tokens(1, 9)
+    memory = attach_memory(model, **WINDOW, window=6)
+    cache, calls = DynamicCache(config=model.config), []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) in (1, 5):
+            raise KeyboardInterrupt
+
+    hook = model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=9, **WRITING)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, past_key_values=cache, max_new_tokens=9, **WRITING)
+    hook.remove()
+    with pytest.raises(ValueError, match="expected the cache of the last conversation or an empty one"):
+        logits(model, ids[:, :1], past_key_values=cache)
+    assert [each.tokens for each in memory.documents()] == [11]
+    assert entries(memory)[1][:, 1].tolist() == list(range(11))
+    model.generate(ids, max_new_tokens=9, **WRITING)
+    assert memory._contents.reading.offsets.tolist() == [11]
+
+
+def test_clearing_one_row_leaves_the_other_as_if_the_chat_had_ended() -> None:
+    model, ids = tiny("llama"), tokens(2, 9)
+    memory = attach_memory(model, **WINDOW, window=6)
+    model.generate(ids, max_new_tokens=5, **WRITING)
+    memory.clear([0])
+    assert memory.layers[1].num_entries == (0, 13)
+    assert memory._contents.reading.offsets.tolist() == [0, 13]
+    assert entries(memory, row=1)[1][:, 1].tolist() == list(range(13))
+
+
+def test_what_generate_adds_to_answers_that_have_ended_is_padding() -> None:
+    model, ids = tiny("llama", eos_token_id=7), tokens(2, 9)
+    memory = attach_memory(model, **WINDOW, window=6)
+    for _ in range(12):  # one row ends after the first token
+        cache = DynamicCache(config=model.config)
+        logits(model, ids, past_key_values=cache)
+        break
+    logits(model, torch.tensor([[7], [9]]), past_key_values=cache)
+    logits(model, torch.tensor([[0], [9]]), past_key_values=cache)
+    logits(model, torch.tensor([[0], [9]]), past_key_values=cache)
+    memory.read(tokens(2, 3), progress=False)
+    assert [each.tokens for each in memory.documents()] == [10, 12, 3, 3]
+    assert entries(memory)[1][:, 2].tolist() == [*ids[0].tolist(), 7, *tokens(2, 3)[0].tolist()]
+    assert memory._contents.reading.offsets.tolist() == [13, 15]
+
+
+def test_a_chat_that_is_remembered_does_not_go_on_where_it_cannot() -> None:
+    model, ids = tiny("llama"), tokens(1, 9)
+    memory = attach_memory(model, **WINDOW, window=6)
+    cache = DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=cache)
+    with memory.read_only(), pytest.raises(ValueError, match=r"expected a new conversation inside read_only\(\)"):
+        logits(model, ids[:, :1], past_key_values=cache)
+    with memory.writing():
+        logits(model, ids, use_cache=False)
+    assert entries(memory)[1][:, 1].tolist() == list(range(18))
+    assert [each.tokens for each in memory.documents()] == [18]
+
+
+def test_only_one_call_fits_inside_writing() -> None:
+    model, ids = tiny("llama"), tokens(1, 9)
+    memory = attach_memory(model, **EVERYTHING)
+    with memory.writing():
+        logits(model, ids)
+        with pytest.raises(ValueError, match=r"expected one call of the model with a whole segment inside writing\(\)"):
+            logits(model, ids)
+        with pytest.raises(ValueError, match=r"got read\(\) or score\(\)"):
+            memory.read(ids, progress=False)
+    assert memory.layers[1].num_entries == (9,)
+    with memory.writing(["one", "two"]), pytest.raises(ValueError, match="expected a title for each of 1 documents"):
+        logits(model, ids)
+
+
+def test_documents_that_are_forgotten_are_not_listed() -> None:
+    memory = attach_memory(tiny("llama"), layers=[1], max_memories=30, skip_first=0, chunk=10)
+    for number in range(50):
+        memory.read(tokens(1, 10, seed=number), document=str(number), progress=False)
+    assert [each.title for each in memory.documents()] == ["46", "47", "48", "49"]
+    logits(memory.model, tokens(1, 9))
+    origins = memory.last_retrieved[1]
+    assert set(origins[..., 0].unique().tolist()) == {-1, 47, 48, 49}
+    assert int(origins[..., 1].max()) == 9
+
+
+def test_what_was_looked_up_is_told_as_it_was_then() -> None:
+    model, ids = tiny("llama"), tokens(1, 9)
+    memory = attach_memory(model, **{**WINDOW, "topk": 4}, window=6, max_memories=8)
+    memory.read(tokens(1, 8, seed=3), progress=False)
+    model.generate(ids, max_new_tokens=1, **WRITING)  # 3 tokens more enter than were there
+    assert set(memory.last_retrieved[1][..., 0].unique().tolist()) == {0}
