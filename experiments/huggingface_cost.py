@@ -45,8 +45,7 @@ class Options:
 def fill(memory: AttachedMemory, text: Tensor, size: int) -> None:
     """Let each layer hold so many entries: those of the text, then more like the first of them."""
     memory.clear()
-    with memory.enabled(False):
-        memory.read(text[:, : min(size, SEED_TOKENS)], progress=False)
+    memory.read(text[:, : min(size, SEED_TOKENS)], progress=False)
     for layer in memory.layers.values():
         (part,) = layer.memories
         known = part.store.oldest(0, part.num_entries[0])

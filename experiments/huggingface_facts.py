@@ -113,8 +113,7 @@ def main(options: Options) -> None:
     tokens = with_sentences(text, sentences, tokenizer)
     memory = attached(model, options.tuned, dtype=torch.bfloat16, max_memories=len(tokens))
     start = time.monotonic()
-    with memory.enabled(False):
-        memory.read(torch.tensor(tokens), document=options.text.name)
+    memory.read(torch.tensor(tokens), document=options.text.name)
     seconds = time.monotonic() - start
     print(f"{len(tokens):,} tokens in {seconds:.0f} s; {memory}", flush=True)
     results: dict[str, Any] = {"tokens": len(tokens), "seconds reading": seconds, "bytes": memory.num_bytes}

@@ -80,8 +80,7 @@ def after(memory: AttachedMemory, before: Tensor, later: Tensor) -> float:
 def read(memory: AttachedMemory, tokens: Tensor) -> None:
     """Into an empty memory, without looking anything up."""
     memory.clear()
-    with memory.enabled(False):
-        memory.read(tokens, progress=False)
+    memory.read(tokens, progress=False)
 
 
 def loss(memory: AttachedMemory, tokens: Tensor) -> float:

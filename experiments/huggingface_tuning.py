@@ -114,8 +114,7 @@ def train(model: Any, memory: AttachedMemory, optimizer: Any, source: Any, optio
         memory.clear()
         before, passage = next(source).tensor_split([options.before], dim=1)
         if options.how != "lora-local" and options.before and len(log) // options.segments % 2:
-            with memory.enabled(False):
-                memory.read(before, progress=False)
+            memory.read(before, progress=False)
         for place, segment in enumerate(passage.split(SEGMENT, dim=1)):
             share = min((time.monotonic() - start) / 60 / options.minutes, 1.0)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

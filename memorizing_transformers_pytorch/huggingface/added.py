@@ -81,9 +81,12 @@ class AddedLayer(Site):
         """A forward hook: hidden states (B, T, E), alone or first in a tuple, get what the added layer gives."""
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         self.begin_call(len(hidden))
+        if not self.enabled and not self.reading.staging:
+            return out
+        more = self._attend(module.get_submodule(NAME), hidden)
         if not self.enabled:
             return out
-        hidden = hidden + self._attend(module.get_submodule(NAME), hidden)
+        hidden = hidden + more
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
     def _attend(self, added: Any, hidden: Tensor) -> Tensor:

@@ -68,19 +68,23 @@ class AttachedMemory:
         attention_mask: Tensor | None = None,
         document: Titles = None,
         progress: bool = True,
+        look_up: bool = False,
     ) -> None:
-        """Read documents into the memory, a chunk at a time; each chunk sees what was read before.
+        """Read documents into the memory, a chunk at a time.
 
         input_ids: (N,), (1, N), or (R, N) for a batch of documents, each into its own row. A memory of one row serves
             all rows of a batch later. The first read decides on R; `clear()` lets the next one decide again.
         attention_mask: (R, N), 0 for padding, which may be anywhere and is not remembered.
         document: a title, or one for each row.
+        look_up: whether each chunk sees what was read before. What is remembered then is a little nearer to what the
+            model would make of the whole text, but a chunk takes longer the more is remembered.
 
         Raises ValueError, with nothing read, for shapes that do not fit, token ids that the model does not have,
         empty texts, other weights than those that have read before, or inside `read_only()`.
         """
         self._expect_writable()
-        self._read(input_ids, attention_mask, document, progress, losses=False)
+        with contextlib.nullcontext() if look_up else self.enabled(False):
+            self._read(input_ids, attention_mask, document, progress, losses=False)
 
     def score(
         self,
@@ -89,7 +93,8 @@ class AttachedMemory:
         document: Titles = None,
         progress: bool = True,
     ) -> list[Tensor]:
-        """`read`, and the loss (in nats) of each token of each document, without padding, as it was read: (N,) float32.
+        """`read`, looking up what was read before, and the loss (in nats) of each token of each document, without
+        padding, as it was read: (N,) float32.
 
         A token is predicted from the part of its chunk before it, and the memory. The first of a document is NaN, and
         with skip_first=0, where chunks do not overlap, the first of each chunk. Inside `read_only()` nothing is

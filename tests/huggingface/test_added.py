@@ -118,3 +118,9 @@ def test_an_adapter_has_a_copy_that_learns(tmp_path: Any) -> None:
     ids = tokens(1, 9)
     adapted(input_ids=ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for parameter in memory.parameters())
+
+
+def test_it_remembers_what_is_read_without_looking_up() -> None:
+    memory = added()
+    memory.read(tokens(1, 20), progress=False)
+    assert {site.num_entries for site in memory.layers.values()} == {(16,)}  # but for skip_first

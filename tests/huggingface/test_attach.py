@@ -64,9 +64,10 @@ def test_what_was_read_is_as_good_as_seen(family: str) -> None:
         model, ids = tiny(family, attention), tokens(3, 40)
         expected = logits(model, ids)[:, 24:]
         memory = attach_memory(model, **EVERYTHING, chunk=9)
-        memory.read(ids[:, :24], progress=False) if family not in LEARNED_POSITIONS else read_at_once(
-            memory, ids[:, :24]
-        )
+        if family in LEARNED_POSITIONS:
+            read_at_once(memory, ids[:, :24])
+        else:
+            memory.read(ids[:, :24], progress=False, look_up=True)
         positions = {"position_ids": torch.arange(24, 40)[None]} if family in LEARNED_POSITIONS else {}
         found = logits(model, ids[:, 24:], **positions)
         assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
@@ -102,7 +103,7 @@ def test_it_writes_as_if_it_had_seen_the_text(options: dict[str, Any]) -> None:
     writing = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options}
     expected = model.generate(ids, **writing)[:, 40:]
     memory = attach_memory(model, **EVERYTHING, chunk=16)
-    memory.read(ids[:, :30], progress=False)
+    memory.read(ids[:, :30], progress=False, look_up=True)
     assert torch.equal(model.generate(ids[:, 30:], **writing)[:, 10:], expected)
 
 
@@ -525,3 +526,17 @@ def test_a_model_that_is_offloaded_has_a_memory_where_it_computes() -> None:
     memory.read(ids[:, :24], progress=False)  # by the same weights
     memory.detach()
     assert torch.equal(logits(model, ids)[:, 24:], expected)
+
+
+def test_chunks_see_what_was_read_before_only_if_told() -> None:
+    ids, keys = tokens(1, 40), {}
+    for look_up in (False, True):
+        memory = attach_memory(tiny("llama"), **EVERYTHING, chunk=20)
+        memory.read(ids, progress=False, look_up=look_up)
+        keys[look_up] = memory.layers[1].memories[0].store.keys[0, :, :40].clone()
+    alone = attach_memory(tiny("llama"), **EVERYTHING, chunk=20)
+    alone.read(ids[:, :20], progress=False)
+    alone.read(ids[:, 20:], progress=False)
+    torch.testing.assert_close(keys[False], alone.layers[1].memories[0].store.keys[0, :, :40])
+    torch.testing.assert_close(keys[False][:, :20], keys[True][:, :20])
+    assert not torch.allclose(keys[False][:, 20:], keys[True][:, 20:], atol=1e-2)

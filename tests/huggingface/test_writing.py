@@ -31,7 +31,7 @@ def entries(memory: AttachedMemory, layer: int = 1, row: int = 0) -> tuple[Tenso
 def test_segments_in_training_are_remembered_as_they_would_be_read(skip_first: int) -> None:
     ids = tokens(2, 24)
     read = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": 0}, chunk=8)
-    read.read(ids, progress=False)
+    read.read(ids, progress=False, look_up=True)
     written = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": skip_first})
     for segment in ids.split(8, dim=1):
         with written.writing(["one", "two"]):
