@@ -26,7 +26,7 @@ def attach_memory(
     layers: numbers of layers, "all" that can, or "auto": those with induction heads (see `suggest_layers`).
     added: instead of giving the layers themselves a memory, add a layer of attention with a memory after each of them,
         which must be trained (see `Added` for its sizes). "auto" adds one, after the best layer.
-    topk: how many entries each query retrieves.
+    topk: how many entries each query retrieves; of old ones (see `positions`) as many again.
     combine: "softmax", one softmax over local keys and retrieved ones, with a bias per head that starts at 0; or
         "gate", the paper's learned gate per head.
     positions: "true", remembered tokens are as far away as they are, the last `recent` of them (half of the longest

@@ -139,14 +139,14 @@ class AttachedMemory:
 
     @contextlib.contextmanager
     def writing(self, document: Titles = None) -> Iterator[None]:
-        """Inside, one call of the model, whose tokens are remembered at the end: for training on documents in order.
+        """Inside, one call of the model, and its backward pass, after which its tokens are remembered: for training.
 
             for segment in book.split(512, dim=1):  # (R, 512)
                 with memory.writing():
                     model(input_ids=segment, labels=segment).loss.backward()
                 optimizer.step()
 
-        Each row goes on with its document until `clear` has emptied it. As in the paper (section 3), what was read
+        Documents are read in order: each row goes on with its own until `clear` has emptied it. As in the paper (section 3), what was read
         stays as the weights of then have made it, however they change. The first `skip_first` tokens of each segment
         are not remembered. If something is raised inside, nothing is.
 
