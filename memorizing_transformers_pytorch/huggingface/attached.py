@@ -146,9 +146,9 @@ class AttachedMemory:
                     model(input_ids=segment, labels=segment).loss.backward()
                 optimizer.step()
 
-        Documents are read in order: each row goes on with its own until `clear` has emptied it. As in the paper (section
-        3), what was read stays as the weights of then have made it, however they change. The first `skip_first` tokens
-        of each segment are not remembered. If something is raised inside, nothing is.
+        Documents are read in order: each row goes on with its own until `clear` has emptied it. As in the paper
+        (section 3), what was read stays as the weights of then have made it, however they change. The first
+        `skip_first` tokens of each segment are not remembered. If something is raised inside, nothing is.
 
         Raises ValueError inside `read_only()`, and for a batch of other rows than the memory has.
         """
