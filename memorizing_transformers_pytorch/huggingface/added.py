@@ -18,10 +18,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.options import Options
+from memorizing_transformers_pytorch.huggingface.probe import ADDED
 from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site, parameters_in_use
 from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
-
-NAME = "memory_attention"  # of the added module in a layer of the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +65,16 @@ class AddedLayer(Site):
         self._hook: Any = None
 
     def attach(self) -> None:
-        self._module.add_module(NAME, self._added)
+        self._module.add_module(ADDED, self._added)
         self._hook = self._module.register_forward_hook(self._after)
 
     def detach(self) -> None:
         self._hook.remove()
-        delattr(self._module, NAME)
+        delattr(self._module, ADDED)
         self.close()
 
     def parameters(self) -> list[nn.Parameter]:
-        return parameters_in_use(self._module.get_submodule(NAME))
+        return parameters_in_use(self._module.get_submodule(ADDED))
 
     def _after(self, module: nn.Module, _inputs: Any, out: Any) -> Any:
         """A forward hook: hidden states (B, T, E), alone or first in a tuple, get what the added layer gives."""
@@ -83,7 +82,7 @@ class AddedLayer(Site):
         self.begin_call(len(hidden))
         if not self.enabled and not self.reading.staging:
             return out
-        more = self._attend(module.get_submodule(NAME), hidden)
+        more = self._attend(module.get_submodule(ADDED), hidden)
         if not self.enabled:
             return out
         hidden = hidden + more

@@ -205,9 +205,10 @@ class AttachedMemory:
     def clear(self, rows: int | Iterable[int] | None = None) -> None:
         """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""
         self._expect_attached()
+        cleared = self._contents.rows_to_clear(rows)
         if self._window is not None:
-            self._window.end() if rows is not None else self._window.drop()
-        self._contents.clear(rows)
+            self._window.end() if len(cleared) < self.num_rows else self._window.drop()
+        self._contents.clear(cleared)
 
     @contextlib.contextmanager
     def enabled(self, on: bool = True) -> Iterator[None]:

@@ -47,9 +47,13 @@ class Contents:
         self.ledger.strike_out(row, self.sites[0].oldest_place(row))
         return self.ledger.begin(title, row, int(self.reading.offsets[row]))
 
+    def rows_to_clear(self, rows: int | Iterable[int] | None) -> list[int]:
+        """Which rows `clear` would empty. Raises ValueError for rows that there are not."""
+        return self.sites[0].memories[0].rows_to_clear(rows)
+
     def clear(self, rows: int | Iterable[int] | None) -> None:
         """Forget what these rows hold, or all. Raises ValueError for rows that there are not."""
-        cleared = self.sites[0].memories[0].rows_to_clear(rows)
+        cleared = self.rows_to_clear(rows)
         for site in self.sites:
             site.clear(cleared)
         self.ledger.forget(cleared)
