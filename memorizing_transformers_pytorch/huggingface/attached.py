@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from memorizing_transformers_pytorch.huggingface.calls import Call, Calls
 from memorizing_transformers_pytorch.huggingface.contents import Contents
 from memorizing_transformers_pytorch.huggingface.fingerprint import Weights
-from memorizing_transformers_pytorch.huggingface.ledger import Document
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.reader import Reader
@@ -26,6 +25,7 @@ from memorizing_transformers_pytorch.huggingface.segments import Segments
 from memorizing_transformers_pytorch.huggingface.site import Reading, Site
 from memorizing_transformers_pytorch.huggingface.texts import Titles, checked_texts, checked_titles, pieces_of
 from memorizing_transformers_pytorch.huggingface.window import Window
+from memorizing_transformers_pytorch.memory.ledger import Document
 
 
 class AttachedMemory:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.ledger import Ledger
 from memorizing_transformers_pytorch.huggingface.site import Reading, Site
+from memorizing_transformers_pytorch.memory.ledger import Ledger
 
 Pairs = tuple[Tensor, Tensor]
 """Keys and values (R, G, N, D)."""
