@@ -110,6 +110,11 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
         return tuple(self.store.filled)
 
     @property
+    def bytes_per_entry(self) -> int:
+        """What an entry takes in all heads: keys, values, origin, age and use."""
+        return sum(table.nbytes for table in self.store.tables.values()) // (self.num_indices * self.store.room)
+
+    @property
     def index_in_use(self) -> str:
         """What searches, in words: the structure, how far it looks, and its recall as measured last."""
         return self.searcher.description

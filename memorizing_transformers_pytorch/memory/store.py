@@ -13,7 +13,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,20 +153,24 @@ class Store:
             self._write_row(row, keys, values, entries.origins[i][chosen])
 
     def _write_row(self, row: int, keys: Tensor, values: Tensor, origins: Tensor) -> None:
-        count = keys.shape[1]
+        written = torch.full((len(origins),), self.clock, device=self.device)
+        usage = torch.zeros(len(origins), dtype=torch.int32, device=self.device)
+        self.append(
+            row, {"keys": keys, "values": values, "origins": origins, "written": written, "usage": usage}, len(origins)
+        )
+
+    def append(self, row: int, tables: Mapping[str, Tensor], count: int) -> None:
+        """Put so many entries over the oldest of a row. tables: the same row of each table of them, (G, N, ...) or
+        (N, ...)."""
         cursor = (self.cursors[row] + max(count - self.capacity, 0)) % self.capacity
-        kept = min(count, self.capacity)
-        start = count - kept
+        start = count - min(count, self.capacity)
         while start < count:  # at most twice: up to the end of the ring, then from its beginning
             run = min(count - start, self.capacity - cursor)
             here, there = slice(cursor, cursor + run), slice(start, start + run)
             for reader in self.readers:
                 reader.keep(row, here)
-            self.keys[row, :, here] = keys[:, there]
-            self.values[row, :, here] = values[:, there]
-            self.origins[row, here] = origins[there]
-            self.written[row, here] = self.clock
-            self.usage[row, here] = 0
+            for name, table in self.tables.items():
+                by_place(name, table[row])[here] = by_place(name, tables[name])[there]
             start, cursor = start + run, (cursor + run) % self.capacity
         self.cursors[row] = cursor
         self.filled[row] = min(self.filled[row] + count, self.capacity)
@@ -198,15 +202,14 @@ class Store:
         new = self.empty_like(capacity)
         new.clock = self.clock
         for row, filled in enumerate(self.filled):
-            new.take_in(row, self, self.places_in_order(row)[max(filled - capacity, 0) :])
+            places = self.places_in_order(row)[max(filled - capacity, 0) :]
+            new.append(row, self.picked(row, places), len(places))
         return new
 
-    def take_in(self, row: int, other: Store, places: Tensor) -> None:
-        """Let an empty row hold the entries in these places of the same row of another store, the oldest first."""
-        for name, table in self.tables.items():
-            by_place(name, table[row])[: len(places)] = by_place(name, other.tables[name][row])[places].to(table)
-        self.filled[row] = self.written_to[row] = len(places)
-        self.cursors[row] = len(places) % self.capacity
+    def picked(self, row: int, places: Tensor) -> dict[str, Tensor]:
+        """Copies of what these places of a row hold: of each table (G, n, ...) or (n, ...), as `append` takes it."""
+        tables = self.tables.items()
+        return {name: each[row][:, places] if name in PER_HEAD else each[row][places] for name, each in tables}
 
     def places_in_order(self, row: int) -> Tensor:
         """The places of a row that hold entries, the oldest first."""
