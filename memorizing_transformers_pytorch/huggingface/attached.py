@@ -6,14 +6,11 @@ Shapes: B rows of a batch, R rows of the memory, N tokens of a document, T token
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from memorizing_transformers_pytorch.huggingface.calls import Call, Calls
 from memorizing_transformers_pytorch.huggingface.contents import Contents
@@ -23,8 +20,11 @@ from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.reader import Reader
 from memorizing_transformers_pytorch.huggingface.segments import Segments
 from memorizing_transformers_pytorch.huggingface.site import Reading, Site
-from memorizing_transformers_pytorch.huggingface.texts import Titles, checked_texts, checked_titles, pieces_of
-from memorizing_transformers_pytorch.huggingface.window import Window
+from memorizing_transformers_pytorch.huggingface.texts import Titles, checked_texts, checked_titles
+from memorizing_transformers_pytorch.huggingface.trained import load_parameters, save_parameters
+from memorizing_transformers_pytorch.huggingface.window import Window, ends_of
+from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.memory.documents import DocumentTable
 from memorizing_transformers_pytorch.memory.ledger import Document
 
 
@@ -40,7 +40,7 @@ class AttachedMemory:
         self._contents = Contents(sites, reading)
         self._weights = Weights(model, BIAS)
         self._segments = Segments(self._contents, options.skip_first)
-        self._window = None if options.window is None else Window(self._contents, options.window, _ends_of(model))
+        self._window = None if options.window is None else Window(self._contents, options.window, ends_of(model))
         self._attached, self._writable, self._is_reading = True, True, False
         for site in sites:
             site.attach()
@@ -102,6 +102,19 @@ class AttachedMemory:
         """
         return self._read(input_ids, attention_mask, document, progress, losses=True)
 
+    def go_on(self, document: int, input_ids: Tensor, progress: bool = True) -> None:
+        """Read on in a document that was not read to its end, the last of the only row.
+
+        document: its number. input_ids: (N,), the whole document from its beginning.
+        Raises ValueError, with nothing read, for another document, or one that is no longer.
+        """
+        self._expect_writable()
+        known = self._contents.last_document()
+        if known is None or known.number != document or input_ids.numel() < known.tokens:
+            raise ValueError(f"expected more of the last document in the only row, {known}, got document {document}")
+        with self.enabled(False):
+            self._read(input_ids, None, None, progress, losses=False, goes_on=known)
+
     def _read(
         self,
         input_ids: Tensor,
@@ -109,6 +122,7 @@ class AttachedMemory:
         document: Titles,
         progress: bool,
         losses: bool,
+        goes_on: Document | None = None,
     ) -> list[Tensor]:
         self._expect_attached()
         if self._segments.is_open:
@@ -120,22 +134,15 @@ class AttachedMemory:
         if self._window is not None and self._writable:
             self._window.end()
         self._contents.make_rows(len(texts))
-        numbers = self._contents.begin(titles)
-        found = [torch.full((len(text),), torch.nan) for text in texts]
-        pieces = pieces_of([len(text) for text in texts], self.options.chunk, self.options.skip_first)
-        reader = Reader(self.model, self._contents, self.options.skip_first, numbers, store=self._writable)
+        numbers = self._contents.begin(titles) if goes_on is None else [goes_on.number]
+        known = [0] * len(texts) if goes_on is None else [goes_on.tokens]
         self._is_reading = True
         self._weights.have_written()
         try:
-            with reader, tqdm(total=sum(map(len, texts)), unit=" tokens", disable=not progress) as bar:
-                for some in pieces:
-                    reader.read(some, texts, found if losses else None)
-                    bar.update(sum(piece.new for piece in some))
-        finally:  # also of what was broken off
+            reader = Reader(self.model, self._contents, self.options, numbers, known, store=self._writable)
+            return reader.read_all(texts, losses=losses, progress=progress)
+        finally:
             self._is_reading = False
-            for number, size in zip(numbers, reader.read_of_each(), strict=True):
-                self._contents.ledger.grow(number, size if self._writable else 0)
-        return found
 
     @contextlib.contextmanager
     def writing(self, document: Titles = None) -> Iterator[None]:
@@ -198,9 +205,48 @@ class AttachedMemory:
         if not self._writable:
             raise ValueError("expected a memory that may be written, got one inside read_only()")
 
-    def documents(self) -> list[Document]:
-        """What was read since the rows were last cleared."""
-        return self._contents.ledger.documents()
+    def documents(self) -> DocumentTable:
+        """What was read since the rows were last cleared, and what is held of each document."""
+        return self._contents.memories().documents()
+
+    def forget(
+        self,
+        document: int | str | Iterable[int | str] | None = None,
+        *,
+        where: Callable[[Document], bool] | None = None,
+    ) -> int:
+        """Remove every entry of some documents; see `KNNMemoryList.forget`. A chat that is going on ends."""
+        self._expect_attached()
+        if self._window is not None:
+            self._window.end()
+        return self._contents.forget(document, where)
+
+    def save(self, path: str | Path, *, overwrite: bool = False, compact: bool = False) -> None:
+        """Write what is remembered to a folder; see `KNNMemoryList.save`. (What was trained: `save_parameters`.)"""
+        self._expect_attached()
+        self._contents.save(path, self._weights.written_by, overwrite=overwrite, compact=compact)
+
+    def load(
+        self, path: str | Path, *, mmap: bool = False, verify: bool | None = None, other_weights: bool = False
+    ) -> None:
+        """Remember what `save` has written, and nothing else; see `KNNMemoryList.load`.
+
+        other_weights: also take what other weights than those of the model have read.
+        Raises ValueError, changing nothing, for what cannot be loaded or is not of these layers.
+        """
+        self._expect_attached()
+        self._expect_writable()
+        if self._segments.is_open:
+            raise ValueError("expected a call of the model inside writing(), got load()")
+        fingerprint = None if other_weights else self._weights.fingerprint()
+        device, directory = self._contents.sites[0].memories[0].device, self.options.directory
+        loaded = KNNMemoryList.load(
+            path, mmap=mmap, verify=verify, fingerprint=fingerprint, device=device, directory=directory
+        )
+        self._contents.use(loaded)
+        self._weights.have_written()
+        if self._window is not None:
+            self._window.drop()
 
     def clear(self, rows: int | Iterable[int] | None = None) -> None:
         """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""
@@ -236,22 +282,11 @@ class AttachedMemory:
 
     def save_parameters(self, path: str | Path) -> None:
         """Write `parameters()` to a safetensors file: all that has been trained, if the model itself was frozen."""
-        save_file({name: each.detach().cpu().contiguous() for name, each in self._named().items()}, path)
+        save_parameters(self.layers, path)
 
     def load_parameters(self, path: str | Path) -> None:
         """Take them from such a file. Raises ValueError, changing nothing, for those of another attachment."""
-        found, own = load_file(path), self._named()
-        expected = {name: tuple(each.shape) for name, each in own.items()}
-        got = {name: tuple(each.shape) for name, each in found.items()}
-        if got != expected:
-            raise ValueError(f"expected parameters of the shapes {expected}, got {got}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(found[name])
-
-    def _named(self) -> dict[str, nn.Parameter]:
-        sites = self.layers.items()
-        return {f"{index}.{i}": each for index, site in sites for i, each in enumerate(site.parameters())}
+        load_parameters(self.layers, path)
 
     def detach(self) -> None:
         """Take the memory away, and forget what it holds. The model is bit for bit what it was."""
@@ -261,9 +296,3 @@ class AttachedMemory:
         self._calls.remove()
         for site in self.layers.values():
             site.detach()
-
-
-def _ends_of(model: Any) -> Tensor:
-    """The tokens with which the model ends a text."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return torch.tensor([] if ends is None else ends, dtype=torch.int64).flatten()
