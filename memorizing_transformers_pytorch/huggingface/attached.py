@@ -6,15 +6,16 @@ Shapes: B rows of a batch, R rows of the memory, N tokens of a document, T token
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from memorizing_transformers_pytorch.fingerprint import Weights
 from memorizing_transformers_pytorch.huggingface.calls import Call, Calls
 from memorizing_transformers_pytorch.huggingface.contents import Contents
-from memorizing_transformers_pytorch.huggingface.fingerprint import Weights
+from memorizing_transformers_pytorch.huggingface.keeping import Keeping
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.reader import Reader
@@ -23,12 +24,10 @@ from memorizing_transformers_pytorch.huggingface.site import Reading, Site
 from memorizing_transformers_pytorch.huggingface.texts import Titles, checked_texts, checked_titles
 from memorizing_transformers_pytorch.huggingface.trained import load_parameters, save_parameters
 from memorizing_transformers_pytorch.huggingface.window import Window, ends_of
-from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.memory.documents import DocumentTable
 from memorizing_transformers_pytorch.memory.ledger import Document
 
 
-class AttachedMemory:
+class AttachedMemory(Keeping):
     """The memory of a model, from `attach_memory`.
 
     options: what it was attached with. layers: those with a memory, by number.
@@ -37,11 +36,10 @@ class AttachedMemory:
     def __init__(self, model: Any, sites: list[Site], reading: Reading, options: Options) -> None:
         self.model, self.options = model, options
         self.layers = {site.index: site for site in sites}
-        self._contents = Contents(sites, reading)
-        self._weights = Weights(model, BIAS)
-        self._segments = Segments(self._contents, options.skip_first)
-        self._window = None if options.window is None else Window(self._contents, options.window, ends_of(model))
-        self._attached, self._writable, self._is_reading = True, True, False
+        contents = Contents(sites, reading)
+        window = None if options.window is None else Window(contents, options.window, ends_of(model))
+        super().__init__(contents, Weights(model, BIAS), Segments(contents, options.skip_first), window)
+        self._is_reading = False
         for site in sites:
             site.attach()
         self._calls = Calls(model, self._before_call, self._after_call)
@@ -51,16 +49,6 @@ class AttachedMemory:
             return "AttachedMemory(detached)"
         entries = {index: site.num_entries for index, site in self.layers.items()}
         return f"AttachedMemory(layers={list(self.layers)}, entries={entries}, bytes={self.num_bytes:,})"
-
-    @property
-    def num_rows(self) -> int:
-        """R: how many documents are remembered side by side."""
-        return self._contents.num_rows
-
-    @property
-    def num_bytes(self) -> int:
-        """What the entries take: keys, values, origins and ages."""
-        return sum(site.num_bytes for site in self.layers.values())
 
     def read(
         self,
@@ -109,7 +97,7 @@ class AttachedMemory:
         Raises ValueError, with nothing read, for another document, or one that is no longer.
         """
         self._expect_writable()
-        known = self._contents.last_document()
+        known = self.last_document
         if known is None or known.number != document or input_ids.numel() < known.tokens:
             raise ValueError(f"expected more of the last document in the only row, {known}, got document {document}")
         with self.enabled(False):
@@ -196,65 +184,6 @@ class AttachedMemory:
     def _after_call(self) -> None:
         if self._window is not None and not self._is_reading and not self._segments.is_open:
             self._window.after()
-
-    def _expect_attached(self) -> None:
-        if not self._attached:
-            raise ValueError("expected an attached memory, got one that detach() has taken away")
-
-    def _expect_writable(self) -> None:
-        if not self._writable:
-            raise ValueError("expected a memory that may be written, got one inside read_only()")
-
-    def documents(self) -> DocumentTable:
-        """What was read since the rows were last cleared, and what is held of each document."""
-        return self._contents.memories().documents()
-
-    def forget(
-        self,
-        document: int | str | Iterable[int | str] | None = None,
-        *,
-        where: Callable[[Document], bool] | None = None,
-    ) -> int:
-        """Remove every entry of some documents; see `KNNMemoryList.forget`. A chat that is going on ends."""
-        self._expect_attached()
-        if self._window is not None:
-            self._window.end()
-        return self._contents.forget(document, where)
-
-    def save(self, path: str | Path, *, overwrite: bool = False, compact: bool = False) -> None:
-        """Write what is remembered to a folder; see `KNNMemoryList.save`. (What was trained: `save_parameters`.)"""
-        self._expect_attached()
-        self._contents.save(path, self._weights.written_by, overwrite=overwrite, compact=compact)
-
-    def load(
-        self, path: str | Path, *, mmap: bool = False, verify: bool | None = None, other_weights: bool = False
-    ) -> None:
-        """Remember what `save` has written, and nothing else; see `KNNMemoryList.load`.
-
-        other_weights: also take what other weights than those of the model have read.
-        Raises ValueError, changing nothing, for what cannot be loaded or is not of these layers.
-        """
-        self._expect_attached()
-        self._expect_writable()
-        if self._segments.is_open:
-            raise ValueError("expected a call of the model inside writing(), got load()")
-        fingerprint = None if other_weights else self._weights.fingerprint()
-        device, directory = self._contents.sites[0].memories[0].device, self.options.directory
-        loaded = KNNMemoryList.load(
-            path, mmap=mmap, verify=verify, fingerprint=fingerprint, device=device, directory=directory
-        )
-        self._contents.use(loaded)
-        self._weights.have_written()
-        if self._window is not None:
-            self._window.drop()
-
-    def clear(self, rows: int | Iterable[int] | None = None) -> None:
-        """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""
-        self._expect_attached()
-        cleared = self._contents.rows_to_clear(rows)
-        if self._window is not None:
-            self._window.end() if len(cleared) < self.num_rows else self._window.drop()
-        self._contents.clear(cleared)
 
     @contextlib.contextmanager
     def enabled(self, on: bool = True) -> Iterator[None]:

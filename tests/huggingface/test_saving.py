@@ -116,6 +116,6 @@ def test_only_the_last_document_can_go_on() -> None:
     memory = attach_memory(tiny("llama"), **EVERYTHING)
     for _ in range(2):
         memory.read(tokens(1, 20), progress=False)
-    with pytest.raises(ValueError, match="expected more of the last document in the only row, .*got document 0"):
+    with pytest.raises(ValueError, match=r"expected more of the last document in the only row, .*got document 0"):
         memory.go_on(0, tokens(1, 30)[0])
     assert [each.tokens for each in memory.documents()] == [20, 20]

@@ -29,13 +29,14 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, seconds: float = SECONDS_TO_WAIT) -> Iterator[None]:
-    """Inside, no other process or thread writes here. The system frees the lock of a process that has ended.
+    """Inside, no other process or thread writes here (one may go in several times). The system frees the lock of a
+    process that has ended.
 
     Raises SaveError if somebody else is writing for longer than so many seconds, or the folder cannot be written.
     """
-    lock = filelock.FileLock(folder / LOCK, timeout=seconds, thread_local=False)
+    lock = filelock.FileLock(folder / LOCK, is_singleton=True)
     try:
-        lock.acquire()
+        lock.acquire(timeout=seconds)
     except filelock.Timeout:
         raise SaveError(f"expected to be the only one who writes {str(folder)!r}, got another who does") from None
     except OSError as error:
