@@ -41,7 +41,7 @@ class Build:
     pattern: str = "*"
     """Which files of folders to read, such as *.py."""
     max_memories: int | None = None
-    """Entries that each layer can hold, for a new memory."""
+    """Entries that each layer can hold, for a new memory; 262,144 unless given."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """How keys and values are kept, for a new memory of a model of transformers; as in the model unless given."""
     index: str | None = None
@@ -127,20 +127,24 @@ def build(options: Build) -> dict[str, Any]:
     reader = open_reader(options.model, device, max_memories=options.max_memories, dtype=dtype, index=options.index)
     folder = options.memory.resolve()
     make_folder(folder)
-    total = sum(path.stat().st_size for path in files)
-    with locked(folder), stopping_on_signals() as wish, bar(total=total, unit="B", unit_scale=True) as progress:
+    with locked(folder), stopping_on_signals() as wish:
         if there:
             reader.load(folder)
+        total = sum(path.stat().st_size for path in files)
+        with bar(total=total, unit="B", unit_scale=True) as progress:
 
-        def tell(name: str, size: float) -> None:
-            progress.set_postfix_str(Path(name).name, refresh=False)
-            progress.update(size)
+            def tell(name: str, size: float) -> None:
+                progress.set_postfix_str(Path(name).name, refresh=False)
+                progress.update(min(size, total - progress.n))
 
-        builder = Builder(reader, lambda: reader.save(folder), options.save_every, wish)
-        outcome = builder.build(files, tell, prune=options.prune)
+            builder = Builder(reader, lambda: reader.save(folder), options.save_every, wish)
+            outcome = builder.build(files, tell, prune=options.prune)
         reader.save(folder, compact=True)
     for name, why in outcome.left_out.items():
         print(f"left out {name}: {why}", file=sys.stderr)
+    lost = sum(not any(each.entries) for each in reader.documents())
+    if lost:
+        print(f"the memory is full: {lost} documents had to make room (--max-memories)", file=sys.stderr)
     return {name: len(each) for name, each in asdict(outcome).items()} | {"documents": len(reader.ledger.documents())}
 
 

@@ -18,6 +18,7 @@ from memorizing_transformers_pytorch.training.run import CONFIG, LoadedRun, load
 
 PIECES = 4  # of a document, read between two chances to save
 OF_RUN = "of a run"
+MAX_MEMORIES = 262_144  # as of an attached memory
 
 
 class DocumentReader(ABC):
@@ -55,7 +56,7 @@ class RunReader(DocumentReader):
     def __init__(self, run: LoadedRun, max_memories: int | None) -> None:
         self.run = run
         self.fingerprint = Weights(run.model).fingerprint()
-        self.memories = run.model.create_knn_memories(batch_size=1, max_memories=max_memories)
+        self.memories = run.model.create_knn_memories(batch_size=1, max_memories=max_memories or MAX_MEMORIES)
         self.memories.fingerprint, self.memories.extra = self.fingerprint, {"kind": OF_RUN}
 
     def load(self, folder: Path) -> None:
