@@ -248,7 +248,7 @@ def main(arguments: Sequence[str], program: str) -> None:
         print(f"usage: {program} COMMAND ...  (COMMAND --help tells its options)\n\n" + "\n".join(lines))
         if not arguments:
             raise ValueError(f"expected a command among {', '.join(COMMANDS)}, got none")
-        return
+        sys.exit(0)
     name, *rest = arguments
     if name not in COMMANDS:
         raise ValueError(f"expected a command among {', '.join(COMMANDS)}, got {name!r}")

@@ -153,7 +153,7 @@ def test_standard_input_can_be_read(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["nonsense"], "expected a command among train, evaluate, generate, export, got 'nonsense'"),
+        (["nonsense"], "expected a command among train, evaluate, generate, memory, export, got 'nonsense'"),
         (["train", "--training.steps", "0"], "expected steps to be at least 1, got 0"),
         (["train", "--training.stepz", "1"], "--training.stepz"),
         (["train", "--optimizer.learning-rate", "-1"], "expected learning_rate to be above 0, got -1.0"),
@@ -211,7 +211,7 @@ def test_help_tells_the_options(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
-    assert ("--checkpoint" if command == "export" else "--seed") in capsys.readouterr().out
+    assert {"export": "--checkpoint", "memory": "compact"}.get(command, "--seed") in capsys.readouterr().out
 
 
 def test_the_train_script_is_the_enwik8_preset(tmp_path: Path) -> None:
