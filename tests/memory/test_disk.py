@@ -26,6 +26,7 @@ from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk import folder as disk_folder
 from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked
 from memorizing_transformers_pytorch.memory.disk.manifest import FORMAT, NAME, _checksum
+from tests.golden import memory_v1
 from tests.soak.machine import failing
 
 
@@ -413,3 +414,41 @@ def test_processes_read_the_same_files_at_once(tmp_path: Path) -> None:
     assert [answers.get(timeout=120) for _ in processes] == [own, own]
     for process in processes:
         process.join()
+
+
+# Version 1
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_memory_that_version_1_has_written_can_be_loaded(mmap: bool) -> None:
+    expected = memory_v1.expected()
+    memory_v1.add_more(expected)
+    loaded = KNNMemoryList.load(memory_v1.FOLDER, mmap=mmap, verify=True)
+    assert same(expected, loaded)
+    assert repr(loaded) == repr(expected)
+    assert loaded[1].store.usage.sum() > 0
+    assert (loaded.fingerprint, loaded.extra) == (expected.fingerprint, expected.extra)
+    described = [(each.title, each.row, each.tokens, each.entries, each.about) for each in loaded.documents()]
+    assert described == [(each.title, each.row, each.tokens, each.entries, each.about) for each in expected.documents()]
+
+
+def test_version_1_is_written_as_it_was(tmp_path: Path) -> None:
+    """Another tensor, field or layout in the files is another version of the format."""
+    made = memory_v1.expected()
+    made.save(tmp_path / "memory")
+    memory_v1.add_more(made)
+    made.save(tmp_path / "memory")
+    one, other = (json.loads((folder / NAME).read_text()) for folder in (memory_v1.FOLDER, tmp_path / "memory"))
+    assert _names(one) == _names(other)
+    for kind in ("memories", "journals"):
+        for before, now in zip(one["memory"][kind], other["memory"][kind], strict=True):
+            old = safetensors.torch.load_file(memory_v1.FOLDER / before["file"]["name"])
+            new = safetensors.torch.load_file(tmp_path / "memory" / now["file"]["name"])
+            assert {name: table.tolist() for name, table in old.items()} == {n: t.tolist() for n, t in new.items()}
+
+
+def _names(value: Any) -> Any:
+    """What the fields are called."""
+    if isinstance(value, dict):
+        return {name: _names(each) for name, each in value.items()}
+    return [_names(each) for each in value] if isinstance(value, list) else None
