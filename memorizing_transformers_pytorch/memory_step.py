@@ -88,10 +88,10 @@ def hand_over(
             else memory.stage(written.pairs[number - 1], boundaries.survives, segment.origins)
             for memory, number in zip(memories, config.layers_with_memory, strict=True)
         ]
-        if ended is not None:
-            memories.clear_memory(torch.tensor(memories[0].scoped_indices)[ended.cpu()].tolist())
-        for memory, entries in zip(memories, staged, strict=True):
-            memory.commit(entries)
+        with memories.locked():
+            if ended is not None:
+                memories.clear_memory(torch.tensor(memories[0].scoped_indices)[ended.cpu()].tolist())
+            memories.commit(staged)
     return new
 
 

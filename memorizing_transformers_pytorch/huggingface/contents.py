@@ -125,8 +125,9 @@ class Contents:
         for site, pair, mask, origin in zip(self.sites, pairs, masks, origins, strict=True):
             if pair is not None and bool(mask.any()):
                 staged.append((site, site.stage(*pair, mask, origin)))
-        for site, entries in staged:
-            site.commit(entries)
+        with self.memories().locked():
+            for site, entries in staged:
+                site.commit(entries)
 
 
 def origins_of(numbers: Tensor, places: Tensor, tokens: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
 from memorizing_transformers_pytorch.memory.moving import check_like, copied, copy_row, take_over
 from memorizing_transformers_pytorch.memory.retrieved import Origin
 from memorizing_transformers_pytorch.memory.snapshot import restored
+from memorizing_transformers_pytorch.memory.store import StagedEntries
 
 
 class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
@@ -49,8 +50,9 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
 
         Raises ValueError if the folder holds anything else (unless overwrite), SaveError if it cannot be written.
         """
-        belongings = Belongings(self.ledger, self.fingerprint, self.extra)
-        self.marks = save(self, Path(path).resolve(), belongings, self.marks, overwrite=overwrite, compact=compact)
+        with self.locked():
+            belongings = Belongings(self.ledger, self.fingerprint, self.extra)
+            self.marks = save(self, Path(path).resolve(), belongings, self.marks, overwrite=overwrite, compact=compact)
 
     @classmethod
     def load(
@@ -111,9 +113,9 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
             numbers = numbers_of(document, self.ledger)
             if unknown := unknown_numbers(numbers, self, self.ledger):
                 raise ValueError(f"expected documents of the memory, got {unknown}")
-        count = sum(memory.forget(numbers) for memory in self)
-        self.ledger.forget_documents(numbers)
-        return count
+        with self.locked():
+            self.ledger.forget_documents(numbers)
+            return sum(memory.forget(numbers) for memory in self)
 
     def entries(self, row: int, layer: int = 0) -> Iterator[Origin]:
         """Where each entry of a row of the layer-th memory comes from, the oldest first."""
@@ -130,9 +132,10 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         check_fingerprint(other.fingerprint, self.fingerprint)
         numbers = [each.number for each in self.documents()]
         self.ledger.next_number = max([self.ledger.next_number, *(number + 1 for number in numbers)])
-        shift = self.ledger.merge(other.ledger)
-        for memory, more in zip(self, other, strict=True):
-            take_over(memory, more, shift)
+        with self.locked(), other.locked():
+            shift = self.ledger.merge(other.ledger)
+            for memory, more in zip(self, other, strict=True):
+                take_over(memory, more, shift)
 
     def only(self, document: int | str | Iterable[int | str]) -> KNNMemoryList:
         """A new list with the entries of some documents (numbers or titles) alone."""
@@ -159,6 +162,14 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
                 copy_row(memory, source, target)
 
     @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, other threads neither change these memories nor look anything up: several change as one."""
+        with ExitStack() as locks:
+            for memory in self:
+                locks.enter_context(memory.lock)
+            yield
+
+    @contextmanager
     def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemoryList]:
         """Scope every memory to these rows; see `KNNMemory.at_batch_indices`."""
         rows = list(indices)
@@ -176,8 +187,9 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         if not all(0 <= index < len(self) for index in chosen):
             raise ValueError(f"expected memories from 0 to {len(self) - 1}, got {chosen}")
         to_clear = [(self[index], self[index].rows_to_clear(rows)) for index in chosen]
-        for memory, memory_rows in to_clear:
-            memory.clear(memory_rows)
+        with self.locked():
+            for memory, memory_rows in to_clear:
+                memory.clear(memory_rows)
         if memory_indices is None and to_clear:
             self.ledger.forget(to_clear[0][1])
 
@@ -189,8 +201,13 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         if len(pairs) != len(self):
             raise ValueError(f"expected entries for {len(self)} memories, got {len(pairs)}")
         staged = [memory.stage(entries, mask, origins) for memory, entries in zip(self, pairs, strict=True)]
-        for memory, entries in zip(self, staged, strict=True):
-            memory.commit(entries)
+        self.commit(staged)
+
+    def commit(self, staged: Sequence[StagedEntries]) -> None:
+        """Store what `KNNMemory.stage` has checked, in each memory."""
+        with self.locked():
+            for memory, entries in zip(self, staged, strict=True):
+                memory.commit(entries)
 
     def state_dict(self) -> dict[str, Tensor]:
         """That of every memory; the names of the i-th begin with "i."."""
@@ -205,14 +222,16 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
                 raise ValueError(f"expected the state of memories 0 to {len(self) - 1}, got {name!r}")
             states[number][rest] = part
         stores = [restored(memory.store, states[str(i)]) for i, memory in enumerate(self)]
-        for memory, store in zip(self, stores, strict=True):
-            memory.replace_store(store)
+        with self.locked():
+            for memory, store in zip(self, stores, strict=True):
+                memory.replace_store(store)
 
     def resize(self, max_memories: int) -> None:
         """Change the capacity of every memory or, where one refuses, of none; see `KNNMemory.resize`."""
         stores = [memory.resized_store(max_memories) for memory in self]
-        for memory, store in zip(self, stores, strict=True):
-            memory.replace_store(store)
+        with self.locked():
+            for memory, store in zip(self, stores, strict=True):
+                memory.replace_store(store)
 
     def cleanup(self) -> None:
         """Close every memory and remove its files."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -74,10 +73,7 @@ def save(
     """Make these memories the state of a folder, in one step; see `KNNMemoryList.save`."""
     try:
         make_folder(folder)
-        with ExitStack() as stack:
-            stack.enter_context(locked(folder))
-            for memory in memories:
-                stack.enter_context(memory.lock)
+        with locked(folder):
             old = _old_state(folder, overwrite=overwrite)
             goes_on = old is not None and marks is not None and (marks.folder, marks.state) == (folder, old.state)
             if old is not None and not goes_on and not overwrite:
