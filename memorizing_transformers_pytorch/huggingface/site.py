@@ -122,9 +122,8 @@ class Site:
 
     @property
     def num_bytes(self) -> int:
-        """What the entries take: keys, values, origins and ages."""
-        itemsize = self.memories[0].store.keys.itemsize
-        return (2 * self._shape.kv_heads * self._shape.width * itemsize + 32) * sum(self.num_entries)
+        """What the entries take: keys, values, and what is known of them."""
+        return sum(sum(memory.num_entries) * memory.store.sizes.bytes_per_entry for memory in self.memories)
 
     @property
     def last_retrieved(self) -> Tensor | None:

@@ -84,7 +84,7 @@ def test_old_keys_are_those_of_constant_positions() -> None:
     for options in ({"recent": 4}, {"positions": "constant"}):
         memory = attach_memory(model, **ONE, **options, chunk=40)
         memory.read(ids, progress=False)
-        stores.append(memory.layers[0].memories[-1].store.keys[0, :, :36].clone())
+        stores.append(memory.layers[0].memories[-1].store.keys[0, :, :36].floats().clone())
         memory.detach()
     torch.testing.assert_close(*stores, rtol=1e-4, atol=1e-4)
 
@@ -131,5 +131,5 @@ def test_half_precision_knows_where_late_tokens_stand(dtype: torch.dtype) -> Non
         model.to(each).model.rotary_emb.inv_freq = frequencies  # as from_pretrained leaves them
         memory = attach_memory(model, **ONE)
         memory.read(ids, progress=False)
-        found.append(memory.layers[0].memories[0].store.keys[0, :, 2_500:3_000].float())
+        found.append(memory.layers[0].memories[0].store.keys[0, :, 2_500:3_000].floats(torch.float32))
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
