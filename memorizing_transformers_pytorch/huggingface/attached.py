@@ -59,7 +59,7 @@ class AttachedMemory:
 
     @property
     def num_bytes(self) -> int:
-        """What the entries take: keys, values, origins and ages."""
+        """What the entries take: keys, values, and what is known of them."""
         return sum(site.num_bytes for site in self.layers.values())
 
     def read(
