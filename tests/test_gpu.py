@@ -67,7 +67,7 @@ def test_losses_gradients_and_contents_are_those_of_a_cpu(variant: dict[str, Any
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("memory_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("memory_dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_autocast_gives_losses_close_to_float32(dtype: torch.dtype, memory_dtype: str) -> None:
     tokens, model = torch.randint(1, 31, (2, 27)).cuda(), make_model(memory_dtype=memory_dtype).cuda()
     expected = three_segments(model, model.create_knn_memories(batch_size=2), tokens)

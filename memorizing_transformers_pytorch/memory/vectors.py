@@ -59,11 +59,14 @@ class Vectors:
         kept = self.numbers if self.scales is None else self.numbers.float().mul_(self.scales.unsqueeze(-1))
         return kept if dtype is None else kept.to(dtype)
 
+    def __len__(self) -> int:
+        return len(self.numbers)
+
     def __getitem__(self, index: Any) -> Vectors:
         return self._each(lambda part: part[index])
 
     def __iter__(self) -> Iterator[Vectors]:
-        return (self[i] for i in range(len(self.numbers)))
+        return (self[i] for i in range(len(self)))
 
     def at(self, places: Tensor) -> Vectors:
         """Copies of the vectors in these places (n,) of N, in this order."""
