@@ -3,7 +3,9 @@
 Each row and key/value head has a structure of its own, in which the id of an entry is its place. Inverted lists (IVF)
 take and forget single entries: they are brought up to date before every search. What cannot forget (HNSW, plain PQ) is
 built anew now and then; until then entries that were overwritten are passed over, and newer ones searched exactly.
-The scores are always those of the keys in the store. Centroids and codes are learned from what is remembered: by
+The scores are always those of the keys in the store: where a structure keeps rough codes (SQ8, PQ), these only choose
+candidates, which are ranked by their keys. That is the way to search compact codes and still rank exactly; a store that
+itself keeps int8 has no exact keys to rank by. Centroids and codes are learned from what is remembered: by
 inverted lists once for all rows, which hold keys of one layer, and again when the keys have drifted away from them or
 are many more; by the others whenever they are built. How near new keys are to the centroids is compared with how near
 those were from which they were not learned.

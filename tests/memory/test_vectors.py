@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from torch.nn.functional import normalize
 
 from memorizing_transformers_pytorch.memory import KNNMemory, NonFiniteError
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
+from memorizing_transformers_pytorch.memory.policy import POLICIES
 from memorizing_transformers_pytorch.memory.store import Sizes
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 from tests.reference import kept
@@ -140,6 +143,52 @@ def test_numbers_that_are_not_finite_are_refused_but_in_padding(number: float) -
     memory.add(entries, torch.tensor([[True, False, True]]))
     assert memory.num_entries == (5,)
     assert all(bool(part.isfinite().all()) for part in memory.state_dict().values())
+
+
+def forget(memory: KNNMemory) -> None:
+    assert memory.forget([3, 4, 11]) == 15
+
+
+def load(memory: KNNMemory) -> None:
+    memory.load_state_dict(memory.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (forget, [*range(3), *range(5, 11), *range(12, 20)]),
+        (load, range(20)),
+        (lambda memory: memory.resize(37), range(13, 20)),
+        (lambda memory: memory.resize(5_000), range(20)),
+    ],
+)
+def test_codes_and_scales_move_together(change: Callable[[KNNMemory], object], left: Sequence[int]) -> None:
+    """Entries of very different sizes, five of each document."""
+    entries = torch.randn(1, 1, 100, 2, DIM) * 10 ** torch.linspace(-8, 8, 100)[:, None, None]
+    memory = KNNMemory(DIM, 4_096, dtype=torch.int8)
+    memory.add(entries, origins=(torch.arange(100) // 5)[None, :, None].expand(1, -1, 3))
+    change(memory)
+    found = memory.store.oldest(0, 100)
+    expected = torch.cat([entries[0, :, 5 * n : 5 * n + 5] for n in left], dim=1)[:, -found.keys.shape[2] :]
+    assert found.origins[0, :, 0].unique().tolist() == list(left)
+    assert torch.equal(found.keys.floats()[0], kept(expected[..., 0, :], torch.int8))
+    assert torch.equal(found.values.floats()[0], kept(expected[..., 1, :], torch.int8))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_codes_make_room_as_numbers_do(policy: str) -> None:
+    found = []
+    for dtype in (torch.float32, torch.int8):
+        torch.manual_seed(0)
+        memory = KNNMemory(DIM, 64, dtype=dtype, policy=policy)
+        for document in range(30):
+            entries, origins = torch.randn(1, 7, 2, DIM), torch.full((1, 7, 3), document)
+            memory.add(entries, origins=origins)
+            with torch.no_grad():
+                memory.look_up(entries[..., 0, :], 1)  # each finds itself, however it is kept
+        stored = memory.store.oldest(0, 64)
+        found.append((stored.origins, kept(stored.keys.floats(), torch.int8), kept(stored.values.floats(), torch.int8)))
+    torch.testing.assert_close(*found)
 
 
 def test_codes_take_little_more_than_a_quarter_of_float32() -> None:
