@@ -158,7 +158,7 @@ def load(memory: KNNMemory) -> None:
     [
         (forget, [*range(3), *range(5, 11), *range(12, 20)]),
         (load, range(20)),
-        (lambda memory: memory.resize(37), range(13, 20)),
+        (lambda memory: memory.resize(37), range(12, 20)),
         (lambda memory: memory.resize(5_000), range(20)),
     ],
 )
