@@ -81,7 +81,9 @@ class Vectors:
         return self._each(torch.clone)
 
     def copy_(self, other: Vectors) -> None:
-        """Become, in place, what others of the same kind are."""
+        """Become, in place, what others are. Raises ValueError for numbers in the place of codes, and the reverse."""
+        if (self.scales is None) != (other.scales is None):
+            raise ValueError(f"expected vectors kept as {self.numbers.dtype}, got {other.numbers.dtype}")
         self.numbers.copy_(other.numbers)
         if self.scales is not None and other.scales is not None:
             self.scales.copy_(other.scales)

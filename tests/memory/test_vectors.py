@@ -82,6 +82,15 @@ def test_vectors_are_taken_joined_and_copied_whole(dtype: torch.dtype) -> None:
     assert torch.equal(vectors.floats(), floats)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.int8, torch.float32), (torch.float32, torch.int8)], ids=str)
+def test_codes_are_not_mistaken_for_numbers(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    vectors, others = (Vectors.of(torch.randn(2, 3), dtype) for dtype in dtypes)
+    before = vectors.floats().clone()
+    with pytest.raises(ValueError, match=f"^expected vectors kept as {dtypes[0]}, got {dtypes[1]}$"):
+        vectors.copy_(others)
+    assert torch.equal(vectors.floats(), before)
+
+
 # In a memory
 
 DIM = 33
