@@ -128,7 +128,7 @@ def look_up(
         search, _ = timed(lambda: memory.search(queries, TOPK), device)
         retrieve, _ = timed(lambda: memory.retrieve(queries, TOPK), device)
         some = sampled(queries[:1])
-        found = 1.0 if index == "exact" else recall(found_by(memory, some), some, memory.store.keys[0, 0])
+        found = 1.0 if index == "exact" else recall(found_by(memory, some), some, memory.store.keys[0, 0].floats())
         times = {"seconds": add + search, "add": add, "search": search, "retrieve": retrieve, **once}
         return {**times, "recall": found, "index": memory.index_in_use}
 

@@ -63,7 +63,7 @@ def read(model: MemorizingTransformer, tokens: Tensor, count: int) -> tuple[Tens
     with model.knn_memories_context(batch_size=1, max_memories=SEGMENT) as memories:
         for segment in torch.split(tokens, SEGMENT):
             model(segment[None], memories)
-            keys.append(memories[0].store.keys[0, 0, : len(segment)].clone())
+            keys.append(memories[0].store.keys[0, 0, : len(segment)].clone().numbers)
             if seen["reading"] is not None:
                 queries = [*queries[-1:], seen["reading"].queries[0]]
     handle.remove()

@@ -27,6 +27,7 @@ from transformers import DynamicCache
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
 from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_memory
 from memorizing_transformers_pytorch.memory.store import StagedEntries
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 CHUNK, SEED_TOKENS, NOISE = 512, 8_192, 0.05
 
@@ -50,10 +51,10 @@ def fill(memory: AttachedMemory, text: Tensor, size: int) -> None:
         (part,) = layer.memories
         known = part.store.oldest(0, part.num_entries[0])
         while (missing := size - part.num_entries[0]) > 0:
-            keys = known.keys[:, :, :missing].float()
+            keys = known.keys[:, :, :missing].floats(torch.float32)
             noise = NOISE * keys.norm(dim=-1, keepdim=True) * torch.randn(keys.shape) / keys.shape[-1] ** 0.5
             values, origins = known.values[:, :, :missing], known.origins[:, :missing]
-            part.commit(StagedEntries([0], (keys + noise).to(values), values, origins, None))
+            part.commit(StagedEntries([0], Vectors.of(keys + noise, part.dtype), values, origins, None))
 
 
 def cache_of(model: Any, size: int) -> DynamicCache:

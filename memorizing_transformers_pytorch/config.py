@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 IGNORE_INDEX = -100  # labels that are not scored
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 _AT_LEAST_ONE = ("num_tokens", "dim", "depth", "dim_head", "heads", "ff_mult", "max_knn_memories")
 _AT_LEAST_ZERO = ("xl_max_memories", "shift_knn_memories_down", "shift_xl_memories_down", "short_conv")
@@ -51,7 +51,7 @@ class ModelConfig:
     combine: str = "softmax"
     """"softmax" over retrieved and local keys together, or the paper's "gate" between the two."""
     memory_dtype: str = "float32"
-    """How memories store keys and values: float32, bfloat16 or float16."""
+    """How memories store keys and values: float32, bfloat16, float16, or int8 with a scale for each vector."""
     memory_index: str = "exact"
     """How memories are searched: exact, auto or a faiss factory string such as IVF1024,SQfp16 (see `KNNMemory`)."""
     knn_memories_directory: str | None = None

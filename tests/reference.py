@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,23 @@ def best_entries(query: Tensor, keys: Sequence[Tensor], topk: int) -> list[int]:
     return sorted(range(len(keys)), key=lambda n: -float(keys[n].to(query.dtype) @ query))[:topk]
 
 
+def kept(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a memory of this dtype keeps of vectors (..., D), as numbers: for int8 127 steps up, and as many down."""
+    if dtype != torch.int8:
+        return vectors.to(dtype, copy=True)
+    flat = [torch.tensor(_in_steps(vector)) for vector in vectors.float().reshape(-1, vectors.shape[-1]).tolist()]
+    return torch.stack(flat).view(vectors.shape) if flat else vectors.float()
+
+
+def _in_steps(numbers: list[float]) -> list[float]:
+    scale = _float32(max(map(abs, numbers)) / 127)
+    return [_float32(round(_float32(x / scale)) * scale) if scale else 0.0 for x in numbers]
+
+
+def _float32(x: float) -> float:
+    return float(np.float32(x))
+
+
 class ListMemory:
     """For each row a plain list of its last `capacity` entries, rounded to `dtype`."""
 
@@ -55,7 +73,7 @@ class ListMemory:
         rows: Iterable[int] | None = None,
     ) -> None:
         """Append memories (B, G, N, 2, D), except where the mask (B, N) is False, and forget the oldest."""
-        rounded = memories.detach().to(self.dtype, copy=True)
+        rounded = kept(memories.detach(), self.dtype)
         for i, row in enumerate(range(len(self.entries)) if rows is None else rows):
             for n in range(memories.shape[2]):
                 if mask is None or bool(mask[i, n]):

@@ -376,7 +376,7 @@ def test_b13_what_was_found_and_where_it_came_from_can_be_seen() -> None:
         model(tokens, memories)
         [memory] = memories
         assert memory.num_entries == (8,)
-        found = memory.retrieve(memory.store.keys[:, 0, :8], topk=1)
+        found = memory.retrieve(memory.store.keys[:, 0, :8].floats(), topk=1)
         stored = memory.origins(found.slots)
     torch.testing.assert_close(found.scores, torch.ones(1, 8, 1))
     assert sorted(stored[..., 2].flatten().tolist()) == sorted(tokens[0].tolist())

@@ -42,7 +42,7 @@ class Build:
     """Which files of folders to read, such as *.py."""
     max_memories: int | None = None
     """Entries that each layer can hold, for a new memory; 262,144 unless given."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
     """How keys and values are kept, for a new memory of a model of transformers; as in the model unless given."""
     index: str | None = None
     """How the memory is searched: exact, auto or a faiss factory string."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.index import ExactIndex
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 CONTROLS = ("other", "shuffled", "random keys")
 
@@ -56,7 +57,7 @@ def shuffled_values(memory: KNNMemory, generator: torch.Generator) -> AbstractCo
     Raises RuntimeError if a backward pass may still need them.
     """
 
-    def permuted(values: Tensor) -> Tensor:
+    def permuted(values: Vectors) -> Vectors:
         return values[:, torch.randperm(values.shape[1], generator=generator).to(values.device)]
 
     return _replaced(memory, memory.store.values, permuted)
@@ -65,19 +66,19 @@ def shuffled_values(memory: KNNMemory, generator: torch.Generator) -> AbstractCo
 def random_keys(memory: KNNMemory, generator: torch.Generator) -> AbstractContextManager[None]:
     """Inside, the keys of each row in scope have random directions, and the lengths they had; only for reading.
 
-    Raises RuntimeError if a backward pass may still need them.
+    (As the memory keeps numbers: rounded.) Raises RuntimeError if a backward pass may still need them.
     """
 
-    def turned(keys: Tensor) -> Tensor:
+    def turned(keys: Vectors) -> Vectors:
         directions = F.normalize(torch.randn(keys.shape, generator=generator), dim=-1).to(keys.device)
-        lengths: Tensor = keys.float().norm(dim=-1, keepdim=True)
-        return directions.mul(lengths)
+        lengths: Tensor = keys.floats(torch.float32).norm(dim=-1, keepdim=True)
+        return Vectors.of(directions.mul(lengths), memory.dtype)
 
     return _replaced(memory, memory.store.keys, turned)
 
 
 @contextmanager
-def _replaced(memory: KNNMemory, table: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _replaced(memory: KNNMemory, table: Vectors, change: Callable[[Vectors], Vectors]) -> Iterator[None]:
     """Inside, the entries (G, N, D) of each row in scope of the table (rows, G, M, D) are changed so."""
     if memory.store.readers:
         raise RuntimeError("the entries of this memory may still be needed by a backward pass: change them later")

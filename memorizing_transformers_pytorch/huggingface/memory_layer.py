@@ -23,6 +23,7 @@ from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site, parameters_in_use
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 from memorizing_transformers_pytorch.nn.retrieval import retrieved_logits, retrieved_values
 
 GATE_START = -2.0
@@ -103,8 +104,8 @@ class MemoryLayer(Extension, Site):
         too_many = recent.num_entries[row] + arriving - recent.max_memories
         if too_many > 0 and self.layer.rotary is not None:
             leaving = recent.store.oldest(row, too_many)
-            bare = self.layer.rotary.turned(leaving.keys, -leaving.origins[..., POSITION])
-            older.commit(leaving._replace(keys=bare.to(leaving.keys.dtype)))
+            bare = self.layer.rotary.turned(leaving.keys.floats(), -leaving.origins[..., POSITION])
+            older.commit(leaving._replace(keys=Vectors.of(bare, older.dtype)))
 
     def parameters(self) -> list[nn.Parameter]:
         return parameters_in_use(self.layer.module.get_submodule(BIAS))

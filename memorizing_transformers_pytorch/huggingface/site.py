@@ -134,8 +134,8 @@ class Site:
 
     @property
     def num_bytes(self) -> int:
-        """What the entries take: keys, values, origins and ages."""
-        return sum(memory.bytes_per_entry * sum(memory.num_entries) for memory in self.memories)
+        """What the entries take: keys, values, and what is known of them."""
+        return sum(sum(memory.num_entries) * memory.store.sizes.bytes_per_entry for memory in self.memories)
 
     @property
     def last_retrieved(self) -> Tensor | None:

@@ -18,9 +18,9 @@ __all__ = ["available", "on_device"]
 
 
 def available(tensor: Tensor) -> bool:
-    """Whether the kernels can work where this tensor lies, with its dtype (float64 they leave to PyTorch)."""
+    """Whether the kernels can work where this tensor lies, with its dtype (float64 and codes they leave to PyTorch)."""
     on_device = tensor.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return on_device and tensor.itemsize <= 4 and _work_on(tensor.device)
+    return on_device and tensor.is_floating_point() and tensor.itemsize <= 4 and _work_on(tensor.device)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

@@ -3,7 +3,9 @@
 Each row and key/value head has a structure of its own, in which the id of an entry is its place. Inverted lists (IVF)
 take and forget single entries: they are brought up to date before every search. What cannot forget (HNSW, plain PQ) is
 built anew now and then; until then entries that were overwritten are passed over, and newer ones searched exactly.
-The scores are always those of the keys in the store. Centroids and codes are learned from what is remembered: by
+The scores are always those of the keys in the store: where a structure keeps rough codes (SQ8, PQ), these only choose
+candidates, which are ranked by their keys. That is the way to search compact codes and still rank exactly; a store that
+itself keeps int8 has no exact keys to rank by. Centroids and codes are learned from what is remembered: by
 inverted lists once for all rows, which hold keys of one layer, and again when the keys have drifted away from them or
 are many more; by the others whenever they are built. How near new keys are to the centroids is compared with how near
 those were from which they were not learned.
@@ -22,7 +24,17 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.index import Best, Ring, best_members, best_of, inner_products
 from memorizing_transformers_pytorch.memory.recall import share_found
-from memorizing_transformers_pytorch.memory.structure import Kind, nearest, nearness, parted, replace, set_knob, some
+from memorizing_transformers_pytorch.memory.structure import (
+    Kind,
+    nearest,
+    nearness,
+    parted,
+    replace,
+    set_knob,
+    some,
+    some_of,
+)
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 TARGET_RECALL = 0.95
 SAMPLED_QUERIES = 128  # of each head, to measure the recall
@@ -52,7 +64,7 @@ class _Training:
     measured_with: int = 0
     measured_in: int = 0
 
-    def nearness_of(self, keys: Tensor) -> float | None:
+    def nearness_of(self, keys: Vectors) -> float | None:
         """How near keys (G, N, D) are to the centroids."""
         heads = [nearness(template, head) for template, head in zip(self.templates, keys, strict=True)]
         known = [each for each in heads if each is not None]
@@ -158,18 +170,18 @@ class ApproximateIndex:
     def _built(self, ring: Ring) -> _Row:
         """The structures of all that is in the row, with the last training if that serves, else with one of its own."""
         training, size = self._training, ring.keys.shape[1]
-        near = None if training is None else training.nearness_of(some(ring.keys, SAMPLED_ENTRIES))
+        near = None if training is None else training.nearness_of(some_of(ring.keys, SAMPLED_ENTRIES))
         if training is None or not (self._kind.takes_single and training.serves(size, near)):
             training = self._training = self._trained(ring.keys)
             near = training.nearness
         heads = [self._kind.filled(empty, keys) for empty, keys in zip(training.templates, ring.keys, strict=True)]
         return _Row(ring.life, ring.written, training, heads, near, ring.written)
 
-    def _trained(self, keys: Tensor) -> _Training:
+    def _trained(self, keys: Vectors) -> _Training:
         """What can be learned from most of the keys (G, N, D), and how near the others are to it."""
         learned, held_out = parted(keys)
         training = _Training([self._kind.trained(head) for head in learned], keys.shape[1], None)
-        training.nearness = training.nearness_of(some(held_out, SAMPLED_ENTRIES))
+        training.nearness = training.nearness_of(some_of(held_out, SAMPLED_ENTRIES))
         return training
 
     def take(self, ring: Ring, count: int) -> None:
@@ -189,7 +201,7 @@ class ApproximateIndex:
         return Best(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
     def _search_head(
-        self, effort: int, structure: Any, keys: Tensor, newest: Tensor, queries: Tensor, topk: int
+        self, effort: int, structure: Any, keys: Vectors, newest: Tensor, queries: Tensor, topk: int
     ) -> Best:
         """The best of what a structure finds and of the newest entries, which it does not know."""
         count = keys.shape[0]
@@ -238,14 +250,14 @@ def _newest(ring: Ring, count: int) -> Tensor:
     return (ring.cursor - 1 - torch.arange(min(count, size))) % size
 
 
-def _best_candidates(queries: Tensor, keys: Tensor, places: Tensor, usable: Tensor, topk: int) -> Best:
+def _best_candidates(queries: Tensor, keys: Vectors, places: Tensor, usable: Tensor, topk: int) -> Best:
     """The best of the usable places (Q, n), with the scores that their keys have."""
     accumulate = torch.float64 if queries.dtype == torch.float64 else torch.float32
     scores = inner_products(queries.to(accumulate), keys, places)
     return best_members(scores, places.masked_fill(~usable, -1), topk)
 
 
-def _search_anew(best: Best, which: Tensor, queries: Tensor, keys: Tensor) -> None:
+def _search_anew(best: Best, which: Tensor, queries: Tensor, keys: Vectors) -> None:
     """Replace what was found for these queries (Q,) by what exact search finds."""
     if bool(which.any()):
         whole = best_of(queries[which][None], keys[None], best.scores.shape[-1])

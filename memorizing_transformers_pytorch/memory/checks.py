@@ -14,7 +14,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 class NonFiniteError(ValueError):

@@ -79,7 +79,7 @@ def document_table(memories: Sequence[KNNMemory], ledger: Ledger) -> DocumentTab
     table = DocumentTable()
     for each in known.values():
         entries = tuple(sum(n for (number, _), n in count.items() if number == each.number) for count in counts)
-        size = sum(n * memory.bytes_per_entry for n, memory in zip(entries, memories, strict=True))
+        size = sum(n * memory.store.sizes.bytes_per_entry for n, memory in zip(entries, memories, strict=True))
         table.append(Remembered(**vars(each), entries=entries, bytes=size))
     return table
 

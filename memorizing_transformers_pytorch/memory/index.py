@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch import kernels
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 # A block of converted keys should stay in cache; a block of scores should not fill the memory of a GPU.
 MAX_BLOCK_ENTRIES = 65_536
@@ -39,7 +40,7 @@ class Ring(NamedTuple):
     life: a number of its own for each time that a row of any store was emptied; another life is another document.
     """
 
-    keys: Tensor
+    keys: Vectors
     row: int
     cursor: int
     written: int
@@ -66,7 +67,8 @@ class Index(Protocol):
 class ExactIndex:
     """Brute force: exactly the entries with the largest inner products, accumulated in float32 or better.
 
-    (On a GPU as exact as `torch.set_float32_matmul_precision` allows.) 16-bit keys are converted a block at a time.
+    (On a GPU as exact as `torch.set_float32_matmul_precision` allows.) Keys that are not in
+    float32 are converted a block at a time.
     """
 
     description = "exact"
@@ -78,14 +80,14 @@ class ExactIndex:
         """Nothing is kept."""
 
 
-def best_of(queries: Tensor, keys: Tensor, topk: int) -> Best:
+def best_of(queries: Tensor, keys: Vectors, topk: int) -> Best:
     """The min(topk, N) best of the keys (G, N, D) for each of the queries (G, Q, D), as (G, Q, K)."""
     accumulate = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    if accumulate == torch.float32 and keys.shape[1] and kernels.available(keys):
-        return _best_by_kernels(queries.float(), keys, min(topk, keys.shape[1]))
+    if accumulate == torch.float32 and keys.shape[1] and kernels.available(keys.numbers):
+        return _best_by_kernels(queries.float(), keys.numbers, min(topk, keys.shape[1]))
     on_faiss = keys.device.type == "cpu" and accumulate == torch.float32
     best_in_block = _best_by_faiss if on_faiss else _best_by_matmul
-    if on_faiss and keys.dtype == torch.float32:
+    if on_faiss and keys.numbers.dtype == torch.float32:
         block_entries = max(keys.shape[1], 1)
     else:
         scores_per_entry = max(queries.shape[0] * queries.shape[1], 1)
@@ -94,12 +96,12 @@ def best_of(queries: Tensor, keys: Tensor, topk: int) -> Best:
 
 
 def _running_best(
-    queries: Tensor, keys: Tensor, topk: int, block_entries: int, best_in_block: Callable[[Tensor, Tensor, int], Best]
+    queries: Tensor, keys: Vectors, topk: int, block_entries: int, best_in_block: Callable[[Tensor, Tensor, int], Best]
 ) -> Best:
     """The best of all entries, from the best of each block of them."""
     best: Best | None = None
     for start in range(0, keys.shape[1], block_entries):
-        block = keys[:, start : start + block_entries].to(queries.dtype)
+        block = keys[:, start : start + block_entries].floats(queries.dtype)
         scores, places = best_in_block(queries, block, min(topk, block.shape[1]))
         found = Best(scores, places + start)
         best = found if best is None else _better_of(best, found, topk)
@@ -182,11 +184,11 @@ def _best_by_faiss(queries: Tensor, keys: Tensor, topk: int) -> Best:
     return Best(scores, places)
 
 
-def inner_products(queries: Tensor, keys: Tensor, places: Tensor) -> Tensor:
+def inner_products(queries: Tensor, keys: Vectors, places: Tensor) -> Tensor:
     """queries (Q, D), keys (N, D), places (Q, K) -> (Q, K), in the dtype of the queries, a few queries at a time."""
     at_once = max(MAX_GATHERED // max(places.shape[1] * keys.shape[1], 1), 1)
     parts = [
-        (keys[some_places].to(some) @ some.unsqueeze(-1)).squeeze(-1)
+        (keys[some_places].floats(some.dtype) @ some.unsqueeze(-1)).squeeze(-1)
         for some, some_places in zip(torch.split(queries, at_once), torch.split(places, at_once), strict=True)
     ]
     return torch.cat(parts)

@@ -22,6 +22,7 @@ from memorizing_transformers_pytorch.memory.retrieved import Origin
 from memorizing_transformers_pytorch.memory.searched import Searched
 from memorizing_transformers_pytorch.memory.snapshot import restored, take_snapshot
 from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN, Sizes, StagedEntries, Store
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 
 class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
@@ -34,7 +35,10 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
     max_memories: capacity M of each row.
     num_indices: number of rows; each remembers its own document.
     num_kv_heads: key/value heads G. Query head h reads key/value head h // (H / G).
-    dtype: how keys and values are stored: torch.float32, torch.bfloat16 or torch.float16.
+    dtype: how keys and values are stored: torch.float32, torch.bfloat16, torch.float16, or torch.int8 for codes with a
+        scale for each vector (see `vectors`), a quarter of float32. What is stored is searched and attended to: with
+        codes there are no exact keys to rank candidates by. Compact codes for the search alone, whose candidates are
+        ranked by exact keys, are an index such as "IVF64,SQ8" or "SQ8" over another dtype.
     device: where they lie; the CPU unless said otherwise.
     index: "exact", brute force over the stored keys; "auto", which passes to inverted lists where these are cheaper and
         find 95% of the best entries; or any faiss factory string, such as "IVF1024,SQfp16". All but "exact" need the
@@ -110,11 +114,6 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
         return tuple(self.store.filled)
 
     @property
-    def bytes_per_entry(self) -> int:
-        """What an entry takes in all heads: keys, values, origin, age and use."""
-        return sum(table.nbytes for table in self.store.tables.values()) // (self.num_indices * self.store.room)
-
-    @property
     def index_in_use(self) -> str:
         """What searches, in words: the structure, how far it looks, and its recall as measured last."""
         return self.searcher.description
@@ -167,7 +166,7 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
         origins: (R, N, 3) integers: document id, position in the document, token id; unknown (-1) unless given.
 
         Raises ValueError, before anything is stored, for other shapes, entries that are not floating-point numbers,
-        or (NonFiniteError) entries that are not finite in the memory's dtype.
+        or (NonFiniteError) entries that are not finite in the memory's dtype (in float32 for codes).
         """
         self.commit(self.stage(memories, mask, origins))
 
@@ -179,9 +178,9 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
         if origins is None:
             origins = torch.full((rows, count, ORIGIN_FIELDS), UNKNOWN)
         checks.check_mask_and_origins(mask, origins, (rows, count), ORIGIN_FIELDS)
-        stored = memories.detach().to(self.device, self.dtype)
-        checks.check_finite(stored, mask)
-        keys, values = stored.unbind(dim=-2)
+        floats = memories.detach().to(self.device, self.store.keys.float_dtype)
+        checks.check_finite(floats, mask)
+        keys, values = (Vectors.of(part, self.dtype) for part in floats.unbind(dim=-2))
         mask = None if mask is None else mask.to(self.device)
         return StagedEntries(list(self.scoped_indices), keys, values, origins.to(self.device, torch.int64), mask)
 

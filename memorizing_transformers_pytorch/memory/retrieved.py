@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.vectors import Vectors
+
 if TYPE_CHECKING:
     from memorizing_transformers_pytorch.memory.store import Store
 
@@ -43,8 +45,8 @@ class Table(NamedTuple):
     mask (B, H, T, K) says which of the entries lie in this table; None for all of them.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Vectors
+    values: Vectors
     slots: Tensor
     mask: Tensor | None
 
@@ -53,8 +55,8 @@ class _Kept(NamedTuple):
     """Copies of entries that were overwritten: their slots (n,), keys and values (n, D)."""
 
     slots: Tensor
-    keys: Tensor
-    values: Tensor
+    keys: Vectors
+    values: Vectors
 
 
 class Lookup:
@@ -91,7 +93,8 @@ class Lookup:
         keys, values = self._store.keys.flatten(0, 2), self._store.values.flatten(0, 2)
         if not self._kept:
             return [Table(keys, values, self.slots, None)]
-        kept = _Kept(*(torch.cat(parts) for parts in zip(*self._kept, strict=True)))
+        all_slots, all_keys, all_values = zip(*self._kept, strict=True)
+        kept = _Kept(torch.cat(all_slots), Vectors.cat(all_keys), Vectors.cat(all_values))
         sorted_slots, order = kept.slots.sort()
         slots = self.slots.to(sorted_slots.device)
         nearest = torch.searchsorted(sorted_slots, slots).clamp_max(sorted_slots.numel() - 1)

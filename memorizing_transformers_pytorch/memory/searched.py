@@ -92,7 +92,8 @@ class Searched(Scoped):
     def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk).
 
-        Where mask is False key_values is 0. Both are on the device of the queries.
+        Where mask is False key_values is 0. Both are on the device of the queries. Of a memory of codes, the copies are
+        the float32 numbers that these stand for.
         """
         with self.lock:
             slots, _, mask = self.retrieve(queries, topk)

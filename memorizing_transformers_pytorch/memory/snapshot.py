@@ -11,22 +11,30 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.checks import NonFiniteError
-from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, Store
+from memorizing_transformers_pytorch.memory.store import PER_HEAD, Store
+
+NOT_SAVED = {"usage"}  # tables: counting begins anew
 
 
 def take_snapshot(store: Store) -> dict[str, Tensor]:
-    """keys, values (G, N, D), origins (N, 3), written (N,), filled (R,), cursors (R,), clock () and capacity ()."""
+    """keys, values (G, N, D), their scales (G, N) if they are codes, origins (N, 3), written (N,), filled (R,), cursors
+    (R,), clock () and capacity ()."""
     rows = list(enumerate(store.filled))
     return {
-        "keys": torch.cat([store.keys[row, :, :filled].cpu() for row, filled in rows], dim=1),
-        "values": torch.cat([store.values[row, :, :filled].cpu() for row, filled in rows], dim=1),
-        "origins": torch.cat([store.origins[row, :filled].cpu() for row, filled in rows]),
-        "written": torch.cat([store.written[row, :filled].cpu() for row, filled in rows]),
+        **{
+            name: torch.cat([table[row].narrow(dim, 0, filled).cpu() for row, filled in rows], dim)
+            for name, table, dim in _saved(store)
+        },
         "filled": torch.tensor(store.filled),
         "cursors": torch.tensor(store.cursors),
         "clock": torch.tensor(store.clock),
         "capacity": torch.tensor(store.capacity),
     }
+
+
+def _saved(store: Store) -> list[tuple[str, Tensor, int]]:
+    """Name and table, and which dimension of one row of it (and of what is saved) counts entries."""
+    return [(name, table, int(name in PER_HEAD)) for name, table in store.tables.items() if name not in NOT_SAVED]
 
 
 def restored(like: Store, snapshot: Mapping[str, Tensor]) -> Store:
@@ -40,26 +48,24 @@ def restored(like: Store, snapshot: Mapping[str, Tensor]) -> Store:
     new.clock = int(snapshot["clock"])
     new.filled, new.cursors = snapshot["filled"].tolist(), snapshot["cursors"].tolist()
     new.written_to = list(new.filled)
-    for name, dim in (("keys", 1), ("values", 1), ("origins", 0), ("written", 0)):
-        whole: Tensor = getattr(new, name)
+    for name, table, dim in _saved(new):
         for row, part in enumerate(snapshot[name].split_with_sizes(new.filled, dim)):
-            whole[row].narrow(dim, 0, part.shape[dim]).copy_(part)
+            table[row].narrow(dim, 0, part.shape[dim]).copy_(part)
     return new
 
 
 def _check_parts(like: Store, snapshot: Mapping[str, Tensor]) -> None:
-    rows, heads, _, width = like.keys.shape
+    rows = like.sizes.rows
     count = int(snapshot["filled"].sum()) if "filled" in snapshot else 0
-    pairs, number = (like.keys.dtype, (heads, count, width)), (torch.int64, ())
-    expected = {
-        "keys": pairs,
-        "values": pairs,
-        "origins": (torch.int64, (count, ORIGIN_FIELDS)),
-        "written": (torch.int64, (count,)),
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        **{
+            name: (table.dtype, (*table.shape[1 : 1 + dim], count, *table.shape[2 + dim :]))
+            for name, table, dim in _saved(like)
+        },
         "filled": (torch.int64, (rows,)),
         "cursors": (torch.int64, (rows,)),
-        "clock": number,
-        "capacity": number,
+        "clock": (torch.int64, ()),
+        "capacity": (torch.int64, ()),
     }
     got = {name: (part.dtype, tuple(part.shape)) for name, part in snapshot.items()}
     for name in [*expected, *got]:
@@ -79,5 +85,5 @@ def _check_numbers(like: Store, snapshot: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"expected entries written from 1 to {clock}, got {int(written.min())} to {int(written.max())}"
         )
-    if not all(bool(snapshot[name].isfinite().all()) for name in ("keys", "values")):
+    if not all(bool(part.isfinite().all()) for part in snapshot.values()):
         raise NonFiniteError("expected finite keys and values in a memory's state, got NaN or infinity")

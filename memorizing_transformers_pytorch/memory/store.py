@@ -10,6 +10,7 @@ Shapes: R rows, G key/value heads, M capacity, N entries added, D head width.
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import tempfile
 import weakref
@@ -23,12 +24,13 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.index import Ring
 from memorizing_transformers_pytorch.memory.retrieved import Lookup
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 ORIGIN_FIELDS = 3  # document id, position in the document, token id
 POSITION = 1  # which of them
 UNKNOWN = -1
 COPIED_AT_ONCE = 4_096  # entries, that stay in cache on their way
-PER_HEAD = {"keys", "values"}  # tables (R, G, C, ...); the others are (R, C, ...)
+PER_HEAD = {"keys", "values", "key_scales", "value_scales"}  # tables (R, G, C, ...); the others are (R, C, ...)
 
 _lives = itertools.count(1)  # see `Ring.life`
 
@@ -42,8 +44,8 @@ class StagedEntries(NamedTuple):
     """
 
     rows: list[int]
-    keys: Tensor
-    values: Tensor
+    keys: Vectors
+    values: Vectors
     origins: Tensor
     mask: Tensor | None
 
@@ -71,13 +73,20 @@ class Sizes(NamedTuple):
     def tables(self, room: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each table of a store that has places for so many entries in each row."""
         pairs = (self.rows, self.kv_heads, room, self.dim), self.dtype
+        scales = (self.rows, self.kv_heads, room), torch.float32
         return {
             "keys": pairs,
             "values": pairs,
+            **({"key_scales": scales, "value_scales": scales} if self.dtype == torch.int8 else {}),
             "origins": ((self.rows, room, ORIGIN_FIELDS), torch.int64),
             "written": ((self.rows, room), torch.int64),
             "usage": ((self.rows, room), torch.int32),
         }
+
+    @property
+    def bytes_per_entry(self) -> int:
+        """What a place in a row takes, in all tables."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tables(1).values()) // self.rows
 
 
 def by_place(name: str, row: Tensor) -> Tensor:
@@ -88,11 +97,11 @@ def by_place(name: str, row: Tensor) -> Tensor:
 class Store:
     """Entries of R rows in RAM, on a GPU, or (with a directory) in memory-mapped files of its own.
 
-    keys, values: (R, G, C, D). origins: (R, C, 3) int64. written: (R, C) int64, the clock at which a place was
-    last written. usage: (R, C) int32, how often it was retrieved since. C is the room, the capacity unless `tables` are
-    given. filled: entries in each row. cursors: the place in each that is written next. written_to: how many entries
-    each was given since it was last empty. readers: lookups that must not lose what they have found. Files lie in a
-    fresh folder and are removed by `close`, or at the latest when the store is collected.
+    keys, values: `Vectors` (R, G, C, D). origins: (R, C, 3) int64. written: (R, C) int64, the clock at which a place
+    was last written. usage: (R, C) int32, how often it was retrieved since. C is the room, the capacity unless `tables`
+    are given. filled: entries in each row. cursors: the place in each that is written next. written_to: how many
+    entries each was given since it was last empty. readers: lookups that must not lose what they have found. Files lie
+    in a fresh folder and are removed by `close`, or at the latest when the store is collected.
 
     tables: to use instead of empty ones, with room for C entries; when that is used up, `resized` gives a larger store.
     """
@@ -123,8 +132,9 @@ class Store:
         if tables is None:
             tables = {name: allocate(name, *each) for name, each in sizes.tables(sizes.capacity).items()}
         self.tables = tables
-        self.keys, self.values, self.origins = tables["keys"], tables["values"], tables["origins"]
-        self.written, self.usage = tables["written"], tables["usage"]
+        self.keys = Vectors(tables["keys"], tables.get("key_scales"))
+        self.values = Vectors(tables["values"], tables.get("value_scales"))
+        self.origins, self.written, self.usage = tables["origins"], tables["written"], tables["usage"]
 
     @property
     def capacity(self) -> int:
@@ -152,12 +162,14 @@ class Store:
             keys, values = entries.keys[i][:, chosen], entries.values[i][:, chosen]
             self._write_row(row, keys, values, entries.origins[i][chosen])
 
-    def _write_row(self, row: int, keys: Tensor, values: Tensor, origins: Tensor) -> None:
-        written = torch.full((len(origins),), self.clock, device=self.device)
-        usage = torch.zeros(len(origins), dtype=torch.int32, device=self.device)
-        self.append(
-            row, {"keys": keys, "values": values, "origins": origins, "written": written, "usage": usage}, len(origins)
-        )
+    def _write_row(self, row: int, keys: Vectors, values: Vectors, origins: Tensor) -> None:
+        count = len(origins)
+        tables = {"keys": keys.numbers, "values": values.numbers, "origins": origins}
+        if keys.scales is not None and values.scales is not None:
+            tables |= {"key_scales": keys.scales, "value_scales": values.scales}
+        tables["written"] = torch.full((count,), self.clock, device=self.device)
+        tables["usage"] = torch.zeros(count, dtype=torch.int32, device=self.device)
+        self.append(row, tables, count)
 
     def append(self, row: int, tables: Mapping[str, Tensor], count: int) -> None:
         """Put so many entries over the oldest of a row. tables: the same row of each table of them, (G, N, ...) or
@@ -250,13 +262,14 @@ class Store:
         return slots // (self.keys.shape[1] * self.room) * self.room + slots % self.room
 
     def pairs_of(self, slots: Tensor) -> Tensor:
-        """slots (...) -> copies of their keys and values (..., 2, D)."""
+        """slots (...) -> copies of their keys and values (..., 2, D), as floating-point numbers."""
         flat = slots.to(self.device).flatten()
-        pairs = self.keys.new_empty(flat.numel(), 2, self.keys.shape[-1])
+        shape = flat.numel(), 2, self.keys.shape[-1]
+        pairs = torch.empty(shape, dtype=self.keys.float_dtype, device=self.device)
         for copies, table in zip(pairs.unbind(1), (self.keys, self.values), strict=True):
             for start in range(0, len(flat), COPIED_AT_ONCE):
                 some = slice(start, start + COPIED_AT_ONCE)
-                copies[some] = table.flatten(0, 2).index_select(0, flat[some])
+                copies[some] = table.flatten(0, 2).at(flat[some]).floats()
         return pairs.view(*slots.shape, *pairs.shape[1:])
 
     def close(self) -> None:

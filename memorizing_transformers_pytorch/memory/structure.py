@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.vectors import Vectors
+
 LEAST_ENTRIES = 1_024  # below, a row is searched exactly
 LEAST_PER_LIST = 39  # as many keys faiss wants to learn a centroid from
 TRAINED_PER_LIST = 64  # keys, if there are as many
@@ -66,7 +68,7 @@ class Kind:
         """The smallest value of the knob: a list, or, in a graph, as many nodes as are wanted."""
         return 1 if self.num_lists else fetched
 
-    def trained(self, keys: Tensor) -> Any:
+    def trained(self, keys: Vectors) -> Any:
         """A structure without entries that has learned from keys (N, D)."""
         structure = self.empty()
         lists: Any = faiss.try_extract_index_ivf(structure)
@@ -75,10 +77,10 @@ class Kind:
         codes: Any = faiss.downcast_index(lists or getattr(structure, "index", structure))
         if hasattr(codes, "do_polysemous_training"):
             codes.do_polysemous_training = False  # of no use here, and slow
-        structure.train(vectors(some(keys, max(TRAINED_PER_LIST * self.num_lists, CODEBOOK_NEEDS))))
+        structure.train(prepared(some_of(keys, max(TRAINED_PER_LIST * self.num_lists, CODEBOOK_NEEDS))))
         return structure
 
-    def filled(self, template: Any, keys: Tensor) -> Any:
+    def filled(self, template: Any, keys: Vectors) -> Any:
         """A copy of a trained structure, with keys (N, D) whose ids are their places."""
         structure = faiss.clone_index(template)
         if self.takes_single:
@@ -91,46 +93,51 @@ class Kind:
         return structure
 
 
-def replace(structure: Any, ids: Tensor, keys: Tensor) -> None:
+def replace(structure: Any, ids: Tensor, keys: Vectors) -> None:
     """Put keys (N, D) in the place of those that had these ids, if there were any."""
     structure.remove_ids(faiss.IDSelectorArray(ids.numpy()))
-    structure.add_with_ids(vectors(keys), ids.numpy())
+    structure.add_with_ids(prepared(keys), ids.numpy())
 
 
 def nearest(structure: Any, queries: Tensor, count: int) -> Tensor:
     """The ids (Q, count) of what it finds for queries (Q, D); below 0 where it finds less."""
-    return torch.from_numpy(structure.search(vectors(queries), count)[1])
+    return torch.from_numpy(structure.search(prepared(Vectors(queries)), count)[1])
 
 
 def set_knob(structure: Any, knob: str, value: int) -> None:
     faiss.ParameterSpace().set_index_parameter(structure, knob, value)
 
 
-def nearness(structure: Any, keys: Tensor) -> float | None:
+def nearness(structure: Any, keys: Vectors) -> float | None:
     """How near keys (N, D) are to their best centroids, as a mean of cosines up to scale; None if there are none.
 
     It falls as keys drift away from those that the centroids were learned from.
     """
-    lists, prepared = faiss.try_extract_index_ivf(structure), vectors(keys)
+    lists, turned = faiss.try_extract_index_ivf(structure), prepared(keys)
     if lists is None:
         return None
     if isinstance(structure, faiss.IndexPreTransform):
         chain: Any = structure.chain
         for i in range(chain.size()):
-            prepared = chain.at(i).apply(prepared)
-    scores, _ = lists.quantizer.search(prepared, 1)
-    lengths = np.linalg.norm(prepared, axis=1, keepdims=True)
+            turned = chain.at(i).apply(turned)
+    scores, _ = lists.quantizer.search(turned, 1)
+    lengths = np.linalg.norm(turned, axis=1, keepdims=True)
     return float((scores / np.maximum(lengths, 1e-20)).mean())
 
 
-def some(keys: Tensor, count: int) -> Tensor:
-    """At most so many of the vectors (..., N, D), evenly spread."""
+def some(queries: Tensor, count: int) -> Tensor:
+    """At most so many of the queries (..., N, D), evenly spread."""
+    return some_of(Vectors(queries), count).numbers
+
+
+def some_of(keys: Vectors, count: int) -> Vectors:
+    """At most so many of the keys (..., N, D), evenly spread."""
     size = keys.shape[-2]
     places = torch.linspace(0, size - 1, min(count, size), dtype=torch.float64).round().long()
-    return keys.index_select(-2, places.to(keys.device))
+    return keys.at(places.to(keys.device))
 
 
-def parted(keys: Tensor) -> tuple[Tensor, Tensor]:
+def parted(keys: Vectors) -> tuple[Vectors, Vectors]:
     """Keys (G, N, D) to learn from, and those that are held out: the last of every 16, or the last of fewer."""
     size = keys.shape[1]
     held_out = torch.arange(size) % HELD_OUT == HELD_OUT - 1
@@ -138,14 +145,15 @@ def parted(keys: Tensor) -> tuple[Tensor, Tensor]:
     return (keys, keys) if size == 1 else (keys[:, ~held_out], keys[:, held_out])
 
 
-def vectors(keys: Tensor) -> np.ndarray:
-    return keys.float().clamp(-LARGEST, LARGEST).contiguous().numpy()
+def prepared(keys: Vectors) -> np.ndarray:
+    """As faiss takes them."""
+    return keys.floats(torch.float32).clamp(-LARGEST, LARGEST).contiguous().numpy()
 
 
-def _blocks(keys: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _blocks(keys: Vectors) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, keys.shape[0], BLOCK_ENTRIES):
         block = keys[start : start + BLOCK_ENTRIES]
-        yield np.arange(start, start + block.shape[0]), vectors(block)
+        yield np.arange(start, start + block.shape[0]), prepared(block)
 
 
 def _allow_single(structure: Any) -> None:

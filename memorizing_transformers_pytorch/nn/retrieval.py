@@ -7,7 +7,8 @@ Two operations on a table of vectors and K slots in it per query are each other'
 
 Logits are inner products of queries and keys (the search has already computed them), so the gradient of the queries
 is a weighted sum of keys. The output is a weighted sum of values, so the gradient of the weights are inner products
-with values. The memory itself gets no gradient. Nothing of size T * K * D is ever made.
+with values. The memory itself gets no gradient. Nothing of size T * K * D is ever made: where the entries must be
+converted (codes, or for float64), each of them is once, however often it was retrieved.
 
 Shapes: B rows, H query heads, T queries, K retrieved, D head width, N slots in the whole memory.
 """
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from memorizing_transformers_pytorch import kernels
 from memorizing_transformers_pytorch.memory.retrieved import Table
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 
 class Lookup(Protocol):
@@ -84,7 +86,8 @@ class _RetrievedLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        sums = [weighted_sums(_within(grad, table), table.keys, table.slots) for table in ctx.lookup.tables()]
+        tables = ctx.lookup.tables()
+        sums = [weighted_sums(_within(grad, table), *_floats(table.keys, table.slots)) for table in tables]
         return sum(sums[1:], start=sums[0]).to(ctx.dtype), None
 
 
@@ -92,14 +95,16 @@ class _RetrievedValues(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, lookup: Lookup) -> Tensor:
         ctx.lookup = lookup
-        sums = [weighted_sums(_within(weights, table), table.values, table.slots) for table in lookup.tables()]
+        tables = lookup.tables()
+        sums = [weighted_sums(_within(weights, table), *_floats(table.values, table.slots)) for table in tables]
         return sum(sums[1:], start=sums[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         products = [
-            _within(sampled_inner_products(grad, table.values, table.slots), table) for table in ctx.lookup.tables()
+            _within(sampled_inner_products(grad, *_floats(table.values, table.slots)), table)
+            for table in ctx.lookup.tables()
         ]
         return sum(products[1:], start=products[0]), None
 
@@ -107,6 +112,15 @@ class _RetrievedValues(torch.autograd.Function):
 def _within(numbers: Tensor, table: Table) -> Tensor:
     """The numbers (B, H, T, K) of entries in this table, 0 for those in another."""
     return numbers if table.mask is None else numbers.where(table.mask.to(numbers.device), 0)
+
+
+def _floats(vectors: Vectors, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The vectors (N, D) as numbers and the slots in them; of codes, which nothing computes with, the entries that
+    occur (each once) and the slots within them."""
+    if vectors.scales is None:
+        return vectors.numbers, slots
+    used, slots = slots.to(vectors.device).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    return vectors.at(used).floats(), slots
 
 
 def weighted_sums(weights: Tensor, table: Tensor, slots: Tensor) -> Tensor:

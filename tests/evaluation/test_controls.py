@@ -27,11 +27,13 @@ def make_memory(dtype: torch.dtype = torch.float32) -> KNNMemory:
 
 
 def contents(memory: KNNMemory) -> list[torch.Tensor]:
-    return [part.clone() for part in (memory.store.keys, memory.store.values, memory.store.origins)]
+    """Keys, values and origins."""
+    store = memory.store
+    return [part.clone() for part in (store.keys.floats(), store.values.floats(), store.origins)]
 
 
 @pytest.mark.parametrize("name", [None, *CONTROLS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_memories_are_put_back_bit_for_bit_also_after_an_exception(name: str | None, dtype: torch.dtype) -> None:
     memories = KNNMemoryList([make_memory(dtype), make_memory(dtype)])
     before = [contents(memory) for memory in memories]
@@ -42,24 +44,28 @@ def test_memories_are_put_back_bit_for_bit_also_after_an_exception(name: str | N
         assert memory.scoped_indices == [0, 1, 2]
 
 
-def test_shuffled_values_are_the_same_values_of_the_same_row_at_other_keys() -> None:
-    memory = make_memory()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_shuffled_values_are_the_same_values_of_the_same_row_at_other_keys(dtype: torch.dtype) -> None:
+    memory = make_memory(dtype)
     keys, values, _ = contents(memory)
     with shuffled_values(memory, torch.Generator().manual_seed(0)):
-        assert torch.equal(memory.store.keys, keys)
+        assert torch.equal(contents(memory)[0], keys)
         for row, filled in enumerate((9, 4, 0)):
-            inside, before = memory.store.values[row, :, :filled], values[row, :, :filled]
+            inside, before = memory.store.values[row, :, :filled].floats(), values[row, :, :filled]
             assert filled == 0 or not torch.equal(inside, before)
             torch.testing.assert_close(inside.sort(dim=1).values, before.sort(dim=1).values, rtol=0, atol=0)
 
 
-def test_random_keys_have_the_lengths_of_the_right_ones_and_their_values() -> None:
-    memory = make_memory()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_random_keys_have_the_lengths_of_the_right_ones_and_their_values(dtype: torch.dtype) -> None:
+    memory = make_memory(dtype)
     keys, values, _ = contents(memory)
     with random_keys(memory, torch.Generator().manual_seed(0)):
-        assert torch.equal(memory.store.values, values)
-        torch.testing.assert_close(memory.store.keys.norm(dim=-1), keys.norm(dim=-1))
-        cosines = torch.cosine_similarity(memory.store.keys[0], keys[0], dim=-1)
+        assert torch.equal(contents(memory)[1], values)
+        random = contents(memory)[0]
+        tolerance = 0.02 if dtype == torch.int8 else 1e-6
+        torch.testing.assert_close(random.norm(dim=-1), keys.norm(dim=-1), rtol=tolerance, atol=1e-6)
+        cosines = torch.cosine_similarity(random[0], keys[0], dim=-1)
         assert cosines.abs().max() < 0.99
 
 
@@ -70,7 +76,7 @@ def test_an_approximate_index_knows_nothing_of_what_a_control_has_changed() -> N
     queries = keys[:, :300]
     before = memory.retrieve(queries, 4)
     with random_keys(memory, torch.Generator().manual_seed(0)):
-        best = (queries @ memory.store.keys[0].mT).topk(4, dim=-1)
+        best = (queries @ memory.store.keys[0].floats().mT).topk(4, dim=-1)
         torch.testing.assert_close(memory.retrieve(queries, 4).scores, best.values)
         memory.clear([])
     after = memory.retrieve(queries, 4)

@@ -17,11 +17,12 @@ FOLDER = Path(__file__).parent / "memory-v1"
 
 
 def expected() -> KNNMemoryList:
-    """What is in it, made anew: two memories of two rows, the second of which has turned once and used entries."""
+    """What is in it, made anew: three memories of two rows, the second of which has turned once and used entries."""
     memories = KNNMemoryList(
         [
             KNNMemory(4, 40, 2, num_kv_heads=2),
             KNNMemory(3, 6, 2, dtype=torch.bfloat16, policy="least-attended"),
+            KNNMemory(5, 30, 2, dtype=torch.int8, policy="by-document", index="auto"),
         ]
     )
     memories.fingerprint, memories.extra = "of no weights", {"kind": "golden"}

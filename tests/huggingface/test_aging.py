@@ -84,9 +84,23 @@ def test_old_keys_are_those_of_constant_positions() -> None:
     for options in ({"recent": 4}, {"positions": "constant"}):
         memory = attach_memory(model, **ONE, **options, chunk=40)
         memory.read(ids, progress=False)
-        stores.append(memory.layers[0].memories[-1].store.keys[0, :, :36].clone())
+        stores.append(memory.layers[0].memories[-1].store.keys[0, :, :36].floats().clone())
         memory.detach()
     torch.testing.assert_close(*stores, rtol=1e-4, atol=1e-4)
+
+
+def test_codes_that_grow_old_stay_close_to_the_keys() -> None:
+    """They are turned as the numbers they stand for, and become codes once more: an error of twice half a scale."""
+    stores = []
+    for dtype in (torch.float32, torch.int8):
+        memory = attach_memory(tiny("llama"), **{**ONE, "dtype": dtype}, recent=4, chunk=9)
+        memory.read(tokens(1, 40), progress=False)
+        recent, older = memory.layers[0].memories
+        assert (recent.num_entries, older.num_entries, older.dtype) == ((4,), (36,), dtype)
+        stores.append((older.store.keys[0, :, :36].floats(), older.store.values[0, :, :36].floats()))
+    for (exact, codes), scales in zip(zip(*stores, strict=True), (2.0, 0.5001), strict=True):
+        longest = exact.norm(dim=-1, keepdim=True)  # turning changes the largest number, but not the length
+        assert bool(((codes - exact).abs() <= scales * longest / 127).all())
 
 
 def test_more_than_the_recent_part_holds_may_come_at_once() -> None:
@@ -131,5 +145,5 @@ def test_half_precision_knows_where_late_tokens_stand(dtype: torch.dtype) -> Non
         model.to(each).model.rotary_emb.inv_freq = frequencies  # as from_pretrained leaves them
         memory = attach_memory(model, **ONE)
         memory.read(ids, progress=False)
-        found.append(memory.layers[0].memories[0].store.keys[0, :, 2_500:3_000].float())
+        found.append(memory.layers[0].memories[0].store.keys[0, :, 2_500:3_000].floats(torch.float32))
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02

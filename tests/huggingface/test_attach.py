@@ -230,6 +230,31 @@ def test_half_precision_is_close_to_float32(dtype: torch.dtype) -> None:
     assert float((found[1].float() - found[0]).norm() / found[0].norm()) < 0.1
 
 
+@by_family
+def test_codes_are_close_to_float32_at_little_more_than_a_quarter(family: str) -> None:
+    ids, found, sizes = tokens(1, 30), [], []
+    for dtype in (torch.float32, torch.int8):
+        memory = attach_memory(tiny(family, "eager"), **{**EVERYTHING, "dtype": dtype})
+        memory.read(ids, progress=False)
+        found.append(logits(memory.model, tokens(2, 6, seed=1)))
+        layer = next(iter(memory.layers.values()))
+        width, heads = layer.memories[0].dim, layer.memories[0].num_kv_heads
+        sizes.append(layer.num_bytes / 30 - (3 * 8 + 8 + 4))  # without origin, age and use
+    assert sizes == [2 * heads * 4 * width, 2 * heads * (width + 4)]
+    assert 0 < float((found[1] - found[0]).norm() / found[0].norm()) < 0.03
+
+
+def test_gradients_through_codes_are_close_to_those_through_float32() -> None:
+    found = []
+    for dtype in (torch.float32, torch.int8):
+        model, ids = tiny("llama", "sdpa"), tokens(2, 9, seed=1)
+        memory = attach_memory(model, **{**EVERYTHING, "dtype": dtype})
+        memory.read(tokens(1, 30), progress=False)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None]))
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.05
+
+
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     model, ids = tiny("llama", "sdpa"), tokens(2, 9)
     memory = attach_memory(model, **EVERYTHING)
@@ -533,10 +558,10 @@ def test_chunks_see_what_was_read_before_only_if_told() -> None:
     for look_up in (False, True):
         memory = attach_memory(tiny("llama"), **EVERYTHING, chunk=20)
         memory.read(ids, progress=False, look_up=look_up)
-        keys[look_up] = memory.layers[1].memories[0].store.keys[0, :, :40].clone()
+        keys[look_up] = memory.layers[1].memories[0].store.keys[0, :, :40].floats().clone()
     alone = attach_memory(tiny("llama"), **EVERYTHING, chunk=20)
     alone.read(ids[:, :20], progress=False)
     alone.read(ids[:, 20:], progress=False)
-    torch.testing.assert_close(keys[False], alone.layers[1].memories[0].store.keys[0, :, :40])
+    torch.testing.assert_close(keys[False], alone.layers[1].memories[0].store.keys[0, :, :40].floats())
     torch.testing.assert_close(keys[False][:, :20], keys[True][:, :20])
     assert not torch.allclose(keys[False][:, 20:], keys[True][:, 20:], atol=1e-2)

@@ -24,7 +24,7 @@ def entries(memory: AttachedMemory, layer: int = 1, row: int = 0) -> tuple[Tenso
     """Keys (G, n, D) and origins (n, 3), oldest first."""
     known = memory.layers[layer].memories[0]
     count = known.num_entries[row]
-    return known.store.keys[row, :, :count].float(), known.store.origins[row, :count]
+    return known.store.keys[row, :, :count].floats(torch.float32), known.store.origins[row, :count]
 
 
 @pytest.mark.parametrize("skip_first", [0, 2])

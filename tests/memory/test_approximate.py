@@ -18,6 +18,7 @@ from memorizing_transformers_pytorch.memory import KNNMemory, auto
 from memorizing_transformers_pytorch.memory.approximate import TARGET_RECALL, ApproximateIndex
 from memorizing_transformers_pytorch.memory.index import Ring, inner_products
 from memorizing_transformers_pytorch.memory.structure import Kind
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 DIM, CAPACITY, TOPK = 16, 4_096, 8
 FACTORIES = ["IVF64,Flat", "IVF64,SQfp16", "IVF64,SQ8", "OPQ8,IVF16,PQ8", "IVF64,PQ8x4fs", "HNSW16", "SQ8"]
@@ -57,14 +58,14 @@ def test_nearly_everything_is_found_while_the_ring_turns(factory: str) -> None:
     for step in range(12):
         keys = clustered(512, seed=0)[:, : 200 + step]
         add(memory, keys)
-        queries = queries_like(memory.store.keys[0], 200, seed=step)
+        queries = queries_like(memory.store.keys[0].floats(), 200, seed=step)
         assert memory.recall(queries, TOPK, sample=200) > TARGET_RECALL - 0.1
 
 
 @by_factory
 def test_the_newest_entry_is_found_at_once_and_an_overwritten_one_never(factory: str) -> None:
     memory = filled(factory)
-    oldest, newest = memory.store.keys[0, :, :1].clone(), normalize(-clustered(1, seed=9), dim=-1)
+    oldest, newest = memory.store.keys[0, :, :1].floats().clone(), normalize(-clustered(1, seed=9), dim=-1)
     assert memory.retrieve(oldest[None], 1).scores.min() > 0.999
     add(memory, newest)
     assert memory.retrieve(newest[None], 1).scores.min() > 0.999
@@ -74,7 +75,7 @@ def test_the_newest_entry_is_found_at_once_and_an_overwritten_one_never(factory:
 @by_factory
 def test_a_cleared_row_is_empty_at_once_and_finds_its_next_document_only(factory: str) -> None:
     memory = filled(factory)
-    first = memory.store.keys[0].clone()
+    first = memory.store.keys[0].floats().clone()
     memory.retrieve(queries_like(first, 10), TOPK)
     memory.clear()
     assert not memory.retrieve(queries_like(first, 10), TOPK).mask.any()
@@ -102,13 +103,13 @@ def test_centroids_are_learned_again_when_the_keys_drift(monkeypatch: pytest.Mon
     memory = filled("IVF64,Flat")
     for step in range(10):
         add(memory, clustered(512, seed=0)[:, step : step + 400])
-        memory.retrieve(queries_like(memory.store.keys[0], 50), TOPK)
+        memory.retrieve(queries_like(memory.store.keys[0].floats(), 50), TOPK)
     assert len(trainings) == 2  # once for each head: the same clusters come again
     for step in range(12):
         add(memory, clustered(400, seed=3 + step // 6))
-        memory.retrieve(queries_like(memory.store.keys[0], 50), TOPK)
+        memory.retrieve(queries_like(memory.store.keys[0].floats(), 50), TOPK)
     assert 2 < len(trainings) <= 2 + 2 * 8  # at most once for a quarter of the ring
-    assert memory.recall(queries_like(memory.store.keys[0], 100), TOPK, sample=100) > TARGET_RECALL - 0.1
+    assert memory.recall(queries_like(memory.store.keys[0].floats(), 100), TOPK, sample=100) > TARGET_RECALL - 0.1
 
 
 def test_centroids_are_learned_again_when_there_are_many_more_entries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +119,7 @@ def test_centroids_are_learned_again_when_there_are_many_more_entries(monkeypatc
     memory = KNNMemory(DIM, 32 * 1_024, num_kv_heads=2, index="IVF16,Flat")
     for _ in range(17):
         add(memory, clustered(1_024, seed=0))
-        memory.retrieve(queries_like(memory.store.keys[0, :, :1_024], 5), TOPK)
+        memory.retrieve(queries_like(memory.store.keys[0, :, :1_024].floats(), 5), TOPK)
     assert sorted(set(trained_on)) == [960, 3_840, 15_360]
 
 
@@ -152,7 +153,7 @@ def test_what_is_found_does_not_suffer_from_entries_that_were_overwritten(factor
 
 def test_the_effort_is_measured_anew_for_more_entries_per_query_but_not_for_fewer() -> None:
     memory = filled("IVF64,Flat")
-    queries = queries_like(memory.store.keys[0], 200)
+    queries = queries_like(memory.store.keys[0].floats(), 200)
     efforts = []
     for topk in (1, 64, 8, 1):
         memory.retrieve(queries, topk)
@@ -189,13 +190,13 @@ def test_structures_go_with_their_entries() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_scores_are_those_of_the_keys_in_the_store(dtype: torch.dtype, storage: torch.dtype) -> None:
     memory = KNNMemory(DIM, CAPACITY, num_kv_heads=2, dtype=storage, index="IVF64,SQ8")
     add(memory, clustered(CAPACITY, seed=0))
-    queries = queries_like(memory.store.keys[0].float(), 40).to(dtype)
+    queries = queries_like(memory.store.keys[0].floats(torch.float32), 40).to(dtype)
     found = memory.retrieve(queries, TOPK)
-    keys = memory.store.keys.flatten(0, 2)[found.slots].to(dtype)
+    keys = memory.store.keys.flatten(0, 2)[found.slots].floats(dtype)
     assert found.scores.dtype == dtype
     torch.testing.assert_close(found.scores, (keys @ queries.unsqueeze(-1)).squeeze(-1))
     assert (found.scores.diff(dim=-1) <= 0).all()
@@ -213,7 +214,7 @@ def test_keys_too_large_for_float16_codes_are_found_with_their_scores() -> None:
 
 def test_more_are_found_than_the_probed_lists_hold() -> None:
     memory = filled("IVF64,Flat")
-    found = memory.retrieve(queries_like(memory.store.keys[0], 3), CAPACITY)
+    found = memory.retrieve(queries_like(memory.store.keys[0].floats(), 3), CAPACITY)
     assert found.mask.all()
     assert all(len(set(slots.tolist())) == CAPACITY for slots in found.slots.flatten(0, 2))
 
@@ -224,7 +225,7 @@ def test_inner_products_in_parts_equal_those_at_once(monkeypatch: pytest.MonkeyP
     queries, keys = torch.randn(shape[0], DIM), torch.randn(50, DIM).to(torch.bfloat16)
     places = torch.randint(50, shape)
     expected = (queries.double() @ keys.double().mT).gather(1, places)
-    torch.testing.assert_close(inner_products(queries, keys, places).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inner_products(queries, Vectors(keys), places).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 # Kinds
@@ -259,7 +260,7 @@ def test_any_structure_of_faiss_serves(factory: str) -> None:
     keys = clustered(12_288, seed=0)
     add(memory, keys)
     for step in range(3):
-        queries = queries_like(memory.store.keys[0], 40, seed=step)
+        queries = queries_like(memory.store.keys[0].floats(), 40, seed=step)
         assert memory.retrieve(queries, TOPK).mask.all()
         assert memory.recall(queries, TOPK) > 0.3
         add(memory, keys[:, :500])
@@ -282,7 +283,7 @@ def test_the_index_in_use_says_what_it_is_and_finds() -> None:
     memory = KNNMemory(DIM, CAPACITY, num_kv_heads=2, index="IVF64,Flat")
     assert memory.index_in_use == "IVF64,Flat (exact below 2,663 entries)"
     memory = filled("IVF64,Flat")
-    memory.retrieve(queries_like(memory.store.keys[0], 100), TOPK)
+    memory.retrieve(queries_like(memory.store.keys[0].floats(), 100), TOPK)
     assert "IVF64,Flat, nprobe" in memory.index_in_use
     assert "index='IVF64,Flat'" in repr(memory)
     assert KNNMemory(DIM).index_in_use == "exact"
@@ -301,7 +302,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 def ring_of(keys: Tensor) -> Ring:
-    return Ring(keys, row=0, cursor=0, written=keys.shape[1], life=1)
+    return Ring(Vectors(keys), row=0, cursor=0, written=keys.shape[1], life=1)
 
 
 APPROXIMATE_IS_FASTER = [2.0, 3.0, 4.0, 10.0]  # searching for 1 against 6 seconds

@@ -71,7 +71,7 @@ def changed_manifest(folder: Path, change: Callable[[dict[str, Any]], None], *, 
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("count", [0, 7, 50, 71])
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path, count: int, dtype: torch.dtype, mmap: bool) -> None:
     saved = memories(dtype=dtype, policy="by-document")
@@ -173,7 +173,7 @@ def test_files_are_ordinary_safetensors(tmp_path: Path) -> None:
     for path, each in zip(_bases(tmp_path / "memory"), memory, strict=True):
         tables = safetensors.torch.load_file(path)
         assert tables["keys"].shape == (2, 2, 11, 8)
-        assert torch.equal(tables["keys"][:, :, :9], each.store.keys[:, :, :9])
+        assert torch.equal(tables["keys"][:, :, :9], each.store.tables["keys"][:, :, :9])
 
 
 def _bases(folder: Path) -> list[Path]:
@@ -184,7 +184,7 @@ def test_after_compaction_nothing_is_left_of_what_was_forgotten(tmp_path: Path) 
     memory = memories(rows=1, capacity=5_000)
     read(memory, "open", 2_000)
     read(memory, "a secret", 10)
-    secret = memory[0].store.keys[0, 0, 2_000:2_010].numpy().tobytes()
+    secret = memory[0].store.tables["keys"][0, 0, 2_000:2_010].numpy().tobytes()
     memory.save(tmp_path / "memory")
     files = [path.read_bytes() for path in (tmp_path / "memory").iterdir()]
     assert any(secret in data for data in files)
@@ -274,7 +274,7 @@ def test_damage_is_refused_with_the_reason(tmp_path: Path, kind: str) -> None:
 def test_numbers_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
     memory = memories()
     add(memory, 20)
-    memory[0].store.keys[0, 0, 3, 2] = torch.nan
+    memory[0].store.tables["keys"][0, 0, 3, 2] = torch.nan
     memory.save(tmp_path / "memory")
     with pytest.raises(ValueError, match="expected finite keys"):
         KNNMemoryList.load(tmp_path / "memory")
@@ -398,7 +398,7 @@ def test_one_writer_at_a_time_and_a_dead_one_does_not_count(tmp_path: Path, monk
 def _digest_of(folder: Path, answers: Any) -> None:
     torch.set_num_threads(1)
     loaded = KNNMemoryList.load(folder, mmap=True)
-    answers.put(hashlib.sha256(loaded[0].store.keys.numpy().tobytes()).hexdigest())
+    answers.put(hashlib.sha256(loaded[0].store.tables["keys"].numpy().tobytes()).hexdigest())
 
 
 def test_processes_read_the_same_files_at_once(tmp_path: Path) -> None:
@@ -410,7 +410,9 @@ def test_processes_read_the_same_files_at_once(tmp_path: Path) -> None:
     processes = [context.Process(target=_digest_of, args=(tmp_path / "memory", answers)) for _ in range(2)]
     for process in processes:
         process.start()
-    own = hashlib.sha256(KNNMemoryList.load(tmp_path / "memory", mmap=True)[0].store.keys.numpy().tobytes()).hexdigest()
+    own = hashlib.sha256(
+        KNNMemoryList.load(tmp_path / "memory", mmap=True)[0].store.tables["keys"].numpy().tobytes()
+    ).hexdigest()
     assert [answers.get(timeout=120) for _ in processes] == [own, own]
     for process in processes:
         process.join()

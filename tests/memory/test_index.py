@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, index
+from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
 from memorizing_transformers_pytorch.memory.index import Best, best_of
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 
-by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+by_dtype = pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
 HEADS, QUERIES, ENTRIES, DIM = 3, 11, 101, 7
 
 
-def queries_and_keys(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return torch.randn(HEADS, QUERIES, DIM), torch.randn(HEADS, ENTRIES, DIM).to(dtype)
+def queries_and_keys(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Vectors]:
+    return torch.randn(HEADS, QUERIES, DIM), Vectors.of(torch.randn(HEADS, ENTRIES, DIM), dtype)
 
 
-def brute_force(queries: Tensor, keys: Tensor, topk: int) -> Best:
-    return Best(*(queries.double() @ keys.double().mT).topk(min(topk, keys.shape[1])))
+def brute_force(queries: Tensor, keys: Vectors, topk: int) -> Best:
+    return Best(*(queries.double() @ keys.floats(torch.float64).mT).topk(min(topk, keys.shape[1])))
 
 
 def assert_same(found: Best, expected: Best, tolerance: float = 1e-5) -> None:
@@ -88,7 +90,7 @@ def test_autocast_does_not_shorten_matrix_products(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(index, "_best_by_faiss", index._best_by_matmul)
     queries, keys = queries_and_keys()
     memory = KNNMemory(DIM, ENTRIES, num_kv_heads=HEADS)
-    memory.add(torch.stack((keys, keys), dim=-2)[None])
+    memory.add(torch.stack((keys.floats(), keys.floats()), dim=-2)[None])
     with torch.autocast("cpu", torch.bfloat16):
         found = memory.retrieve(queries[None], topk=5)
     torch.testing.assert_close(found.scores[0], brute_force(queries, keys, 5).scores.float(), rtol=1e-5, atol=1e-5)
@@ -97,7 +99,7 @@ def test_autocast_does_not_shorten_matrix_products(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, True), (torch.float32, False)], ids=str)
 def test_scores_accumulate_in_float64_for_float64_queries_only(dtype: torch.dtype, exact: bool) -> None:
     queries = torch.tensor([[[1.0, 2.0**-40]]], dtype=dtype)
-    found = best_of(queries, torch.ones(1, 1, 2), topk=1)
+    found = best_of(queries, Vectors(torch.ones(1, 1, 2)), topk=1)
     assert found.scores.dtype == dtype
     assert (found.scores.item() == 1 + 2.0**-40) is exact
 
@@ -105,7 +107,7 @@ def test_scores_accumulate_in_float64_for_float64_queries_only(dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_keys_accumulate_in_float32(dtype: torch.dtype) -> None:
     """In bfloat16 257 ones would make 256; in float16 257 times 300 would make infinity."""
-    queries, keys = torch.tensor([[[1.0], [300.0]]]).expand(-1, -1, 257), torch.ones(1, 1, 257, dtype=dtype)
+    queries, keys = torch.tensor([[[1.0], [300.0]]]).expand(-1, -1, 257), Vectors(torch.ones(1, 1, 257, dtype=dtype))
     assert best_of(queries.to(dtype), keys, topk=1).scores.flatten().tolist() == [257, 77100]
 
 
@@ -115,7 +117,7 @@ def test_products_that_overflow_are_found_once_each(dtype: torch.dtype, topk: in
     """Minus infinity is worse than any other product, and better than no entry."""
     keys = torch.full((1, 301, 1), torch.finfo(dtype).max, dtype=dtype)
     keys[0, 5] = 1
-    found = best_of(torch.full((1, 2, 1), -2.0, dtype=dtype), keys, topk)
+    found = best_of(torch.full((1, 2, 1), -2.0, dtype=dtype), Vectors(keys), topk)
     for places, scores in zip(found.places[0].tolist(), found.scores[0].tolist(), strict=True):
         assert len(set(places)) == topk
         assert places[0] == 5
@@ -125,7 +127,7 @@ def test_products_that_overflow_are_found_once_each(dtype: torch.dtype, topk: in
 @pytest.mark.parametrize("query_dtype", [torch.float32, torch.float64], ids=str)
 def test_searching_nothing_is_refused(query_dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="expected at least one entry to search, got 0"):
-        best_of(torch.ones(HEADS, QUERIES, DIM, dtype=query_dtype), torch.ones(HEADS, 0, DIM), topk=1)
+        best_of(torch.ones(HEADS, QUERIES, DIM, dtype=query_dtype), Vectors(torch.ones(HEADS, 0, DIM)), topk=1)
 
 
 # On a GPU

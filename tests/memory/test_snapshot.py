@@ -118,6 +118,8 @@ FAULTS: dict[str, Callable[[State], State]] = {
     "other rows": lambda _state: used(num_indices=4).state_dict(),
     "other width": lambda _state: used(dim=4).state_dict(),
     "half": lambda _state: used(dtype=torch.float16).state_dict(),
+    "codes": lambda _state: used(dtype=torch.int8).state_dict(),
+    "scales": lambda state: {**state, "key_scales": torch.ones(HEADS, 11)},
 }
 
 
@@ -128,6 +130,24 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(fault: Callabl
     with pytest.raises(ValueError, match=r"(?s)^expected .*got"):
         memory.load_state_dict(fault(before))
     assert memory.store is store
+    assert_equal_states(memory.state_dict(), before)
+
+
+FAULTS_OF_CODES: dict[str, Callable[[State], State]] = {
+    "no scales": lambda state: {name: part for name, part in state.items() if name != "value_scales"},
+    "fewer scales": changed("key_scales", lambda scales: scales[:, 1:]),
+    "scales of another dtype": changed("key_scales", Tensor.half),
+    "infinite scales": put("value_scales", 2, float("inf")),
+    "numbers": lambda _state: used().state_dict(),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_CODES.values(), ids=FAULTS_OF_CODES.keys())
+def test_a_state_of_codes_that_does_not_fit_is_refused_and_changes_nothing(fault: Callable[[State], State]) -> None:
+    memory = used(dtype=torch.int8)
+    before = memory.state_dict()
+    with pytest.raises(ValueError, match=r"(?s)^expected .*got"):
+        memory.load_state_dict(fault(before))
     assert_equal_states(memory.state_dict(), before)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, approximate, auto, structure
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
+from tests.reference import kept
 
 DIM = 5
 COUNTS = st.integers(0, 4) | st.integers(0, 25)
@@ -101,7 +102,7 @@ class MemoryMachine(RuleBasedStateMachine):
             for n in range(count):
                 if mask[i, n] or not masked:
                     origin = origins[i, n] if with_origins else torch.tensor([-1, -1, -1])
-                    self.lists[row].append(Entry(entries[i, :, n].to(self.dtype), origin))
+                    self.lists[row].append(Entry(kept(entries[i, :, n], self.dtype), origin))
             self.lists[row] = self.lists[row][-self.capacity :]
 
     @rule(data=st.data())
@@ -184,7 +185,7 @@ class MemoryMachine(RuleBasedStateMachine):
         slots, _, mask = self.memory.retrieve(queries, topk)
         key_values, search_mask = self.memory.search(queries, topk)
         assert torch.equal(search_mask, mask)
-        assert key_values.dtype == self.dtype
+        assert key_values.dtype == kept(queries, self.dtype).dtype
         assert not key_values[~mask].any()
         pairs_by_slot = {
             slot: pairs
@@ -252,9 +253,10 @@ def from_the_first_entries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("from_the_first_entries")
 @pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("index", ["IVF2,Flat", "Flat", "IVF3,SQfp16"])
 def test_an_approximate_index_that_looks_at_all_equals_the_list_too(
-    monkeypatch: pytest.MonkeyPatch, index: str, kv_heads: int
+    monkeypatch: pytest.MonkeyPatch, index: str, dtype: torch.dtype, kv_heads: int
 ) -> None:
     """With every list probed these leave nothing out: they follow the ring exactly."""
     monkeypatch.setattr(approximate, "TARGET_RECALL", 1.1)
@@ -262,22 +264,23 @@ def test_an_approximate_index_that_looks_at_all_equals_the_list_too(
 
     class Machine(MemoryMachine):
         def __init__(self) -> None:
-            super().__init__(torch.float16, kv_heads, index=index)
+            super().__init__(dtype, kv_heads, index=index)
 
     run(Machine)
 
 
 @pytest.mark.usefixtures("from_the_first_entries")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("index", ["IVF3,Flat", "IVF2,SQ8", "SQ4", "HNSW4", "auto"])
 def test_an_approximate_index_may_miss_entries_but_finds_no_wrong_ones(
-    monkeypatch: pytest.MonkeyPatch, index: str
+    monkeypatch: pytest.MonkeyPatch, index: str, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(approximate, "TARGET_RECALL", 0.0)
     monkeypatch.setattr(auto, "WORTH_TRYING", 4)
 
     class Machine(MemoryMachine):
         def __init__(self) -> None:
-            super().__init__(torch.float32, 2, index=index)
+            super().__init__(dtype, 2, index=index)
 
         def check_found(
             self, row: int, kv_head: int, queries: Tensor, slots: Tensor, scores: Tensor, mask: Tensor

@@ -120,8 +120,8 @@ class Entries(NamedTuple):
 
 def entries(memory: KNNMemory, row: int) -> Entries:
     store, count = memory.store, memory.num_entries[row]
-    parts = store.keys[row, :, :count], store.values[row, :, :count], store.origins[row, :count]
-    return Entries(*(part.clone() for part in parts))
+    keys, values = (part[row, :, :count].clone().floats() for part in (store.keys, store.values))
+    return Entries(keys, values, store.origins[row, :count].clone())
 
 
 def contents(memories: Sequence[KNNMemory]) -> list[list[Entries]]:

@@ -110,7 +110,7 @@ def test_xl_layers_are_resolved(fields: dict[str, Any], resolved: tuple[int, ...
         {"combine": "sum"},
         {"qk_init": "copy"},
         {"memory_dtype": "float64"},
-        {"memory_dtype": torch.int8},
+        {"memory_dtype": torch.int16},
         {"qk_init": "induction"},
         {"qk_init": "induction", "short_conv": 1},
         {"memorizing_layers": 4},
@@ -140,7 +140,7 @@ def test_the_model_refuses_the_same() -> None:
         MemorizingTransformer(**SMALLEST, num_kv_heads=3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 def test_memory_dtype_may_be_a_torch_dtype_or_its_name(dtype: torch.dtype) -> None:
     by_dtype, by_name = (ModelConfig(**SMALLEST, memory_dtype=d) for d in (dtype, str(dtype).removeprefix("torch.")))
     assert by_dtype == by_name
@@ -171,7 +171,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         max_knn_memories=draw(size),
         num_retrieved_memories=draw(size),
         combine=draw(st.sampled_from(("softmax", "gate"))),
-        memory_dtype=draw(st.sampled_from(("float32", "bfloat16", "float16"))),
+        memory_dtype=draw(st.sampled_from(("float32", "bfloat16", "float16", "int8"))),
         knn_memories_directory=draw(st.none() | st.just("somewhere")),
         clear_memories_on_sos_token_id=draw(token_id),
         clear_memories_on_eos_token_id=draw(token_id),

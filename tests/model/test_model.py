@@ -393,8 +393,8 @@ def test_the_memory_gets_no_gradient() -> None:
     model, tokens = tiny(), random_tokens(1, 5)
     memories = model.create_knn_memories(batch_size=1)
     model(tokens, memories, labels=tokens)
-    assert not memories[0].store.keys.requires_grad
-    assert not memories[0].store.values.requires_grad
+    assert not memories[0].store.keys.numbers.requires_grad
+    assert not memories[0].store.values.numbers.requires_grad
 
 
 # What happens when something breaks, and in inference mode

@@ -364,7 +364,7 @@ def test_dropout_acts_on_retrieved_entries_too() -> None:
 def stored(memory: KNNMemory) -> Tensor:
     """The entries (B, G, N, 2, D) of a memory that has not turned."""
     count = memory.num_entries[0]
-    return torch.stack((memory.store.keys, memory.store.values), dim=-2)[:, :, :count]
+    return torch.stack((memory.store.keys.floats(), memory.store.values.floats()), dim=-2)[:, :, :count]
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2])

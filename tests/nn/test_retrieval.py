@@ -64,13 +64,15 @@ def assert_equal(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("store_dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [FLOAT64, FLOAT32])
 @pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
 @pytest.mark.parametrize("hidden_rows", [None, torch.tensor([False, False, False, True])])
 def test_results_and_gradients_equal_gathering(
-    dtype: torch.dtype, tolerance: float, kv_heads: int, hidden_rows: Tensor | None
+    dtype: torch.dtype, tolerance: float, store_dtype: torch.dtype, kv_heads: int, hidden_rows: Tensor | None
 ) -> None:
-    memory = filled_memory((0, 2, 11, 29), kv_heads=kv_heads)  # none, fewer than asked for, all, more than fit
+    sizes = (0, 2, 11, 29)  # none, fewer than asked for, all, more than fit
+    memory = filled_memory(sizes, kv_heads=kv_heads, dtype=store_dtype)
     queries, weights = leaf(4, HEADS, LENGTH, DIM, dtype=dtype), leaf(4, HEADS, LENGTH, TOPK, dtype=dtype)
     lookup = memory.look_up(queries, TOPK, hidden_rows)
     actual = fast(queries, weights, lookup)
@@ -117,7 +119,7 @@ def test_half_precision_queries_get_gradients_of_their_own_dtype(query_dtype: to
     assert relative_error(grad.float(), found.keys.float().sum(dim=-2)) < 2e-2
 
 
-@pytest.mark.parametrize("store_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("store_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int8])
 @pytest.mark.parametrize("size", [1e-8, 1e-30, 1e8])
 def test_gradients_of_any_size_survive_the_dtype_of_the_store(store_dtype: torch.dtype, size: float) -> None:
     memory = filled_memory((29,), dtype=store_dtype)
@@ -196,7 +198,7 @@ def test_backward_after_changes_is_right_for_whatever_is_trained(
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(("store_dtype", "tolerance"), [(torch.float32, 1e-6), *HALVES])
+@pytest.mark.parametrize(("store_dtype", "tolerance"), [(torch.float32, 1e-6), (torch.int8, 1e-6), *HALVES])
 def test_backward_is_right_after_any_sequence_of_calls(seed: int, store_dtype: torch.dtype, tolerance: float) -> None:
     choices = random.Random(seed)
     memory = filled_memory((2, 29, 6), kv_heads=2, dtype=store_dtype)

@@ -19,10 +19,11 @@ from torch import Tensor
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, disk
 from memorizing_transformers_pytorch.memory.disk.folder import SaveError
 from memorizing_transformers_pytorch.memory.policy import POLICIES
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 from tests.soak.plain import Entry, PlainMemory
 
 DIM = 4
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 INDICES = ("exact", "exact", "auto", "IVF2,Flat")
 OPERATIONS = (
     ("add",) * 8 + ("search",) * 6 + ("clear", "forget", "resize", "save", "save", "load", "break off", "merge")
@@ -82,7 +83,9 @@ class Machine:
         memories.add([pairs, -pairs], mask, origins)
         for row in range(self.num_rows):
             kept = mask[row].nonzero().flatten().tolist()
-            entries = [Entry(pairs[row, :, n].to(self.dtype), tuple(origins[row, n].tolist())) for n in kept]
+            entries = [
+                Entry(Vectors.of(pairs[row, :, n], self.dtype).floats(), tuple(origins[row, n].tolist())) for n in kept
+            ]
             plain.add(row, entries)
 
     def search(self) -> None:
@@ -190,7 +193,8 @@ def _same(memory: KNNMemory, plain: PlainMemory, sign: int) -> bool:
             return False
         for name, which in (("keys", 0), ("values", 1)):
             wanted = [each.pairs[:, which] for each in entries]
-            if entries and not torch.equal(held[name], sign * torch.stack(wanted, dim=1)):
+            kept = Vectors(held[name], held.get(f"{name[:-1]}_scales")).floats()
+            if entries and not torch.equal(kept, sign * torch.stack(wanted, dim=1)):
                 return False
         if plain.policy == "least-attended" and held["usage"].tolist() != [each.usage for each in entries]:
             return False

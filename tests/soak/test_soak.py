@@ -23,5 +23,5 @@ def test_a_difference_is_noticed(tmp_path: Path) -> None:
     machine = Machine(0, tmp_path)
     with pytest.raises(Difference, match="expected the plain lists"):  # noqa: PT012 (which operation does it is random)
         for _ in machine.run(50):
-            machine.memories[1].store.values.add_(1)
+            machine.memories[1].store.tables["values"].add_(1)
     machine.close()

@@ -69,7 +69,7 @@ def test_a_trainer_that_is_restored_goes_on_exactly(tmp_path: Path, data: st.Dat
             "combine": data.draw(st.sampled_from(["softmax", "gate"])),
             "attn_dropout": data.draw(st.sampled_from([0.0, 0.1])),
             "ff_dropout": data.draw(st.sampled_from([0.0, 0.2])),
-            "memory_dtype": data.draw(st.sampled_from(["float32", "bfloat16"])),
+            "memory_dtype": data.draw(st.sampled_from(["float32", "bfloat16", "int8"])),
             "tie_embeddings": data.draw(st.booleans()),
         },
         data={"pack": data.draw(st.booleans())},

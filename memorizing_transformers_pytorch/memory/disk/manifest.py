@@ -18,7 +18,7 @@ import dacite
 import torch
 
 from memorizing_transformers_pytorch.durable import replacing
-from memorizing_transformers_pytorch.memory.checks import check_options
+from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES, check_options
 from memorizing_transformers_pytorch.memory.disk.shards import File
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.memory.policy import POLICIES
@@ -29,7 +29,7 @@ FORMAT, VERSION = "memorizing-transformers-pytorch memory", 1
 FILE_NAME = re.compile(r"(base|journal)-[0-9a-f]{32}\.safetensors")
 MOST_BYTES = 2**28  # of a manifest
 MOST_NUMBERS = 2**48  # in a table
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE_DTYPES}
 
 
 @dataclass(frozen=True)
