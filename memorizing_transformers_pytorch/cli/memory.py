@@ -113,6 +113,8 @@ class Merge:
     """Folder to write, which must not hold a memory."""
     memories: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of memories."""
+    model: str | None = None
+    """The model, which is needed for memories of models of transformers: their keys are turned to new positions."""
     json: bool = False
     """Print JSON."""
 
@@ -223,11 +225,29 @@ def merge(options: Merge) -> dict[str, Any]:
         raise ValueError(f"expected a folder without a memory, got {str(options.output)!r}")
     if len(options.memories) < 2:
         raise ValueError(f"expected at least two memories, got {len(options.memories)}")
+    if options.model is not None:
+        return merge_with(options.model, options)
+    if any("arranged" in state_of(path).extra for path in options.memories):
+        raise ValueError("expected --model, to merge memories of a model of transformers, got none")
     first, *others = [KNNMemoryList.load(path, mmap=True, verify=True) for path in options.memories]
     for other in others:
         first.merge(other)
     first.save(options.output)
     return {"documents": len(first.documents()), "entries": [sum(memory.num_entries) for memory in first]}
+
+
+def merge_with(model: str, options: Merge) -> dict[str, Any]:
+    reader = open_reader(model, "cpu", max_memories=None, dtype=None, index=None)
+    first, *others = options.memories
+    reader.load(first)
+    for other in others:
+        reader.merge(other)
+    reader.save(options.output)
+    documents = reader.documents()
+    return {
+        "documents": len(documents),
+        "entries": [sum(each) for each in zip(*(d.entries for d in documents), strict=True)],
+    }
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {

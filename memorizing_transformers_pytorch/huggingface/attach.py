@@ -40,6 +40,7 @@ def attach_memory(
     write: "read", only what is given to `read` (and `writing`) is remembered; or "window", also what leaves the cache
         while the model writes, which then keeps the last `window` tokens in every layer: so that a chat can go on for
         ever. A chat keeps its cache (`past_key_values`) from call to call.
+    policy: what makes room when the memory is full (of entries older than `recent`), as for `KNNMemory`.
     dtype, device, index, directory: of the memory, as for `KNNMemory`; dtype and device are those of the model unless
         said otherwise. dtype=torch.int8 takes little more than a quarter of float32. (Keys that grow old are turned as
         the numbers that they stand for, and become codes once more.)

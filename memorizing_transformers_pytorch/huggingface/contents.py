@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.huggingface.site import Reading, Site
-from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.save import Marks
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
 
@@ -105,19 +105,37 @@ class Contents:
 
     def use(self, loaded: KNNMemoryList) -> None:
         """Remember what was loaded instead. Raises ValueError, changing nothing, if it is not of such layers."""
+        parts = self._parts_of(loaded)
+        for site, memories in zip(self.sites, parts, strict=True):
+            site.use_memories(memories)
+        self.ledger, self._marks = loaded.ledger, loaded.marks
+        self.reading.stand_at(torch.tensor(loaded.extra["offsets"]))
+
+    def _parts_of(self, loaded: KNNMemoryList) -> list[list[KNNMemory]]:
+        """The memories of each layer. Raises ValueError for those of other layers."""
         extra, own = loaded.extra, self._arrangement()
         if (got := {name: extra.get(name) for name in own}) != own:
             raise ValueError(f"expected a memory of {own}, got one of {got}")
         parts = [loaded[i : i + len(site.memories)] for i, site in zip(_starts(self.sites), self.sites, strict=True)]
         for site, memories in zip(self.sites, parts, strict=True):
             site.check_memories(memories)
-        offsets = torch.tensor(extra.get("offsets"), dtype=torch.int64)
-        if offsets.shape != (loaded[0].num_indices,) or bool((offsets < 0).any()):
-            raise ValueError(f"expected how many tokens each row has read, got {extra.get('offsets')}")
-        for site, memories in zip(self.sites, parts, strict=True):
-            site.use_memories(memories)
-        self.ledger, self._marks = loaded.ledger, loaded.marks
-        self.reading.stand_at(offsets)
+        offsets = extra.get("offsets")
+        counts = offsets if isinstance(offsets, list) else []
+        if len(counts) != loaded[0].num_indices or not all(type(each) is int and each >= 0 for each in counts):
+            raise ValueError(f"expected how many tokens each row has read, got {offsets}")
+        return parts
+
+    def merge(self, loaded: KNNMemoryList) -> None:
+        """Add what was loaded as if it had been read long ago. Raises ValueError as `use`, and for other rows."""
+        parts = self._parts_of(loaded)
+        if loaded[0].num_indices != self.num_rows or loaded[0].dtype != self.sites[0].memories[0].dtype:
+            raise ValueError(f"expected {self.num_rows} rows and {self.sites[0].memories[0].dtype}, got {loaded[0]}")
+        offsets, numbers = self.reading.offsets.tolist(), self.ledger.next_number
+        for site, others in zip(self.sites, parts, strict=True):
+            for row, places in enumerate(offsets):
+                site.memories[-1].commit(site.carried_over(others, row, numbers, places))
+        self.ledger.merge(loaded.ledger, offsets)
+        self.reading.stand_at(self.reading.offsets + torch.tensor(loaded.extra["offsets"]))
 
     def store(self, pairs: list[Pairs | None], masks: list[Tensor], origins: list[Tensor]) -> None:
         """Remember, in each layer, pairs of the rows being read, where its mask (R, N) is True; origins (R, N, 3)."""

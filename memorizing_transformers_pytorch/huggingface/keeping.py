@@ -73,19 +73,37 @@ class Keeping:
         other_weights: also take what other weights than those of the model have read.
         Raises ValueError, changing nothing, for what cannot be loaded or is not of these layers.
         """
-        self._expect_attached()
-        self._expect_writable()
-        if self._segments.is_open:
-            raise ValueError("expected a call of the model inside writing(), got load()")
-        fingerprint = None if other_weights else self._weights.fingerprint()
-        device, directory = self._contents.sites[0].memories[0].device, self._contents.sites[0].options.directory
-        loaded = KNNMemoryList.load(
-            path, mmap=mmap, verify=verify, fingerprint=fingerprint, device=device, directory=directory
-        )
-        self._contents.use(loaded)
+        self._contents.use(self._loaded(path, mmap=mmap, verify=verify, other_weights=other_weights))
         self._weights.have_written()
         if self._window is not None:
             self._window.drop()
+
+    def merge(self, path: str | Path) -> None:
+        """Add what was saved by the same weights, with as many rows, as if it had been read before what is read next.
+
+        Where the memory has entries at their true distances (`recent`), the added ones are older than those. What does
+        not fit makes room for the rest. Raises ValueError as `load`.
+        """
+        if self._window is not None:
+            self._window.end()
+        self._contents.merge(self._loaded(path, mmap=True, verify=True, other_weights=False))
+        self._weights.have_written()
+
+    def _loaded(self, path: str | Path, *, mmap: bool, verify: bool | None, other_weights: bool) -> KNNMemoryList:
+        self._expect_attached()
+        self._expect_writable()
+        if self._segments.is_open:
+            raise ValueError("expected a call of the model inside writing(), got another memory")
+        site = self._contents.sites[0]
+        device, directory = site.memories[0].device, site.options.directory
+        return KNNMemoryList.load(
+            path,
+            mmap=mmap and device.type == "cpu",
+            verify=verify,
+            fingerprint=None if other_weights else self._weights.fingerprint(),
+            device=device,
+            directory=directory,
+        )
 
     def clear(self, rows: int | Iterable[int] | None = None) -> None:
         """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""

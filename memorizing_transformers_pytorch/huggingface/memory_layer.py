@@ -76,7 +76,10 @@ class MemoryLayer(Extension, Site):
         if self.recent is None:
             return super().new_memories(rows)
         older = self.options.max_memories - self.recent
-        return [self.new_memory(rows, self.recent, "exact"), self.new_memory(rows, older, self.options.index)]
+        return [
+            self.new_memory(rows, self.recent, "exact"),
+            self.new_memory(rows, older, self.options.index, self.options.policy),
+        ]
 
     def use_memories(self, memories: list[KNNMemory]) -> None:
         super().use_memories(memories)
@@ -88,6 +91,15 @@ class MemoryLayer(Extension, Site):
             return super().arrangement
         at = "true positions" if self.options.positions == "true" else "position 0"
         return at if self.recent is None else f"recent at {at}, older at position 0"
+
+    def _moved(self, entries: StagedEntries, places: int, part: int) -> StagedEntries:
+        if self.layer.rotary is None or self.options.positions != "true" or part == 1:
+            return entries
+        turns = torch.full_like(entries.origins[..., POSITION], places)
+        if self.recent is not None:
+            turns = -entries.origins[..., POSITION]
+        turned = self.layer.rotary.turned(entries.keys.floats(), turns)
+        return entries._replace(keys=Vectors.of(turned, self.memories[-1].dtype))
 
     def commit(self, entries: StagedEntries) -> None:
         """As `Site.commit`. Entries that must make room grow old."""

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 
-CHOICES = {"combine": ("softmax", "gate"), "positions": ("true", "constant"), "write": ("read", "window")}
+from memorizing_transformers_pytorch.memory.policy import OLDEST, POLICIES
+
+CHOICES = {
+    "combine": ("softmax", "gate"),
+    "positions": ("true", "constant"),
+    "write": ("read", "window"),
+    "policy": POLICIES,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +34,7 @@ class Options:
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
     index: str = "auto"
+    policy: str = OLDEST
     directory: str | Path | None = None
 
     def __post_init__(self) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.memory import KNNMemory
+from memorizing_transformers_pytorch.memory.policy import OLDEST
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Table
 from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
+from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 
 @dataclass
@@ -81,9 +83,9 @@ class Site:
         raise NotImplementedError
 
     def new_memories(self, rows: int) -> list[KNNMemory]:
-        return [self.new_memory(rows, self.options.max_memories, self.options.index)]
+        return [self.new_memory(rows, self.options.max_memories, self.options.index, self.options.policy)]
 
-    def new_memory(self, rows: int, capacity: int, index: str) -> KNNMemory:
+    def new_memory(self, rows: int, capacity: int, index: str, policy: str = OLDEST) -> KNNMemory:
         options, shape = self.options, self._shape
         return KNNMemory(
             shape.width,
@@ -94,6 +96,7 @@ class Site:
             device=shape.device if options.device is None else torch.device(options.device),
             index=index,
             directory=options.directory,
+            policy=policy,
         )
 
     def use_memories(self, memories: list[KNNMemory]) -> None:
@@ -113,6 +116,24 @@ class Site:
         for memory in memories:
             if (got := (memory.num_kv_heads, memory.dim)) != expected:
                 raise ValueError(f"expected key/value heads and width {expected} in layer {self.index}, got {got}")
+
+    def carried_over(self, others: list[KNNMemory], row: int, numbers: int, places: int) -> StagedEntries:
+        """What a row of other such memories holds, as it can be added here, with document numbers and places that are
+        so much larger, the oldest first."""
+        parts = [
+            self._moved(other.store.oldest(row, other.num_entries[row]), places, i) for i, other in enumerate(others)
+        ]
+        keys, values = (
+            Vectors.cat([getattr(part, name) for part in reversed(parts)], 2) for name in ("keys", "values")
+        )
+        origins = torch.cat([part.origins for part in reversed(parts)], 1)
+        origins[..., 0] += torch.where(origins[..., 0] < 0, 0, numbers)
+        origins[..., POSITION] += torch.where(origins[..., POSITION] < 0, 0, places)
+        return StagedEntries([row], keys, values, origins, None)
+
+    def _moved(self, entries: StagedEntries, places: int, part: int) -> StagedEntries:
+        """Entries of one of the memories, as they lie in the last one when they stand so many places later."""
+        return entries
 
     def close(self) -> None:
         for memory in self.memories:

@@ -42,6 +42,10 @@ class DocumentReader(ABC):
         """The same, with what is held of each."""
 
     @abstractmethod
+    def merge(self, folder: Path) -> None:
+        """Add what another folder holds."""
+
+    @abstractmethod
     def forget(self, document: int) -> None:
         """Remove all of a document."""
 
@@ -61,6 +65,9 @@ class RunReader(DocumentReader):
 
     def load(self, folder: Path) -> None:
         self.memories = load_memories(self.run, folder)
+
+    def merge(self, folder: Path) -> None:
+        self.memories.merge(load_memories(self.run, folder))
 
     def save(self, folder: Path, *, compact: bool = False) -> None:
         self.memories.save(folder, compact=compact)
@@ -123,6 +130,9 @@ class HubReader(DocumentReader):
 
     def load(self, folder: Path) -> None:
         self.memory.load(folder)
+
+    def merge(self, folder: Path) -> None:
+        self.memory.merge(folder)
 
     def save(self, folder: Path, *, compact: bool = False) -> None:
         self.memory.save(folder, compact=compact)

@@ -5,7 +5,7 @@ Shapes: R rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -106,10 +106,12 @@ class Ledger:
         """Another one that says the same."""
         return Ledger(self._documents.values(), self.next_number)
 
-    def merge(self, other: Ledger) -> int:
-        """Enter the documents of another, with later numbers; by how much they are later."""
+    def merge(self, other: Ledger, offsets: Sequence[int] | None = None) -> int:
+        """Enter the documents of another, with later numbers, and read so much later in their rows; by how much numbers
+        are later."""
         shift = self.next_number
         for each in other._documents.values():
-            self._documents[each.number + shift] = replace(each, number=each.number + shift)
+            start = each.start + (0 if offsets is None else offsets[each.row])
+            self._documents[each.number + shift] = replace(each, number=each.number + shift, start=start)
         self.next_number += other.next_number
         return shift

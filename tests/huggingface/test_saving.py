@@ -119,3 +119,32 @@ def test_only_the_last_document_can_go_on() -> None:
     with pytest.raises(ValueError, match=r"expected more of the last document in the only row, .*got document 0"):
         memory.go_on(0, tokens(1, 30)[0])
     assert [each.tokens for each in memory.documents()] == [20, 20]
+
+
+@pytest.mark.parametrize("options", [{**EVERYTHING, "recent": 10**6}, AGING, {**EVERYTHING, "positions": "constant"}])
+def test_memories_that_were_built_apart_can_be_merged(tmp_path: Path, options: dict) -> None:
+    """Keys are where they would be if one text had been read after the other, or have grown old a little earlier."""
+    one, other, both = (attach_memory(tiny("llama"), **options) for _ in range(3))
+    first, second, query = tokens(1, 40), tokens(1, 24), tokens(1, 9)
+    other.read(second, document="second", progress=False)
+    other.save(tmp_path / "second")
+    one.read(first, document="first", progress=False)
+    one.merge(tmp_path / "second")
+    both.read(first, document="first", progress=False)
+    both.read(second, document="second", progress=False)
+    assert [each.title for each in one.documents()] == ["first", "second"]
+    assert [each.start for each in one.documents()] == [0, 40]
+    held = {origin for part in one.layers[1].memories for origin in part.entries(0)}
+    assert held == {origin for part in both.layers[1].memories for origin in part.entries(0)}
+    if options is not AGING:
+        torch.testing.assert_close(logits(one.model, query), logits(both.model, query))
+    else:
+        bare = one.layers[1].memories[1]
+        place = next(i for i, origin in enumerate(bare.entries(0)) if origin[:2] == (1, 41))
+        both.read(tokens(1, 32), progress=False)
+        other_bare = both.layers[1].memories[1]
+        same_place = next(i for i, origin in enumerate(other_bare.entries(0)) if origin[:2] == (1, 41))
+        torch.testing.assert_close(
+            bare.store.oldest(0, place + 1).keys.floats()[:, :, place],
+            other_bare.store.oldest(0, same_place + 1).keys.floats()[:, :, same_place],
+        )

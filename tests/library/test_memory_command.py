@@ -15,7 +15,7 @@ from memorizing_transformers_pytorch.library.readers import DocumentReader
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
-from tests.library.conftest import make_run
+from tests.library.conftest import make_hub_model, make_run
 from tests.memory.test_disk import same
 
 
@@ -139,6 +139,18 @@ def test_damage_is_found(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     data[-1] ^= 1
     path.write_bytes(data)
     assert "expected SHA-256" in refused(capsys, "verify", memory)
+
+
+def test_memories_of_a_model_of_transformers_are_merged_with_it(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_hub_model(tmp_path / "model")
+    for name in ("one.txt", "zlong.txt"):
+        run("build", tmp_path / name, texts / name, "--model", model)
+    merge = ("merge", tmp_path / "both", tmp_path / "one.txt", tmp_path / "zlong.txt")
+    assert "expected --model, to merge memories of a model of transformers" in refused(capsys, *merge)
+    assert told(capsys, *merge, "--model", model)["documents"] == 2
+    assert names(tmp_path / "both") == ["one.txt", "zlong.txt"]
 
 
 def test_memories_of_one_model_can_be_merged(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
