@@ -33,6 +33,7 @@ def attach_memory(
         context that the model was made for, unless given), and older ones, for which it knows no distances, all
         `distance` away; or "constant", all of them. Only for rotary position embeddings; other keys are kept as they
         are.
+        Of more entries than that longest context, each weighs less: by the logarithm of how many times more there are.
     max_memories: entries of each row and layer; when full, the newest replaces the oldest.
     chunk: how many tokens `read` gives the model at once, and so its local context while reading.
     skip_first: how many tokens at the beginning of each chunk are not remembered, as they attract attention whatever
@@ -63,8 +64,8 @@ def attach_memory(
         numbers = list(induction_scores(model, served))[:1] if layers == "auto" else numbers
         sites = _added(model, [served[number] for number in numbers], added, checked, reading)
     else:
-        recent = checked.recent or _half_of_the_context(model)
-        sites = [MemoryLayer(served[number], checked, reading, recent) for number in numbers]
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        sites = [MemoryLayer(served[number], checked, reading, context) for number in numbers]
     return AttachedMemory(model, sites, reading, checked)
 
 
@@ -73,12 +74,6 @@ def _check_chunk(model: Any, served: dict[int, Layer], chunk: int) -> None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and chunk > most and any(layer.embedded for layer in served.values()):
         raise ValueError(f"expected chunk to be at most {most}, the positions that the model has, got {chunk}")
-
-
-def _half_of_the_context(model: Any) -> int | None:
-    """Half of the longest distance that the model has learned; None if it does not say."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if context is None else max(context // 2, 1)
 
 
 def _added(model: Any, layers: list[Layer], added: bool | Added, options: Options, reading: Reading) -> list[Site]:

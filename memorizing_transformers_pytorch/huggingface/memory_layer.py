@@ -46,14 +46,17 @@ class HeadBias(nn.Module):
 class MemoryLayer(Extension, Site):
     """The memory of one layer, taking part in its attention.
 
+    context: the longest that the model was made for, if it says.
     recent: of how many entries the keys are turned to where they stand; older ones lie in a memory of their own, turned
     back to position 0. None where all are alike.
     """
 
-    def __init__(self, layer: Layer, options: Options, reading: Reading, recent: int | None) -> None:
+    def __init__(self, layer: Layer, options: Options, reading: Reading, context: int | None) -> None:
         weight = next(layer.module.parameters())
         self.layer = layer
         true_places = layer.rotary is not None and options.positions == "true"
+        self.context = context
+        recent = options.recent or (None if context is None else max(context // 2, 1))
         self.recent = recent if true_places and recent is not None and recent < options.max_memories else None
         shape = Shape(layer.kv_heads, layer.width, device_of(layer.module), weight.dtype)
         super().__init__(layer.index, shape, options, reading)
@@ -144,7 +147,9 @@ class MemoryLayer(Extension, Site):
         found = self.look_up(self._queries(query))
         mask = torch.cat([part.mask for part in found], dim=-1)
         products = torch.cat([retrieved_logits(part.query, part) for part in found], dim=-1)
-        logits = local.logits(products).masked_fill(~mask, LEAST)
+        crowds = [self._crowd(memory, len(query)) for memory in self.memories if self._holds_something(memory)]
+        logits = local.logits(products) - torch.cat(crowds, dim=-1).to(products)
+        logits = logits.masked_fill(~mask, LEAST)
         weights = logits.softmax(dim=-1) * mask
         if self.options.combine == "softmax":
             bias = bias + logits.logsumexp(dim=-1, keepdim=True) - local.total(query)
@@ -152,6 +157,13 @@ class MemoryLayer(Extension, Site):
         parts = zip(torch.split(weights, self.options.topk, dim=-1), found, strict=True)
         of_memory = torch.stack([retrieved_values(some, part) for some, part in parts]).sum(dim=0).transpose(1, 2)
         return (out + share * (of_memory - out.float())).to(out.dtype)
+
+    def _crowd(self, memory: KNNMemory, batch: int) -> Tensor:
+        """log(N / context), or 0, for each of K found among N entries (B, 1, 1, K): of more tokens than the model has
+        ever seen at once, more fit a query by chance, and all together should weigh as much as those of one context."""
+        entries = torch.tensor([memory.num_entries[row] for row in self.reading.rows])
+        excess = (entries / (self.context or torch.inf)).clamp_min(1).log()
+        return self.of_rows(excess, batch).view(-1, 1, 1, 1).expand(-1, 1, 1, self.options.topk)
 
     def _queries(self, query: Tensor) -> list[Tensor]:
         """Queries (B, H, T, D) for each of the memories: turned to where they stand, or to one distance."""
