@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from memorizing_transformers_pytorch.huggingface import attach_memory
 from memorizing_transformers_pytorch.huggingface.probe import probe, run, watching
 from tests.huggingface.families import tiny
-from tests.huggingface.test_attach import logits, tokens
+from tests.huggingface.test_attach import EVERYTHING, logits, tokens
 
 ONE: dict[str, Any] = {"layers": [0], "skip_first": 0, "index": "exact", "dtype": torch.float32, "topk": 64}
 
@@ -147,3 +147,17 @@ def test_half_precision_knows_where_late_tokens_stand(dtype: torch.dtype) -> Non
         memory.read(ids, progress=False)
         found.append(memory.layers[0].memories[0].store.keys[0, :, 2_500:3_000].floats(torch.float32))
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
+
+
+def test_more_entries_than_the_longest_context_weigh_as_much_as_those_of_one_context() -> None:
+    """Three times the same is the same, and not three times as much."""
+    model = tiny("llama", max_position_embeddings=32)
+    memory, query = attach_memory(model, **{**EVERYTHING, "positions": "constant", "topk": 96}), tokens(1, 9)
+    memory.read(tokens(1, 32), progress=False)
+    once = logits(model, query)
+    for site in memory.layers.values():
+        (part,) = site.memories
+        known = part.store.oldest(0, 32)
+        for _ in range(2):
+            part.commit(known)
+    torch.testing.assert_close(logits(model, query), once)
