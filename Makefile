@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKLY := $(if $(QUICK),--quick --results .bench/quick)
 
-.PHONY: train test check bench bench-gpu golden clean
+.PHONY: train test check bench bench-gpu soak golden clean
 
 train: .venv/ready  ## train a small model in about ten minutes, test it and let it write
 	$(BIN)/memorizing-transformers train
@@ -22,6 +22,9 @@ bench: .venv/ready  ## measure what a memory costs and write docs/performance.md
 
 bench-gpu: .venv/ready  ## the same on a GPU
 	$(BIN)/python -m benchmarks --device cuda $(QUICKLY)
+
+soak: .venv/ready  ## memories against plain lists for an hour or a million operations
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
 golden: .venv/ready  ## make tests/golden anew, by running the original package in an environment of its own
 	scripts/make_golden.sh
