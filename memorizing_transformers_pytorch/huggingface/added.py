@@ -55,6 +55,8 @@ class AddedLayer(Site):
     module: that layer. width: E.
     """
 
+    sees_calls = True
+
     def __init__(
         self, index: int, module: nn.Module, width: int, sizes: Added, options: Options, reading: Reading
     ) -> None:

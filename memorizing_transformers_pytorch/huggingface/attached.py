@@ -6,7 +6,7 @@ Shapes: B rows of a batch, R rows of the memory, N tokens of a document, T token
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,21 +164,21 @@ class AttachedMemory(Keeping):
         finally:
             self._writable = before
 
-    def _before_call(self, call: Call) -> None:
-        self._contents.reading.call = call
+    def _before_call(self, see: Callable[[], Call]) -> None:
+        self._contents.reading.call = see() if any(site.sees_calls for site in self._contents.sites) else None
         if self._is_reading:
             return
         if self._segments.is_open:
-            self._segments.before(call)
+            self._segments.before(see())
             return
         if self._contents.ledger:
             self._weights.warn_of_others()
         if self._window is not None and self._writable:
             first = not self._contents.ledger
-            self._window.before(call)
+            self._window.before(see())
             if first:
                 self._weights.have_written()
-        elif self._window is not None and self._window.goes_on_with(call.cache):
+        elif self._window is not None and self._window.goes_on_with(see().cache):
             raise ValueError("expected a new conversation inside read_only(), got one that is being remembered")
 
     def _after_call(self) -> None:

@@ -38,17 +38,19 @@ class Call:
 
 
 class Calls:
-    """Tells about each call of a model: `before(call)` it, which may raise, and `after()` it, if it did not raise.
+    """Tells about each call of a model: `before(see)` it, which may raise, and `after()` it, if it did not raise.
+
+    `see()` gives the call. It copies tokens and mask to the CPU, for which a GPU must wait: only where they are needed.
 
     The hooks are on the model inside, which is called also where adapters (PEFT) go round the outermost one.
     """
 
-    def __init__(self, model: Any, before: Callable[[Call], None], after: Callable[[], None]) -> None:
+    def __init__(self, model: Any, before: Callable[[Callable[[], Call]], None], after: Callable[[], None]) -> None:
         inside: nn.Module = model.base_model
         signature = inspect.signature(inside.forward)
 
         def enter(_module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
-            before(_call(signature.bind_partial(*inputs, **options).arguments))
+            before(lambda: _call(signature.bind_partial(*inputs, **options).arguments))
 
         self._hooks = [
             inside.register_forward_pre_hook(enter, with_kwargs=True),

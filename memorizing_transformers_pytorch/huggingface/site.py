@@ -26,7 +26,7 @@ class Reading:
     """Which rows of the memory are in the batch, and whether what passes shall be remembered.
 
     offsets: for each of them how many tokens were read before. staging: whether keys and values are kept aside.
-    call: what the model has been called with.
+    call: what the model has been called with, where a layer needs it.
     """
 
     rows: list[int]
@@ -52,10 +52,12 @@ class Shape:
 class Site:
     """A layer with a memory.
 
-    index: the number of the layer. memories: what it remembers; new entries enter the first. arrived: keys and values
-    (B, G, T, D) of the last call, while `reading.staging`; keys are turned to where they stand. last_lookups: what the
-    last call found in each of the memories.
+    index: the number of the layer. sees_calls: whether it needs `Reading.call`. memories: what it remembers; new
+    entries enter the first. arrived: keys and values (B, G, T, D) of the last call, while `reading.staging`; keys are
+    turned to where they stand. last_lookups: what the last call found in each of the memories.
     """
+
+    sees_calls = False
 
     def __init__(self, index: int, shape: Shape, options: Options, reading: Reading) -> None:
         self.index, self.options, self.reading = index, options, reading
