@@ -104,16 +104,17 @@ class Machine:
     def _check_found(
         self, queries: Tensor, entries: list[Entry], scores: Tensor, mask: Tensor, origins: Tensor
     ) -> None:
-        by_number = {each.origin[1]: each for each in entries}
-        for head in range(self.heads):
-            keys = torch.stack([each.pairs[head, 0].float() for each in entries]) if entries else torch.zeros(0, DIM)
-            for query, own, there, places in zip(queries[head], scores[head], mask[head], origins[head], strict=True):
-                best = (keys @ query).sort(descending=True).values[: len(own)]
-                self.expect(int(there.sum()) == len(best), f"{len(best)} found", there)
-                self.expect(torch.allclose(own[: len(best)], best, rtol=1e-4, atol=1e-4), best, own)
-                for score, place in zip(own[: len(best)], places.tolist(), strict=False):
-                    there_too = by_number[place[1]].pairs[head, 0].float() @ query
-                    self.expect(torch.allclose(score, there_too, rtol=1e-4, atol=1e-4), there_too, score)
+        by_number, count = {each.origin[1]: each for each in entries}, min(scores.shape[-1], len(entries))
+        there = torch.arange(scores.shape[-1]) < count
+        self.expect(bool((mask == there).all()), f"{count} found", mask)
+        for head in range(self.heads if count else 0):
+            keys = torch.stack([each.pairs[head, 0].float() for each in entries])
+            best = (queries[head] @ keys.T).sort(descending=True).values[:, :count]
+            own, numbers = scores[head, :, :count], origins[head, :, :count, 1].flatten().tolist()
+            found = torch.stack([by_number[number].pairs[head, 0].float() for number in numbers])
+            again = (found.view(*own.shape, DIM) * queries[head].unsqueeze(1)).sum(-1)
+            for expected in (best, again):
+                self.expect(torch.allclose(own, expected, rtol=1e-4, atol=1e-4), expected, own)
 
     def clear(self) -> None:
         rows = [row for row in range(self.num_rows) if self.random.random() < 0.5]
