@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from memorizing_transformers_pytorch.data.text import text_bytes
+from memorizing_transformers_pytorch.plain_json import parse_object
 
 _BYTES_JSON = json.dumps({"type": "bytes"})
 
@@ -126,9 +127,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"expected a tokenizer file, got {str(path)!r}, which does not exist")
     try:
         text = Path(path).read_text(encoding="utf-8")
-        kind = json.loads(text)
     except ValueError as error:
         raise ValueError(f"expected JSON of a tokenizer in {str(path)!r}, got an error: {error}") from error
+    kind = parse_object(text, repr(str(path)))
     if kind == json.loads(_BYTES_JSON):
         return ByteTokenizer()
     try:
