@@ -8,9 +8,9 @@ from typing import Any
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value of a text. Raises ValueError for what is no JSON, or nested too deeply to be read."""
+    """The value of a text. Raises ValueError for what is no JSON in UTF-8, or nested too deeply to be read."""
     try:
-        return json.loads(text)
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {where}, got an error: {error}") from error
 

@@ -99,5 +99,5 @@ def _parquet_rows(path: Path, config: DataConfig) -> Iterator[tuple[str, dict[st
                 for row in batch.to_pylist():
                     yield f"{str(path)!r}, row {number:,}", row
                     number += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"expected a Parquet file, got {str(path)!r}: {str(error).splitlines()[0]}") from error

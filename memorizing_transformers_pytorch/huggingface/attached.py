@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from memorizing_transformers_pytorch.checkpoint import check_dtypes, read_weights
 from memorizing_transformers_pytorch.huggingface.calls import Call, Calls
 from memorizing_transformers_pytorch.huggingface.contents import Contents
 from memorizing_transformers_pytorch.huggingface.fingerprint import Weights
@@ -239,12 +240,14 @@ class AttachedMemory:
         save_file({name: each.detach().cpu().contiguous() for name, each in self._named().items()}, path)
 
     def load_parameters(self, path: str | Path) -> None:
-        """Take them from such a file. Raises ValueError, changing nothing, for those of another attachment."""
-        found, own = load_file(path), self._named()
+        """Take them from such a file. Raises ValueError, changing nothing, for those of another attachment, and for a
+        file that is missing or damaged."""
+        found, own = read_weights(path), self._named()
         expected = {name: tuple(each.shape) for name, each in own.items()}
         got = {name: tuple(each.shape) for name, each in found.items()}
         if got != expected:
             raise ValueError(f"expected parameters of the shapes {expected}, got {got}")
+        check_dtypes(found)
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(found[name])

@@ -129,12 +129,16 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def json_text(text: str, random: Random, odd: tuple[str, ...] = ODD) -> str:
-    """One value or key of a text in JSON changed. JSON within a string (as in metadata) is gone into."""
+def _value(text: str) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except RecursionError as error:
         raise ValueError("too deep") from error
+
+
+def json_text(text: str, random: Random, odd: tuple[str, ...] = ODD) -> str:
+    """One value or key of a text in JSON changed. JSON within a string (as in metadata) is gone into."""
+    value = _value(text)
     places = _places(value) if isinstance(value, dict | list) else []
     if not places or random.random() < 0.02:
         return random.choice(odd)
@@ -151,6 +155,7 @@ def json_text(text: str, random: Random, odd: tuple[str, ...] = ODD) -> str:
 
 
 def _change(container: Any, key: Any, random: Random) -> None:
+    chosen = container[key]
     match random.randrange(8):
         case 0:
             del container[key]
@@ -162,8 +167,10 @@ def _change(container: Any, key: Any, random: Random) -> None:
         case 2:
             other, other_key = random.choice(_places(container))
             container[key] = other[other_key] if other is container else _MARK
-        case 3 if isinstance(container[key], int | float):
-            container[key] = random.choice((container[key] + 1, container[key] - 1, -container[key], str(container[key])))
+        case 3 if isinstance(chosen, int | float):
+            container[key] = random.choice(
+                (container[key] + 1, container[key] - 1, -container[key], str(container[key]))
+            )
         case _:
             container[key] = _MARK
 
@@ -181,12 +188,25 @@ def json_lines(data: bytes, random: Random) -> bytes:
 
 # Of other formats
 
-_LEVELS = [f"&{name} [{', '.join([before] * 10)}]" for before, name in zip(("lol", *(f"*{n}" for n in "abcdefgh")), "abcdefghi", strict=True)]
+# Each level ten times the one before: a few hundred bytes that would be ten billion values.
+_LEVELS = ", ".join(
+    f"&{'abcdefghij'[i]} [{', '.join(['*' + 'abcdefghij'[i - 1] if i else 'x'] * 10)}]" for i in range(10)
+)
 YAML_ODD: tuple[str, ...] = (
     *("!!int ''", "!!float x", "!!bool x", "!!timestamp x", "!!binary x", "!!null x", "!!set {a, b}", "!!omap [a: 1]"),
-    *("!!python/object/apply:os.getpid []", "!x y", "&a [*a]", "&a {a: *a}", "*b", "2001-99-99", "2001-01-01", "0x", "0b"),
-    *("1_000", "1:60:61", ".inf", ".nan", "~", "[", "{a", "? [a]", "? {a: 1}", "'", "|", ">", "- a", "%", "@", "<<: 1"),
-    *("{<<: [1]}", "{1: 2}", "{null: 1, a: 2}", "{[1]: 2}", f"[{', '.join(_LEVELS)}]", "\0", "\ud7ff", "é" * 99),
+    *(
+        "!!python/object/apply:os.getpid []",
+        "!x y",
+        "&a [*a]",
+        "&a {a: *a}",
+        "*b",
+        "2001-99-99",
+        "2001-01-01",
+        "0x",
+        "0b",
+    ),
+    *("1_000", "1:60:61", ".inf", ".nan", "~", "[", "{a", "? [a]", "? {a: 1}", "'", "|", ">", "- a", "%", "<<: 1"),
+    *("{<<: [1]}", "{1: 2}", "{null: 1, a: 2}", "{[1]: 2}", f"[{_LEVELS}]", "\0", "\ud7ff", "é" * 99),
 )
 
 
@@ -220,17 +240,14 @@ def safetensors(data: bytes, random: Random) -> bytes:
     """Another header: a tensor of another type or shape, or any change of its JSON."""
     (length,) = struct.unpack_from("<Q", data.ljust(8, b"\0"))
     text, body = data[8 : 8 + length].decode(), data[8 + length :]
-    if random.random() < 0.5:
-        text = _other_tensor(text, random)
-    else:
-        text = json_text(text, random)
+    text = _other_tensor(text, random) if random.random() < 0.5 else json_text(text, random)
     header = text.encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + body
 
 
 def _other_tensor(text: str, random: Random) -> str:
-    header = json.loads(text)
+    header = _value(text)
     if not isinstance(header, dict):
         raise ValueError("no header")
     tensors = [each for each in header.values() if isinstance(each, dict) and {"dtype", "shape"} <= each.keys()]
@@ -250,9 +267,8 @@ def npy(data: bytes, random: Random) -> bytes:
     (length,) = struct.unpack_from("<H", data.ljust(10, b"\0"), 8)
     kind = random.choice(("<i8", "<u8", "<f8", "<i4", "|O", "|V8", "|S8", "<U2", "<M8[s]", "x", ("<i4", (2,))))
     count = max(len(data) - 10 - length, 0) // 8
-    shape = random.choice(
-        ((count,), (count - 1,), (count, 1), (2, count // 2), (), (0,), (-1,), (2**62,), (2**64,), (10**30,), "x", (1.5,))
-    )
+    odd = ((), (0,), (-1,), (2**62,), (2**64,), (10**30,), "x", (1.5,))
+    shape = random.choice(((count,), (count - 1,), (count, 1), (2, count // 2), *odd))
     header = repr({"descr": kind, "fortran_order": random.random() < 0.5, "shape": shape})
     header = random.choice((header, header, header, header.replace("}", ""), "(" * 300, "{'a': " * 100, "1+1"))
     return data[:8] + struct.pack("<H", len(header) + 1) + header.encode() + b"\n" + data[10 + length :]

@@ -6,14 +6,12 @@ put it into `TARGETS`. What `read` leaves behind is of no account but for the fi
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from memorizing_transformers_pytorch import MemorizingTransformer
 from memorizing_transformers_pytorch.checkpoint import load_checkpoint, read_weights, save_checkpoint
@@ -24,7 +22,7 @@ from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.document import SPLITS, Document
 from memorizing_transformers_pytorch.data.enwik8 import Enwik8
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
-from memorizing_transformers_pytorch.durable import CHECKSUMS, verify, write_checksums
+from memorizing_transformers_pytorch.durable import verify, write_checksums
 from memorizing_transformers_pytorch.plain_json import read_object
 from memorizing_transformers_pytorch.training.checkpoint import read_state, restore, write_checkpoint
 from memorizing_transformers_pytorch.training.metrics import Metrics
