@@ -126,7 +126,8 @@ class ModelConfig:
 
     def _checked_layers(self, name: str, layers: int | tuple[int, ...]) -> tuple[int, ...]:
         given = tuple(layers) if isinstance(layers, tuple | list) else (layers,)
-        if len(set(given)) != len(given) or not all(layer in range(1, self.depth + 1) for layer in given):
+        known = all(isinstance(layer, int) and 1 <= layer <= self.depth for layer in given)
+        if not known or len(set(given)) != len(given):
             raise ValueError(f"expected {name} to be distinct layers from 1 to {self.depth}, got {given}")
         return tuple(sorted(given))
 

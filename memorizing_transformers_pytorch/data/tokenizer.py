@@ -134,8 +134,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return ByteTokenizer()
     try:
         return BPETokenizer(tokenizers.Tokenizer.from_str(text))
-    except Exception as error:
-        if type(error) is not Exception:  # the library raises nothing more precise for a malformed file
+    except BaseException as error:
+        # The library raises nothing more precise for a malformed file, or panics, which is no Exception.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"expected a tokenizer in {str(path)!r}, got an error: {error}") from error
 

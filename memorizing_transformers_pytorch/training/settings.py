@@ -49,6 +49,7 @@ def from_plain(plain: Mapping[str, Any]) -> RunConfig:
         raise ValueError(f"expected values of the right types, got: {error}") from None
 
 
+_DEEPEST = 20
 # The second line: for a value that does not fit its tag, such as !!int '', the parser raises what comes of it.
 _OF_YAML = (
     ArithmeticError,
@@ -63,18 +64,25 @@ _OF_YAML = (
 
 
 def read_yaml(path: Path) -> Plain:
-    """A YAML mapping. Raises ValueError if there is none in that file, or it has aliases: few of them make a value that
-    no memory holds when it is written out."""
+    """A YAML mapping. Raises ValueError if there is none in that file, or it has aliases, or is nested deeply."""
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has aliases (*name)")
+        _expect_simple(text)
         plain = yaml.safe_load(text)
     except _OF_YAML as error:
         raise ValueError(f"expected a YAML file, got {str(path)!r}: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
         raise ValueError(f"expected a mapping in {str(path)!r}, got {type(plain).__name__}")
     return plain
+
+
+def _expect_simple(text: str) -> None:
+    """A few aliases of aliases are a value that no memory holds when written out; nesting takes quadratic time."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it has aliases (*name), or more than {_DEEPEST} levels")
 
 
 def write_yaml(config: RunConfig, path: Path) -> None:

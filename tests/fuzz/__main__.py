@@ -6,6 +6,8 @@ Ends with status 1 at the first input of which came an error that is not documen
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shlex
 import subprocess
 import sys
@@ -24,6 +26,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", action="append", help="only this one; may be given several times")
     parser.add_argument("--input", type=int, help="only the input of this number, to repeat it")
+    parser.add_argument("--seconds", type=float, default=20, help="for one input, which takes milliseconds")
     parser.add_argument("--keep-going", action="store_true", help="tell of all that is found, not only of the first")
     parser.add_argument("--targets", default="tests.fuzz.targets", help="the module whose TARGETS are read")
     parser.add_argument("--status", type=Path, help=argparse.SUPPRESS)  # given to the process that reads
@@ -57,7 +60,7 @@ def read(options: argparse.Namespace) -> int:
     each = -(-options.inputs // len(chosen))
     numbers = range(each) if options.input is None else [options.input]
     began = time.perf_counter()
-    counts, findings = judge_all(chosen, numbers, options.seed, options.status, options.keep_going)
+    counts, findings = judge_all(chosen, numbers, options.seed, options.status, options.seconds, options.keep_going)
     print(table(counts))
     print(f"{time.perf_counter() - began:.0f} seconds, seed {options.seed}")
     show(findings, options.seed)
@@ -72,13 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         status = Path(folder) / "reading"
         status.touch()
-        code = subprocess.call([sys.executable, "-m", "tests.fuzz", *given, "--status", str(status)])
+        command = [sys.executable, "-m", "tests.fuzz", *given, "--status", str(status)]
+        code = subprocess.call(command, env=os.environ | {"OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0"})
         reading = status.read_text(encoding="utf-8").strip()
-    if code < 0 or code > 1:
-        how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
-        print(f"the process {how} while reading {reading or 'nothing yet'} of seed {options.seed}")
-        return 1
-    return code
+    if reading:
+        target, number = json.loads(reading)
+        print(f"\n{target}, input {number} of seed {options.seed}: it has ended the process, by {code}")
+        print(f"again: {again(options.seed, target, number)}")
+    return int(code != 0)
 
 
 if __name__ == "__main__":

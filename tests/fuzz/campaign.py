@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import importlib
+import json
 import os
 import resource
 import shutil
@@ -22,13 +23,10 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-import torch
-
 from .mutations import mutated
-from .targets import Target
+from .target import Target
 
 MEMORY_BYTES = 1 << 30  # beyond what the process has when it begins; the inputs have some kilobytes
-SECONDS = 20  # for one input, which takes milliseconds
 ACCEPTED = "accepted"
 
 
@@ -59,7 +57,6 @@ class Bench:
     def __init__(self, target: Target, folder: Path) -> None:
         self.target, self.folder = target, folder
         folder.mkdir()
-        torch.manual_seed(0)
         self._read = target.make(folder)
         target.seal(folder)
         self._whole = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -68,6 +65,7 @@ class Bench:
         self._put_back()
 
     def _put_back(self) -> None:
+        """What was mutated or sealed, or is written by reading."""
         for path, content in self._whole.items():
             if path.read_bytes() != content:
                 path.write_bytes(content)
@@ -97,11 +95,9 @@ class Bench:
 
 
 def judge_all(
-    targets: Iterable[Target], numbers: Sequence[int], seed: int, status: Path, keep_going: bool
+    targets: Iterable[Target], numbers: Sequence[int], seed: int, status: Path, seconds: float, keep_going: bool
 ) -> tuple[dict[str, Counter[str]], list[Finding]]:
     """Judge inputs of these numbers of every target, until one is not as it should be. status: a file for `reading`."""
-    torch.set_num_threads(1)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     faulthandler.enable()
     warnings.simplefilter("ignore")
     counts: dict[str, Counter[str]] = {}
@@ -116,15 +112,17 @@ def judge_all(
                 name, seen = bench.target.name, counts.setdefault(bench.target.name, Counter())
                 for number in numbers:
                     note.seek(0)
-                    note.write(f"{name!r} {number:<20}".encode())
-                    faulthandler.dump_traceback_later(SECONDS, exit=True)
+                    note.write(json.dumps([name, number]).ljust(99).encode())
+                    faulthandler.dump_traceback_later(seconds, exit=True)
                     kind, wrong = bench.judge(seed, number)
                     seen[kind] += 1
                     if wrong is not None:
                         findings.append(Finding(name, number, wrong))
                         if not keep_going:
+                            note.truncate(0)
                             return counts, findings
                 gc.collect()
+            note.truncate(0)
     finally:
         faulthandler.cancel_dump_traceback_later()
         shutil.rmtree(root, ignore_errors=True)
