@@ -1,0 +1,43 @@
+"""Fail where what is installed has a known vulnerability, by pip-audit; skipped where its database is out of reach."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+UNREACHABLE = ("No module named pip_audit", "Connection", "Max retries", "Timeout", "timed out", "ServiceError")
+
+
+def verdict(answer: str, errors: str) -> tuple[int, list[str]]:
+    """Exit code, and what to print, for what pip-audit has written as JSON and to standard error."""
+    try:
+        dependencies = json.loads(answer)["dependencies"]
+    except ValueError:
+        if any(sign in errors for sign in UNREACHABLE):
+            return 0, [f"skipped: the database of vulnerabilities is out of reach ({errors.splitlines()[-1][:99]})"]
+        return 1, [f"expected an answer of pip-audit, got: {errors}"]
+    known = [each for each in dependencies if "vulns" in each]
+    if not known:  # an index without the database says of each that it is not there
+        return 0, [f"skipped: the database of vulnerabilities knows none of {len(dependencies)} dependencies"]
+    lines = [
+        f"{each['name']} {each['version']}: {vulnerability['id']}, mended in {vulnerability['fix_versions'] or 'nothing'}"
+        for each in known
+        for vulnerability in each["vulns"]
+    ]
+    return int(bool(lines)), [
+        *lines,
+        f"{len(lines)} vulnerabilities in {len(known)} of {len(dependencies)} dependencies",
+    ]
+
+
+def main(*arguments: str) -> int:
+    command = [sys.executable, "-m", "pip_audit", "--format", "json", "--progress-spinner", "off", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    code, lines = verdict(done.stdout, done.stderr.strip())
+    print("\n".join(lines))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*(sys.argv[1:] or ("--local", "--skip-editable"))))
