@@ -18,7 +18,7 @@ check: .venv/ready  ## lint, format, types, sizes
 	$(BIN)/python scripts/check_sizes.py
 
 audit: .venv/ready .venv/audit  ## known vulnerabilities of what is installed; risky code in the package
-	$(BIN)/ruff check --select S memorizing_transformers_pytorch
+	$(BIN)/ruff check memorizing_transformers_pytorch
 	$(BIN)/python -m pytest -q tests/test_audit.py
 	$(BIN)/python scripts/audit_dependencies.py
 

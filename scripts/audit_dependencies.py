@@ -20,15 +20,10 @@ def verdict(answer: str, errors: str) -> tuple[int, list[str]]:
     known = [each for each in dependencies if "vulns" in each]
     if not known:  # an index without the database says of each that it is not there
         return 0, [f"skipped: the database of vulnerabilities knows none of {len(dependencies)} dependencies"]
-    lines = [
-        f"{each['name']} {each['version']}: {vulnerability['id']}, mended in {vulnerability['fix_versions'] or 'nothing'}"
-        for each in known
-        for vulnerability in each["vulns"]
-    ]
-    return int(bool(lines)), [
-        *lines,
-        f"{len(lines)} vulnerabilities in {len(known)} of {len(dependencies)} dependencies",
-    ]
+    wrong = [(each, vulnerability) for each in known for vulnerability in each["vulns"]]
+    lines = [f"{each['name']} {each['version']}: {it['id']}, mended in {it['fix_versions']}" for each, it in wrong]
+    lines.append(f"{len(wrong)} vulnerabilities in {len(known)} of {len(dependencies)} dependencies")
+    return int(bool(wrong)), lines
 
 
 def main(*arguments: str) -> int:

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from memorizing_transformers_pytorch.data.text import text_bytes
-from memorizing_transformers_pytorch.plain_json import parse_object
+from memorizing_transformers_pytorch.plain_json import parse_json
 
 _BYTES_JSON = json.dumps({"type": "bytes"})
 
@@ -129,7 +129,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         text = Path(path).read_text(encoding="utf-8")
     except ValueError as error:
         raise ValueError(f"expected JSON of a tokenizer in {str(path)!r}, got an error: {error}") from error
-    kind = parse_object(text, repr(str(path)))
+    kind = parse_json(text, f"the tokenizer in {str(path)!r}")
     if kind == json.loads(_BYTES_JSON):
         return ByteTokenizer()
     try:

@@ -13,9 +13,10 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping
 from random import Random
-from typing import Any
 
 import yaml
+
+from .json_mutations import DEEP, json_file, json_lines, json_text, parsed
 
 Mutation = Callable[[bytes, Random], bytes]
 
@@ -103,89 +104,6 @@ BYTES: tuple[Mutation, ...] = (
 )
 
 
-# Of JSON
-
-_DEEP = 10_000
-ODD: tuple[str, ...] = (
-    *("null", "true", "false", "0", "-1", "1", "2", "0.5", "-0.0", "1e308", "1e999", "-1e999", "NaN", "Infinity"),
-    *map(str, NUMBERS[6:]),
-    *("9" * 400, "9" * 5_000, "1000000000", '""', '"x"', '"1"', '"\\u0000"', '"\\ud800"', '"\N{SNOWMAN}"', '"../.."'),
-    *("[]", "{}", "[[]]", "[null]", '[""]', '{"": {}}', "[1, 2]", "[1, 1]", "[-1, 1]", '[[0, "x"]]', '{"step": "x"}'),
-    *("[" * _DEEP + "]" * _DEEP, '{"a":' * _DEEP + "1" + "}" * _DEEP, "[" * 900 + "]" * 900, '"' + "x" * 70_000 + '"'),
-)
-_MARK = "\N{BLACK STAR}here"
-
-
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Everything in a value, as container and key."""
-    found, left = [], [value]
-    while left:
-        container = left.pop()
-        keys = range(len(container)) if isinstance(container, list) else list(container)
-        for key in keys:
-            found.append((container, key))
-            if isinstance(container[key], dict | list):
-                left.append(container[key])
-    return found
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("too deep") from error
-
-
-def json_text(text: str, random: Random, odd: tuple[str, ...] = ODD) -> str:
-    """One value or key of a text in JSON changed. JSON within a string (as in metadata) is gone into."""
-    value = _value(text)
-    places = _places(value) if isinstance(value, dict | list) else []
-    if not places or random.random() < 0.02:
-        return random.choice(odd)
-    container, key = random.choice(places)
-    chosen = container[key]
-    if isinstance(chosen, str) and chosen.startswith("{") and random.random() < 0.9:
-        container[key] = json_text(chosen, random, odd)
-        return json.dumps(value)
-    _change(container, key, random)
-    changed = json.dumps(value)
-    if isinstance(container, dict) and random.random() < 0.1:  # a key twice
-        changed = changed.replace("{", f"{{{json.dumps(str(key))}: {random.choice(odd)}, ", 1)
-    return changed.replace(json.dumps(_MARK), random.choice(odd))
-
-
-def _change(container: Any, key: Any, random: Random) -> None:
-    chosen = container[key]
-    match random.randrange(8):
-        case 0:
-            del container[key]
-        case 1:
-            if isinstance(container, list):
-                container.insert(key, container[key])
-            else:
-                container[random.choice(("", "x", key + "x", *container))] = container.pop(key)
-        case 2:
-            other, other_key = random.choice(_places(container))
-            container[key] = other[other_key] if other is container else _MARK
-        case 3 if isinstance(chosen, int | float):
-            container[key] = random.choice(
-                (container[key] + 1, container[key] - 1, -container[key], str(container[key]))
-            )
-        case _:
-            container[key] = _MARK
-
-
-def json_file(data: bytes, random: Random) -> bytes:
-    return json_text(data.decode(), random).encode()
-
-
-def json_lines(data: bytes, random: Random) -> bytes:
-    lines = data.decode().split("\n")
-    place = random.randrange(max(len(lines) - 1, 1))
-    lines[place] = json_text(lines[place], random)
-    return "\n".join(lines).encode()
-
-
 # Of other formats
 
 # Each level ten times the one before: a few hundred bytes that would be ten billion values.
@@ -219,7 +137,7 @@ def yaml_line(data: bytes, random: Random) -> bytes:
 def yaml_file(data: bytes, random: Random) -> bytes:
     if random.random() < 0.4:
         return yaml_line(data, random)
-    if len(data) > 2 * _DEEP or b"&a0" in data:
+    if len(data) > 2 * DEEP or b"&a0" in data:
         raise ValueError("it would take very long")
     try:  # JSON is YAML
         return json_text(json.dumps(yaml.safe_load(data)), random).encode()
@@ -247,7 +165,7 @@ def safetensors(data: bytes, random: Random) -> bytes:
 
 
 def _other_tensor(text: str, random: Random) -> str:
-    header = _value(text)
+    header = parsed(text)
     if not isinstance(header, dict):
         raise ValueError("no header")
     tensors = [each for each in header.values() if isinstance(each, dict) and {"dtype", "shape"} <= each.keys()]

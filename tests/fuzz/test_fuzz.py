@@ -12,7 +12,8 @@ from random import Random
 
 import pytest
 
-from tests.fuzz.mutations import BYTES, FORMATS, ODD, json_text, mutated
+from tests.fuzz.json_mutations import ODD, json_text
+from tests.fuzz.mutations import BYTES, FORMATS, mutated
 
 FILES = {
     "a.json": b'{"a": {"b": [1, 2, "x"]}, "c": "{\\"d\\": null}"}',
