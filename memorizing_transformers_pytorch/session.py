@@ -50,6 +50,7 @@ class Session:
     memories: one per memorizing layer with B rows in scope, or None. They grow with every full segment, and by `close`.
     logits: (B, num_tokens), for the token that comes next in each row; zeros before anything was read.
     xl_memories: state to start from, as a call of the model returned it.
+    documents: the number of that in each row, kept with its entries; unknown (-1) unless given.
     Raises ValueError for memories or state that do not fit, or a segment_length below 1.
     """
 
@@ -61,6 +62,7 @@ class Session:
         batch_size: int,
         segment_length: int,
         xl_memories: XLMemories | None = None,
+        documents: Sequence[int] | None = None,
     ) -> None:
         if segment_length < 1:
             raise ValueError(f"expected segment_length to be at least 1, got {segment_length}")
@@ -69,6 +71,10 @@ class Session:
         self.memories = check_memories(config, memories, batch_size)
         self.xl_memories = check_state(config, xl_memories, model.initial_state(batch_size))
         self.segment_length = segment_length
+        numbers = [UNKNOWN] * batch_size if documents is None else list(documents)
+        if len(numbers) != batch_size:
+            raise ValueError(f"expected the number of a document for each of {batch_size} rows, got {numbers}")
+        self._documents = torch.tensor(numbers, device=model.device)
         self._read_before = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
         self._open = self._open_segment(batch_size)
         self.logits = model.token_emb.weight.new_zeros(batch_size, config.num_tokens)
@@ -130,9 +136,7 @@ class Session:
         at = rows, place[rows, columns]
         self._open.tokens[at] = tokens[rows, columns]
         positions = self._read_before[rows] + at[1]
-        self._open.origins[at] = torch.stack(
-            (positions.new_full(positions.shape, UNKNOWN), positions, tokens[rows, columns]), -1
-        )
+        self._open.origins[at] = torch.stack((self._documents[rows], positions, tokens[rows, columns]), -1)
 
         hidden, written = self.model.run_layers(tokens, self._context(place, counts))
         for buffer, pairs in zip(self._open.pairs, written.pairs, strict=True):

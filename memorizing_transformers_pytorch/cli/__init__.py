@@ -1,4 +1,4 @@
-"""The command line: `memorizing-transformers train | evaluate | generate | export`.
+"""The command line: `memorizing-transformers train | evaluate | generate | memory | export`.
 
 Bad input is one line and exit code 2.
 """
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from memorizing_transformers_pytorch.memory.disk.folder import SaveError
 from memorizing_transformers_pytorch.training.checkpoint import CheckpointError
 from memorizing_transformers_pytorch.training.interrupts import Interrupted
 
@@ -19,6 +20,7 @@ COMMANDS = {
     "train": "train a model with a memory on text of your own, or go on with a run",
     "evaluate": "what the memory of a run is worth on held-out documents",
     "generate": "read texts of any length, then continue them",
+    "memory": "build a memory on disk from files, look into it, forget, verify, compact, merge",
     "export": "write the model of a run for transformers and the Hugging Face hub",
 }
 
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FloatingPointError as error:
         remedy = "go on with --resume --training.on-nan skip, or start again with a smaller --optimizer.learning-rate"
         _fail(f"{error}; {remedy}", 1)
-    except CheckpointError as error:
+    except (CheckpointError, SaveError) as error:
         _fail(str(error), 1)
     except Interrupted as error:
         _fail(str(error), 128 + error.signal)

@@ -6,7 +6,7 @@ import functools
 import io
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,12 +17,13 @@ import tyro
 from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.generation import stream
+from memorizing_transformers_pytorch.library.readers import load_memories
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.model import MemorizingTransformer
 from memorizing_transformers_pytorch.progress import bar as progress_bar
 from memorizing_transformers_pytorch.segment import XLMemories
 from memorizing_transformers_pytorch.session import Session
-from memorizing_transformers_pytorch.training.run import load_run
+from memorizing_transformers_pytorch.training.run import LoadedRun, load_run
 
 STDIN = "-"
 
@@ -47,6 +48,8 @@ class Generate:
     """Sample from the fewest tokens that together have this probability."""
     stop: str | None = None
     """End before this text."""
+    memories: Path | None = None
+    """Begin with what this folder holds, built by `memory build` with this run; it stays as it is."""
     memory: bool = True
     """Read and write with the memory, or on the local context alone."""
     index: str | None = None
@@ -85,13 +88,22 @@ def generate_text(options: Generate) -> None:
         segment_length=segment_length,
     )
     write([tokens])  # checks everything, and reads nothing yet: reading may take long
-    with run.model.knn_memories_context(batch_size=1) if options.memory else nullcontext() as memories:
+    with memories_of(run, options) as memories:
         rest, state = read_whole_segments(run.model, tokens, memories, segment_length)
         written = (row[0] for row in write([rest], memories, xl_memories=state))
         show(prompt)
         for piece in until(options.stop, pieces(written, tokens, run.tokenizer)):
             show(piece)
         show("\n")
+
+
+def memories_of(run: LoadedRun, options: Generate) -> AbstractContextManager[KNNMemoryList | None]:
+    """An empty memory, that on disk, or none. Raises ValueError for a memory of another model."""
+    if options.memories is not None:
+        if not options.memory:
+            raise ValueError("expected --memories or --no-memory, got both")
+        return load_memories(run, options.memories, mmap=run.model.device.type == "cpu")
+    return run.model.knn_memories_context(batch_size=1) if options.memory else nullcontext()
 
 
 def read_input(options: Generate) -> tuple[str, str]:

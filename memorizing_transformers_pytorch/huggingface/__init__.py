@@ -15,7 +15,7 @@ from memorizing_transformers_pytorch.huggingface.causal_lm import (
 )
 from memorizing_transformers_pytorch.huggingface.export import export_run
 from memorizing_transformers_pytorch.huggingface.layers import suggest_layers
-from memorizing_transformers_pytorch.huggingface.ledger import Document
+from memorizing_transformers_pytorch.memory.ledger import Document
 
 __all__ = [
     "Added",

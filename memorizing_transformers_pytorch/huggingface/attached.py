@@ -6,30 +6,28 @@ Shapes: B rows of a batch, R rows of the memory, N tokens of a document, T token
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from memorizing_transformers_pytorch.checkpoint import check_dtypes, read_weights
+from memorizing_transformers_pytorch.fingerprint import Weights
 from memorizing_transformers_pytorch.huggingface.calls import Call, Calls
 from memorizing_transformers_pytorch.huggingface.contents import Contents
-from memorizing_transformers_pytorch.huggingface.fingerprint import Weights
-from memorizing_transformers_pytorch.huggingface.ledger import Document
+from memorizing_transformers_pytorch.huggingface.keeping import Keeping
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.reader import Reader
 from memorizing_transformers_pytorch.huggingface.segments import Segments
 from memorizing_transformers_pytorch.huggingface.site import Reading, Site
-from memorizing_transformers_pytorch.huggingface.texts import Titles, checked_texts, checked_titles, pieces_of
-from memorizing_transformers_pytorch.huggingface.window import Window
+from memorizing_transformers_pytorch.huggingface.texts import Titles, checked_texts, checked_titles
+from memorizing_transformers_pytorch.huggingface.trained import load_parameters, save_parameters
+from memorizing_transformers_pytorch.huggingface.window import Window, ends_of
+from memorizing_transformers_pytorch.memory.ledger import Document
 
 
-class AttachedMemory:
+class AttachedMemory(Keeping):
     """The memory of a model, from `attach_memory`.
 
     options: what it was attached with. layers: those with a memory, by number.
@@ -38,11 +36,10 @@ class AttachedMemory:
     def __init__(self, model: Any, sites: list[Site], reading: Reading, options: Options) -> None:
         self.model, self.options = model, options
         self.layers = {site.index: site for site in sites}
-        self._contents = Contents(sites, reading)
-        self._weights = Weights(model, BIAS)
-        self._segments = Segments(self._contents, options.skip_first)
-        self._window = None if options.window is None else Window(self._contents, options.window, _ends_of(model))
-        self._attached, self._writable, self._is_reading = True, True, False
+        contents = Contents(sites, reading)
+        window = None if options.window is None else Window(contents, options.window, ends_of(model))
+        super().__init__(contents, Weights(model, BIAS), Segments(contents, options.skip_first), window)
+        self._is_reading = False
         for site in sites:
             site.attach()
         self._calls = Calls(model, self._before_call, self._after_call)
@@ -52,16 +49,6 @@ class AttachedMemory:
             return "AttachedMemory(detached)"
         entries = {index: site.num_entries for index, site in self.layers.items()}
         return f"AttachedMemory(layers={list(self.layers)}, entries={entries}, bytes={self.num_bytes:,})"
-
-    @property
-    def num_rows(self) -> int:
-        """R: how many documents are remembered side by side."""
-        return self._contents.num_rows
-
-    @property
-    def num_bytes(self) -> int:
-        """What the entries take: keys, values, origins and ages."""
-        return sum(site.num_bytes for site in self.layers.values())
 
     def read(
         self,
@@ -103,6 +90,19 @@ class AttachedMemory:
         """
         return self._read(input_ids, attention_mask, document, progress, losses=True)
 
+    def go_on(self, document: int, input_ids: Tensor, progress: bool = True) -> None:
+        """Read on in a document that was not read to its end, the last of the only row.
+
+        document: its number. input_ids: (N,), the whole document from its beginning.
+        Raises ValueError, with nothing read, for another document, or one that is no longer.
+        """
+        self._expect_writable()
+        known = self.last_document
+        if known is None or known.number != document or input_ids.numel() < known.tokens:
+            raise ValueError(f"expected more of the last document in the only row, {known}, got document {document}")
+        with self.enabled(False):
+            self._read(input_ids, None, None, progress, losses=False, goes_on=known)
+
     def _read(
         self,
         input_ids: Tensor,
@@ -110,6 +110,7 @@ class AttachedMemory:
         document: Titles,
         progress: bool,
         losses: bool,
+        goes_on: Document | None = None,
     ) -> list[Tensor]:
         self._expect_attached()
         if self._segments.is_open:
@@ -121,22 +122,15 @@ class AttachedMemory:
         if self._window is not None and self._writable:
             self._window.end()
         self._contents.make_rows(len(texts))
-        numbers = self._contents.begin(titles)
-        found = [torch.full((len(text),), torch.nan) for text in texts]
-        pieces = pieces_of([len(text) for text in texts], self.options.chunk, self.options.skip_first)
-        reader = Reader(self.model, self._contents, self.options.skip_first, numbers, store=self._writable)
+        numbers = self._contents.begin(titles) if goes_on is None else [goes_on.number]
+        known = [0] * len(texts) if goes_on is None else [goes_on.tokens]
         self._is_reading = True
         self._weights.have_written()
         try:
-            with reader, tqdm(total=sum(map(len, texts)), unit=" tokens", disable=not progress) as bar:
-                for some in pieces:
-                    reader.read(some, texts, found if losses else None)
-                    bar.update(sum(piece.new for piece in some))
-        finally:  # also of what was broken off
+            reader = Reader(self.model, self._contents, self.options, numbers, known, store=self._writable)
+            return reader.read_all(texts, losses=losses, progress=progress)
+        finally:
             self._is_reading = False
-            for number, size in zip(numbers, reader.read_of_each(), strict=True):
-                self._contents.ledger.grow(number, size if self._writable else 0)
-        return found
 
     @contextlib.contextmanager
     def writing(self, document: Titles = None) -> Iterator[None]:
@@ -191,26 +185,6 @@ class AttachedMemory:
         if self._window is not None and not self._is_reading and not self._segments.is_open:
             self._window.after()
 
-    def _expect_attached(self) -> None:
-        if not self._attached:
-            raise ValueError("expected an attached memory, got one that detach() has taken away")
-
-    def _expect_writable(self) -> None:
-        if not self._writable:
-            raise ValueError("expected a memory that may be written, got one inside read_only()")
-
-    def documents(self) -> list[Document]:
-        """What was read since the rows were last cleared."""
-        return self._contents.ledger.documents()
-
-    def clear(self, rows: int | Iterable[int] | None = None) -> None:
-        """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""
-        self._expect_attached()
-        cleared = self._contents.rows_to_clear(rows)
-        if self._window is not None:
-            self._window.end() if len(cleared) < self.num_rows else self._window.drop()
-        self._contents.clear(cleared)
-
     @contextlib.contextmanager
     def enabled(self, on: bool = True) -> Iterator[None]:
         """Inside, the memory is read, or with False it is not: the model is as it was."""
@@ -237,24 +211,12 @@ class AttachedMemory:
 
     def save_parameters(self, path: str | Path) -> None:
         """Write `parameters()` to a safetensors file: all that has been trained, if the model itself was frozen."""
-        save_file({name: each.detach().cpu().contiguous() for name, each in self._named().items()}, path)
+        save_parameters(self.layers, path)
 
     def load_parameters(self, path: str | Path) -> None:
         """Take them from such a file. Raises ValueError, changing nothing, for those of another attachment, and for a
         file that is missing or damaged."""
-        found, own = read_weights(path), self._named()
-        expected = {name: tuple(each.shape) for name, each in own.items()}
-        got = {name: tuple(each.shape) for name, each in found.items()}
-        if got != expected:
-            raise ValueError(f"expected parameters of the shapes {expected}, got {got}")
-        check_dtypes(found)
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(found[name])
-
-    def _named(self) -> dict[str, nn.Parameter]:
-        sites = self.layers.items()
-        return {f"{index}.{i}": each for index, site in sites for i, each in enumerate(site.parameters())}
+        load_parameters(self.layers, path)
 
     def detach(self) -> None:
         """Take the memory away, and forget what it holds. The model is bit for bit what it was."""
@@ -264,9 +226,3 @@ class AttachedMemory:
         self._calls.remove()
         for site in self.layers.values():
             site.detach()
-
-
-def _ends_of(model: Any) -> Tensor:
-    """The tokens with which the model ends a text."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return torch.tensor([] if ends is None else ends, dtype=torch.int64).flatten()

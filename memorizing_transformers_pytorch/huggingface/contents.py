@@ -5,16 +5,24 @@ Shapes: R rows, N tokens, G key/value heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.ledger import Ledger
 from memorizing_transformers_pytorch.huggingface.site import Reading, Site
+from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.memory.disk.save import Marks
+from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
 
 Pairs = tuple[Tensor, Tensor]
 """Keys and values (R, G, N, D)."""
+
+
+KIND = "attached to a Hugging Face model"
 
 
 class Contents:
@@ -22,6 +30,7 @@ class Contents:
 
     def __init__(self, sites: list[Site], reading: Reading) -> None:
         self.sites, self.reading, self.ledger = sites, reading, Ledger()
+        self._marks: Marks | None = None
 
     @property
     def num_rows(self) -> int:
@@ -61,6 +70,55 @@ class Contents:
         offsets[cleared] = 0
         self.reading.offsets = offsets
 
+    def last_document(self) -> Document | None:
+        """The document that was begun last in the only row, if it is there and has reached to where the row stands."""
+        latest = self.ledger.latest(0) if self.num_rows == 1 else None
+        known = None if latest is None else self.ledger[latest]
+        return known if known and known.start + known.tokens == int(self.reading.offsets[0]) else None
+
+    def memories(self) -> KNNMemoryList:
+        """Those of all layers, one after the other, with the ledger."""
+        return KNNMemoryList((memory for site in self.sites for memory in site.memories), self.ledger)
+
+    def forget(self, document: int | str | Iterable[int | str] | None, where: Callable[[Document], bool] | None) -> int:
+        """As `KNNMemoryList.forget`."""
+        count = self.memories().forget(document, where=where)
+        for site in self.sites:
+            site.forget_last()
+        return count
+
+    def save(self, path: str | Path, fingerprint: str | None, *, overwrite: bool, compact: bool) -> None:
+        """As `KNNMemoryList.save`."""
+        memories = self.memories()
+        memories.fingerprint, memories.marks = fingerprint, self._marks
+        memories.extra = {"offsets": self.reading.offsets.tolist(), **self._arrangement()}
+        memories.save(path, overwrite=overwrite, compact=compact)
+        self._marks = memories.marks
+
+    def _arrangement(self) -> dict[str, Any]:
+        """Which layers have memories, and how what they hold is arranged."""
+        return {
+            "kind": KIND,
+            "layers": [site.index for site in self.sites],
+            "arranged": [site.arrangement for site in self.sites],
+        }
+
+    def use(self, loaded: KNNMemoryList) -> None:
+        """Remember what was loaded instead. Raises ValueError, changing nothing, if it is not of such layers."""
+        extra, own = loaded.extra, self._arrangement()
+        if (got := {name: extra.get(name) for name in own}) != own:
+            raise ValueError(f"expected a memory of {own}, got one of {got}")
+        parts = [loaded[i : i + len(site.memories)] for i, site in zip(_starts(self.sites), self.sites, strict=True)]
+        for site, memories in zip(self.sites, parts, strict=True):
+            site.check_memories(memories)
+        offsets = torch.tensor(extra.get("offsets"), dtype=torch.int64)
+        if offsets.shape != (loaded[0].num_indices,) or bool((offsets < 0).any()):
+            raise ValueError(f"expected how many tokens each row has read, got {extra.get('offsets')}")
+        for site, memories in zip(self.sites, parts, strict=True):
+            site.use_memories(memories)
+        self.ledger, self._marks = loaded.ledger, loaded.marks
+        self.reading.stand_at(offsets)
+
     def store(self, pairs: list[Pairs | None], masks: list[Tensor], origins: list[Tensor]) -> None:
         """Remember, in each layer, pairs of the rows being read, where its mask (R, N) is True; origins (R, N, 3)."""
         staged = []
@@ -74,3 +132,8 @@ class Contents:
 def origins_of(numbers: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
     """Documents (R,), places in the row and tokens (R, N) -> (R, N, 3)."""
     return torch.stack((numbers[:, None].expand_as(tokens), places, tokens), dim=-1)
+
+
+def _starts(sites: list[Site]) -> list[int]:
+    """Where the memories of each site begin among those of all."""
+    return [0, *accumulate(len(site.memories) for site in sites)][:-1]

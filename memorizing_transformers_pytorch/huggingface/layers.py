@@ -18,7 +18,7 @@ from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 
 from memorizing_transformers_pytorch.durable import replacing
-from memorizing_transformers_pytorch.huggingface.fingerprint import Weights
+from memorizing_transformers_pytorch.fingerprint import Weights
 from memorizing_transformers_pytorch.huggingface.probe import Layer, Seen, probe, run, watching
 from memorizing_transformers_pytorch.plain_json import read_object
 

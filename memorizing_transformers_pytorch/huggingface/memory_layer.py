@@ -77,6 +77,17 @@ class MemoryLayer(Extension, Site):
         older = self.options.max_memories - self.recent
         return [self.new_memory(rows, self.recent, "exact"), self.new_memory(rows, older, self.options.index)]
 
+    def use_memories(self, memories: list[KNNMemory]) -> None:
+        super().use_memories(memories)
+        self.recent = memories[0].max_memories if self.recent is not None else None
+
+    @property
+    def arrangement(self) -> str:
+        if self.layer.rotary is None:
+            return super().arrangement
+        at = "true positions" if self.options.positions == "true" else "position 0"
+        return at if self.recent is None else f"recent at {at}, older at position 0"
+
     def commit(self, entries: StagedEntries) -> None:
         """As `Site.commit`. Entries that must make room grow old."""
         if self.recent is None:

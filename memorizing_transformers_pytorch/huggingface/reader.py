@@ -11,24 +11,48 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from memorizing_transformers_pytorch.huggingface.contents import Contents, origins_of
 from memorizing_transformers_pytorch.huggingface.devices import device_of
+from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.probe import evaluating, run
-from memorizing_transformers_pytorch.huggingface.texts import Piece
+from memorizing_transformers_pytorch.huggingface.texts import Piece, pieces_of
 
 
 class Reader(AbstractContextManager["Reader"]):
     """Inside, the model is in evaluation mode and learns nothing. Afterwards rows stand after what was read of them.
 
-    numbers: of the documents, one for each row. store: whether what was read is remembered.
+    numbers: of the documents, one for each row. known: how many tokens of each were read before. store: whether what
+    was read is remembered.
     """
 
-    def __init__(self, model: Any, contents: Contents, skip_first: int, numbers: list[int], *, store: bool) -> None:
-        self._model, self._contents, self._skip_first, self._store = model, contents, skip_first, store
-        self._numbers = torch.tensor(numbers)
-        self._before, self._now = contents.reading.offsets, contents.reading.offsets.clone()
+    def __init__(
+        self, model: Any, contents: Contents, options: Options, numbers: list[int], known: list[int], *, store: bool
+    ) -> None:
+        self._model, self._contents, self._options, self._store = model, contents, options, store
+        self._numbers, self._known = numbers, known
+        self._now = contents.reading.offsets.clone()
+        self._before, self._first = self._now - torch.tensor(known), self._now.clone()
         self._evaluating = evaluating(model)
+
+    def read_all(self, texts: list[Tensor], *, losses: bool, progress: bool) -> list[Tensor]:
+        """Read what is not known of the texts -> if wanted, the loss of each of their tokens, NaN where there is none.
+
+        What was read is in the ledger also when reading is broken off.
+        """
+        found = [torch.full((len(text),), torch.nan) for text in texts]
+        lengths, options = [len(text) for text in texts], self._options
+        pieces = pieces_of(lengths, options.chunk, options.skip_first, max(self._known))
+        try:
+            with self, tqdm(total=sum(lengths) - sum(self._known), unit=" tokens", disable=not progress) as bar:
+                for some in pieces:
+                    self._read(some, texts, found if losses else None)
+                    bar.update(sum(piece.new for piece in some))
+        finally:
+            for number, size in zip(self._numbers, (self._now - self._first).tolist(), strict=True):
+                self._contents.ledger.grow(number, size if self._store else 0)
+        return found
 
     def __enter__(self) -> Reader:
         self._evaluating.__enter__()
@@ -39,14 +63,9 @@ class Reader(AbstractContextManager["Reader"]):
         for site in self._contents.sites:
             site.arrived = None
             site.forget_last()
-        self._contents.reading.stand_at(self._now if self._store else self._before)
+        self._contents.reading.stand_at(self._now if self._store else self._first)
 
-    def read_of_each(self) -> list[int]:
-        """How many tokens of each text were read."""
-        sizes: list[int] = (self._now - self._before).tolist()
-        return sizes
-
-    def read(self, pieces: list[Piece], texts: list[Tensor], losses: list[Tensor] | None) -> None:
+    def _read(self, pieces: list[Piece], texts: list[Tensor], losses: list[Tensor] | None) -> None:
         """Run the model on a piece of each of some texts, then remember what it has staged; losses: to be filled in."""
         rows = [piece.row for piece in pieces]
         tokens, mask = _padded([texts[piece.row][piece.start : piece.stop] for piece in pieces])
@@ -58,9 +77,9 @@ class Reader(AbstractContextManager["Reader"]):
         if losses is not None:
             _fill_in(losses, pieces, tokens, out.logits)
         if self._store:
-            mask[:, : self._skip_first] = 0
+            mask[:, : self._options.skip_first] = 0
             places = starts[:, None] + torch.arange(tokens.shape[1])
-            origins = origins_of(self._numbers[rows], places.expand_as(tokens), tokens)
+            origins = origins_of(torch.tensor(self._numbers)[rows], places.expand_as(tokens), tokens)
             arrived = [site.arrived for site in self._contents.sites]
             self._contents.store(arrived, [mask.bool()] * len(arrived), [origins] * len(arrived))
         for piece in pieces:

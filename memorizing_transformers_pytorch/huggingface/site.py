@@ -102,6 +102,18 @@ class Site:
         self.memories = memories
         self.forget_last()
 
+    @property
+    def arrangement(self) -> str:
+        """How what is remembered lies in the memories; what was saved can be used where it is the same."""
+        return "as they were"
+
+    def check_memories(self, memories: list[KNNMemory]) -> None:
+        """Raises ValueError for memories that cannot be those of this layer."""
+        expected = self._shape.kv_heads, self._shape.width
+        for memory in memories:
+            if (got := (memory.num_kv_heads, memory.dim)) != expected:
+                raise ValueError(f"expected key/value heads and width {expected} in layer {self.index}, got {got}")
+
     def close(self) -> None:
         for memory in self.memories:
             memory.cleanup()
@@ -123,8 +135,7 @@ class Site:
     @property
     def num_bytes(self) -> int:
         """What the entries take: keys, values, origins and ages."""
-        itemsize = self.memories[0].store.keys.itemsize
-        return (2 * self._shape.kv_heads * self._shape.width * itemsize + 32) * sum(self.num_entries)
+        return sum(memory.bytes_per_entry * sum(memory.num_entries) for memory in self.memories)
 
     @property
     def last_retrieved(self) -> Tensor | None:

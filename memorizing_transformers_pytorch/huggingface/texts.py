@@ -58,9 +58,15 @@ def checked_texts(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: 
     return texts
 
 
-def pieces_of(lengths: list[int], size: int, overlap: int) -> Iterator[list[Piece]]:
+def stops_of(length: int, size: int, overlap: int, pieces: int) -> list[int]:
+    """Where to stop reading a text of this length for a while, every so many pieces; the last is its end."""
+    step = pieces * (size - overlap)
+    return [*range(step + overlap, length, step), length]
+
+
+def pieces_of(lengths: list[int], size: int, overlap: int, read: int = 0) -> Iterator[list[Piece]]:
     """The texts of these lengths side by side, so many tokens at a time, each piece beginning with the last ones of the
-    piece before; texts that have ended are left out."""
+    piece before; texts that have ended are left out, and pieces of which all was read."""
     for start in range(0, max(lengths), size - overlap):
         known = overlap if start else 0  # tokens that the piece before had
         pieces = [
@@ -68,5 +74,5 @@ def pieces_of(lengths: list[int], size: int, overlap: int) -> Iterator[list[Piec
             for row, length in enumerate(lengths)
             if start + known < length
         ]
-        if pieces:
+        if pieces and start + size > read:
             yield pieces

@@ -168,3 +168,9 @@ def _joined(before: Pairs | None, new: Pairs) -> Pairs:
     if before is None:
         return new
     return torch.cat((before[0], new[0]), dim=2), torch.cat((before[1], new[1]), dim=2)
+
+
+def ends_of(model: Any) -> Tensor:
+    """The tokens with which the model ends a text."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return torch.tensor([] if ends is None else ends, dtype=torch.int64).flatten()

@@ -7,9 +7,9 @@ Shapes: R rows in scope, H query heads, G key/value heads, N entries added, K re
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -17,17 +17,18 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import checks
 from memorizing_transformers_pytorch.memory.auto import make_index
-from memorizing_transformers_pytorch.memory.recall import recall_of
-from memorizing_transformers_pytorch.memory.retrieved import Lookup, Retrieved
+from memorizing_transformers_pytorch.memory.policy import OLDEST, POLICIES, entries_to_remove
+from memorizing_transformers_pytorch.memory.retrieved import Origin
+from memorizing_transformers_pytorch.memory.searched import Searched
 from memorizing_transformers_pytorch.memory.snapshot import restored, take_snapshot
-from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN, StagedEntries, Store
-from memorizing_transformers_pytorch.memory.structure import some
+from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN, Sizes, StagedEntries, Store
 
 
-class KNNMemory(AbstractContextManager["KNNMemory"]):
+class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
     """A memory of (key, value) pairs for each row, searched by largest inner product (Wu et al., ICLR 2022, section 3).
 
-    Each row keeps exactly the last `max_memories` entries added to it since it was last cleared.
+    Each row keeps exactly the last `max_memories` entries added to it since it was last cleared (unless `policy` says
+    otherwise).
 
     dim: width D of keys and values.
     max_memories: capacity M of each row.
@@ -40,8 +41,13 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         CPU ("auto" is exact on a GPU). `index_in_use` says what searches.
     directory: keep the entries in memory-mapped files in a fresh folder below this one, instead of in RAM. The files
         are removed by `cleanup()`, or at the end of a `with` block.
+    policy: what makes room in a full row: "oldest", the oldest entries; "least-attended", those of its older half that
+        were retrieved least often since they were written, a sixteenth of the row at a time; or "by-document", the
+        whole of the oldest document.
     memmap_filename, multiprocessing: arguments of the original package. The first only chooses the directory (files
         get names of their own), the second has no effect; both say so once.
+
+    Several threads may use it: each call sees the memory before or after a change, never amidst. (A scope is shared.)
 
     `seconds_searching` adds up the time that look-ups took. `searcher` is the `Index`: it may be exchanged.
 
@@ -61,6 +67,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         device: torch.device | str | None = None,
         index: str = "exact",
         directory: str | Path | None = None,
+        policy: str = OLDEST,
     ) -> None:
         sizes = {"dim": dim, "max_memories": max_memories, "num_indices": num_indices, "num_kv_heads": num_kv_heads}
         if multiprocessing is not None:
@@ -70,26 +77,20 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
             checks.warn_once(f"memmap_filename only chooses the directory, {directory}; files get unique names")
         device = torch.device(device or "cpu")
         checks.check_options(sizes, dtype, device, index, mapped=directory is not None)
+        if policy not in POLICIES:
+            raise ValueError(f"expected policy to be one of {POLICIES}, got {policy!r}")
 
         self.dim = dim
         self.max_memories = max_memories
-        self.num_indices = num_indices
-        self.num_kv_heads = num_kv_heads
+        super().__init__(num_indices, num_kv_heads)
         self.dtype = dtype
         self.device = device
-        self.scoped_indices = list(range(num_indices))
-        self.seconds_searching = 0.0
         self.index = index
+        self.policy = policy
+        self.lock = threading.RLock()
         self.searcher = make_index("exact" if index == "auto" and device.type != "cpu" else index, dim)
-        self._open_store: Store | None = Store(
-            rows=num_indices,
-            kv_heads=num_kv_heads,
-            capacity=max_memories,
-            dim=dim,
-            dtype=dtype,
-            device=device,
-            directory=None if directory is None else Path(directory),
-        )
+        sizes_of_store = Sizes(num_indices, num_kv_heads, max_memories, dim, dtype)
+        self._open_store: Store | None = Store(sizes_of_store, device, None if directory is None else Path(directory))
 
     def __repr__(self) -> str:
         entries = "closed" if self._open_store is None else f"entries={list(self.num_entries)}"
@@ -109,25 +110,14 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         return tuple(self.store.filled)
 
     @property
+    def bytes_per_entry(self) -> int:
+        """What an entry takes in all heads: keys, values, origin, age and use."""
+        return sum(table.nbytes for table in self.store.tables.values()) // (self.num_indices * self.store.room)
+
+    @property
     def index_in_use(self) -> str:
         """What searches, in words: the structure, how far it looks, and its recall as measured last."""
         return self.searcher.description
-
-    @contextmanager
-    def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemory]:
-        """Inside, batches consist of just these rows, in this order, and no other row changes.
-
-        Row numbers are always those of the whole memory: an inner scope replaces the outer one until it ends.
-        Raises ValueError for rows that are out of range, repeated or none.
-        """
-        rows = checks.checked_rows(indices, self.num_indices)
-        if not rows:
-            raise ValueError("expected at least one row in the scope, got none")
-        outer, self.scoped_indices = self.scoped_indices, rows
-        try:
-            yield self
-        finally:
-            self.scoped_indices = outer
 
     def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
         """Empty these rows (numbered as in the whole memory), or every row in scope.
@@ -135,20 +125,39 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         Raises ValueError for rows that are out of range or outside the scope.
         """
         rows = self.rows_to_clear(batch_indices)
-        self.store.clear(rows)
-        self.searcher.forget(rows)
+        with self.lock:
+            self.store.clear(rows)
+            self.searcher.forget(rows)
+
+    def forget(self, documents: Iterable[int]) -> int:
+        """Remove every entry of these documents (the first number of their origins) from the rows in scope.
+
+        Returns how many entries that were. Those that stay keep their order, but not their slots.
+        """
+        wanted, count = torch.tensor(sorted(set(documents)), dtype=torch.int64, device=self.device), 0
+        with self.lock:
+            for row in self.scoped_indices:
+                gone = torch.isin(self.store.origins[row, : self.store.filled[row], 0], wanted)
+                count += self._remove(row, gone)
+        return count
+
+    def _remove(self, row: int, gone: Tensor) -> int:
+        count = int(gone.sum())
+        if count:
+            self.store.remove(row, gone)
+            self.searcher.forget([row])
+        return count
+
+    def entries(self, row: int) -> Iterator[Origin]:
+        """Where each entry of a row comes from, the oldest first. Raises ValueError for a row that there is not."""
+        checks.checked_rows([row], self.num_indices)
+        origins = self.store.origins[row][self.store.places_in_order(row)].tolist()
+        return (Origin(*origin) for origin in origins)
 
     def rows_to_clear(self, batch_indices: int | Iterable[int] | None = None) -> list[int]:
-        """Check which rows `clear` would empty, emptying none: several memories can so change all or none."""
-        _ = self.store  # refuses a closed memory
-        if batch_indices is None:
-            batch_indices = self.scoped_indices
-        elif not isinstance(batch_indices, Iterable):
-            batch_indices = [batch_indices]
-        rows = checks.checked_rows(batch_indices, self.num_indices)
-        if not set(rows) <= set(self.scoped_indices):
-            raise ValueError(f"expected rows of the scope {self.scoped_indices}, got {rows}")
-        return rows
+        """As `Scoped.rows_to_clear`. Raises ValueError also for a closed memory."""
+        _ = self.store
+        return super().rows_to_clear(batch_indices)
 
     def add(self, memories: Tensor, mask: Tensor | None = None, origins: Tensor | None = None) -> None:
         """Store entries, oldest first, over the oldest of each row.
@@ -178,79 +187,15 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     def commit(self, staged: StagedEntries) -> None:
         """Store what `stage` has checked."""
-        self.store.write(staged)
-
-    def retrieve(self, queries: Tensor, topk: int) -> Retrieved:
-        """The `topk` entries of its own row and head with the largest inner product, for each query.
-
-        queries: (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of G.
-        Returns slots, scores and mask, each (R, ..., topk), on the device of the queries. Keys and values stay where
-        they are. Raises ValueError for other shapes or topk < 1, NonFiniteError for queries that are not finite.
-        """
-        checks.check_queries(queries, topk, len(self.scoped_indices), self.num_kv_heads, self.dim)
-        grouped = queries.detach().to(self.device).reshape(queries.shape[0], self.num_kv_heads, -1, self.dim)
-        score_dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-        shape = (*grouped.shape[:3], topk)
-        slots = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        scores = torch.zeros(shape, dtype=score_dtype, device=self.device)
-        mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        if grouped.shape[2] > 0:
-            for i, row in enumerate(self.scoped_indices):
-                self._search_row(row, grouped[i], topk, slots[i], scores[i], mask[i])
-        shape = (*queries.shape[:-1], topk)
-        return Retrieved(*(part.view(shape).to(queries.device) for part in (slots, scores, mask)))
-
-    def _search_row(self, row: int, queries: Tensor, topk: int, slots: Tensor, scores: Tensor, mask: Tensor) -> None:
-        """Search one row with queries (G, Q, D), and fill in its slots, scores and mask, each (G, Q, topk)."""
-        found = min(topk, self.store.filled[row])
-        if found == 0:
-            return
-        best = self.searcher.search(self.store.ring(row), queries, topk)
-        bases = torch.tensor([self.store.slot_base(row, head) for head in range(self.num_kv_heads)], device=self.device)
-        slots[..., :found] = best.places + bases[:, None, None]
-        scores[..., :found] = best.scores
-        mask[..., :found] = True
-
-    def look_up(self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None) -> Lookup:
-        """`retrieve`, with the keys and values behind it: what an attention layer needs, and its backward pass later.
-
-        hidden_rows: (R,) or, for queries (R, ..., T, D), (R, T) bool; rows or tokens that shall find nothing.
-        """
-        began = time.perf_counter()
-        slots, scores, mask = self.retrieve(queries, topk)
-        self.seconds_searching += time.perf_counter() - began
-        if hidden_rows is not None:
-            rows, *tokens = hidden_rows.shape
-            shape = (rows, *(1,) * (mask.ndim - 2 - len(tokens)), *tokens, 1)
-            mask = mask & ~hidden_rows.to(mask.device).view(shape)
-        for_backward = torch.is_grad_enabled()
-        return Lookup(self.store, self.scoped_indices, Retrieved(slots, scores, mask), for_backward=for_backward)
-
-    def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-        """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk).
-
-        Where mask is False key_values is 0. Both are on the device of the queries.
-        """
-        slots, _, mask = self.retrieve(queries, topk)
-        key_values = self.store.pairs_of(slots).to(queries.device)
-        return key_values.masked_fill_(~mask[..., None, None], 0), mask
-
-    def recall(self, queries: Tensor, topk: int, sample: int = 64) -> float:
-        """The share of the truly best entries that the index finds for some of the queries.
-
-        queries: as for `retrieve`, (R, ..., T, D). sample: how many of the T are tried, evenly spread.
-        """
-        if queries.ndim > (2 if self.num_kv_heads == 1 else 3):
-            queries = some(queries, sample)
-        found = self.retrieve(queries, topk)
-        return recall_of(queries, found.scores, [self.store.ring(row) for row in self.scoped_indices])
-
-    def origins(self, slots: Tensor) -> Tensor:
-        """slots (...) -> (..., 3) int64: document id, position in the document, token id; -1 where not given."""
-        num_slots = self.num_indices * self.num_kv_heads * self.max_memories
-        if slots.numel() > 0 and not (int(slots.min()) >= 0 and int(slots.max()) < num_slots):
-            raise ValueError(f"expected slots from 0 to {num_slots - 1}, got {int(slots.min())} to {int(slots.max())}")
-        return self.store.origins_of(slots).to(slots.device)
+        with self.lock:
+            if not self.store.has_room_for(staged):
+                self.replace_store(self.store.resized(self.max_memories))
+            for i, row in enumerate(staged.rows):
+                documents = staged.origins[i, :, 0] if staged.mask is None else staged.origins[i, staged.mask[i], 0]
+                gone = entries_to_remove(self.store, row, documents, self.policy)
+                if gone is not None:
+                    self._remove(row, gone)
+            self.store.write(staged)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What every row holds and what is overwritten next, as CPU tensors that safetensors takes; see `snapshot`."""
@@ -278,9 +223,10 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     def replace_store(self, store: Store) -> None:
         """Use this store from now on, and remove the files of the one before."""
-        self.store.close()
-        self.searcher.forget()
-        self._open_store, self.max_memories = store, store.capacity
+        with self.lock:
+            self.store.close()
+            self.searcher.forget()
+            self._open_store, self.max_memories = store, store.capacity
 
     @property
     def is_closed(self) -> bool:

@@ -2,17 +2,161 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.checks import checked_rows
+from memorizing_transformers_pytorch.memory.disk.load import How, check_fingerprint, load
+from memorizing_transformers_pytorch.memory.disk.save import Belongings, Marks, save
+from memorizing_transformers_pytorch.memory.documents import (
+    DocumentTable,
+    document_table,
+    numbers_of,
+    unknown_numbers,
+)
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
+from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.memory.moving import check_like, copied, copy_row, take_over
+from memorizing_transformers_pytorch.memory.retrieved import Origin
 from memorizing_transformers_pytorch.memory.snapshot import restored
 
 
 class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
-    """The memories of a model, one per memorizing layer in order of depth. A `with` block ends with `cleanup()`."""
+    """The memories of a model, one per memorizing layer in order of depth. A `with` block ends with `cleanup()`.
+
+    ledger: what is known of the documents in them. fingerprint: of the weights that wrote them, if known. extra: what
+    else (as for JSON) is saved with them.
+    """
+
+    def __init__(self, memories: Iterable[KNNMemory] = (), ledger: Ledger | None = None) -> None:
+        super().__init__(memories)
+        self.ledger = Ledger() if ledger is None else ledger
+        self.fingerprint: str | None = None
+        self.extra: dict[str, Any] = {}
+        self.marks: Marks | None = None
+
+    def save(self, path: str | Path, *, overwrite: bool = False, compact: bool = False) -> None:
+        """Write the memories to a folder (docs/format.md), which then holds this state; if anything fails, the old one.
+
+        Where the folder holds what these memories were loaded from, or saved as before, only what was added since is
+        written (unless compact): it costs about as much as has changed. After `compact` nothing is left on disk of what
+        was forgotten or overwritten.
+
+        Raises ValueError if the folder holds anything else (unless overwrite), SaveError if it cannot be written.
+        """
+        belongings = Belongings(self.ledger, self.fingerprint, self.extra)
+        self.marks = save(self, Path(path).resolve(), belongings, self.marks, overwrite=overwrite, compact=compact)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        mmap: bool = False,
+        verify: bool | None = None,
+        fingerprint: str | None = None,
+        device: torch.device | str = "cpu",
+        directory: str | Path | None = None,
+    ) -> KNNMemoryList:
+        """The memories that `save` has written.
+
+        mmap: leave the entries in the files, whose pages are read as they are needed and shared among processes; what
+            is changed is copied, page by page, and only `save` changes the files. A row that grows by more than an
+            eighth takes all of its memory into RAM.
+        verify: compare checksums and look for NaN; unless mmap, where it would read everything, if not said. Shapes,
+            sizes and what the manifest says are always checked.
+        fingerprint: of the weights that will read them; others than those that wrote them are refused.
+        device, directory: as for `KNNMemory`.
+
+        Raises ValueError for a folder without a memory, or one that is damaged, foreign, newer, or of other weights.
+        """
+        how = How(
+            mmap,
+            not mmap if verify is None else verify,
+            torch.device(device),
+            None if directory is None else Path(directory),
+        )
+        found = load(Path(path).resolve(), how)
+        check_fingerprint(found.manifest.fingerprint, fingerprint)
+        memories = cls(found.memories, Ledger(found.manifest.documents, found.manifest.next_document))
+        memories.fingerprint, memories.extra = found.manifest.fingerprint, found.manifest.extra
+        memories.marks = found.marks
+        return memories
+
+    def documents(self) -> DocumentTable:
+        """What is held of each document: number, title, row, tokens, entries in each memory, when added, bytes."""
+        return document_table(self, self.ledger)
+
+    def forget(
+        self,
+        document: int | str | Iterable[int | str] | None = None,
+        *,
+        where: Callable[[Document], bool] | None = None,
+    ) -> int:
+        """Remove every entry of some documents from all memories, at once; from disk with the next `save`.
+
+        document: numbers or titles. where: instead, a function of a document that tells whether it shall go.
+        Returns how many entries that were, in all memories. Raises ValueError for documents that there are not.
+        """
+        if (document is None) == (where is None):
+            raise ValueError("expected a document or where=, got both or none")
+        if where is not None:
+            numbers = [each.number for each in self.documents() if where(each)]
+        else:
+            numbers = numbers_of(document, self.ledger)
+            if unknown := unknown_numbers(numbers, self, self.ledger):
+                raise ValueError(f"expected documents of the memory, got {unknown}")
+        count = sum(memory.forget(numbers) for memory in self)
+        self.ledger.forget_documents(numbers)
+        return count
+
+    def entries(self, row: int, layer: int = 0) -> Iterator[Origin]:
+        """Where each entry of a row of the layer-th memory comes from, the oldest first."""
+        if not 0 <= layer < len(self):
+            raise ValueError(f"expected a memory from 0 to {len(self) - 1}, got {layer}")
+        return self[layer].entries(row)
+
+    def merge(self, other: KNNMemoryList) -> None:
+        """Add all entries and documents of another list after one's own, row by row; capacities grow where needed.
+
+        Raises ValueError, changing nothing, for memories of other shapes or dtypes, or written by other weights.
+        """
+        check_like(self, other)
+        check_fingerprint(other.fingerprint, self.fingerprint)
+        numbers = [each.number for each in self.documents()]
+        self.ledger.next_number = max([self.ledger.next_number, *(number + 1 for number in numbers)])
+        shift = self.ledger.merge(other.ledger)
+        for memory, more in zip(self, other, strict=True):
+            take_over(memory, more, shift)
+
+    def only(self, document: int | str | Iterable[int | str]) -> KNNMemoryList:
+        """A new list with the entries of some documents (numbers or titles) alone."""
+        numbers = numbers_of(document, self.ledger)
+        return self._copied([copied(memory, memory.device, numbers) for memory in self], set(numbers))
+
+    def to(self, device: torch.device | str) -> KNNMemoryList:
+        """A new list with the same entries on a device."""
+        return self._copied([copied(memory, torch.device(device)) for memory in self], None)
+
+    def _copied(self, memories: list[KNNMemory], numbers: set[int] | None) -> KNNMemoryList:
+        documents = [each for each in self.ledger.documents() if numbers is None or each.number in numbers]
+        new = KNNMemoryList(memories, Ledger(documents, self.ledger.next_number))
+        new.fingerprint, new.extra = self.fingerprint, dict(self.extra)
+        return new
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Let a row hold what another does, in every memory: one text that is then continued in two ways. (A document
+        is listed once, in the row that read it.) Raises ValueError for rows that there are not."""
+        for memory in self:
+            checked_rows([source, target] if source != target else [source], memory.num_indices)
+        for memory in self:
+            if source != target:
+                copy_row(memory, source, target)
 
     @contextmanager
     def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemoryList]:
@@ -34,6 +178,8 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         to_clear = [(self[index], self[index].rows_to_clear(rows)) for index in chosen]
         for memory, memory_rows in to_clear:
             memory.clear(memory_rows)
+        if memory_indices is None and to_clear:
+            self.ledger.forget(to_clear[0][1])
 
     def add(self, pairs: Sequence[Tensor], mask: Tensor | None = None, origins: Tensor | None = None) -> None:
         """Add one tensor of entries to each memory: to all of them or, where one refuses, to none.

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from memorizing_transformers_pytorch.memory.store import Store
 
 
+class Origin(NamedTuple):
+    """Where an entry comes from; -1 where that is not known."""
+
+    document: int
+    position: int
+    token: int
+
+
 class Retrieved(NamedTuple):
     """The entries found for each query, best first; no copies of keys or values.
 

@@ -13,7 +13,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ ORIGIN_FIELDS = 3  # document id, position in the document, token id
 POSITION = 1  # which of them
 UNKNOWN = -1
 COPIED_AT_ONCE = 4_096  # entries, that stay in cache on their way
+PER_HEAD = {"keys", "values"}  # tables (R, G, C, ...); the others are (R, C, ...)
 
 _lives = itertools.count(1)  # see `Ring.life`
 
@@ -58,47 +59,86 @@ class StagedEntries(NamedTuple):
             yield StagedEntries(self.rows, self.keys[:, :, some], self.values[:, :, some], self.origins[:, some], mask)
 
 
+class Sizes(NamedTuple):
+    """Of a store: R rows, G key/value heads, M capacity, D head width, and how keys and values are kept."""
+
+    rows: int
+    kv_heads: int
+    capacity: int
+    dim: int
+    dtype: torch.dtype
+
+    def tables(self, room: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each table of a store that has places for so many entries in each row."""
+        pairs = (self.rows, self.kv_heads, room, self.dim), self.dtype
+        return {
+            "keys": pairs,
+            "values": pairs,
+            "origins": ((self.rows, room, ORIGIN_FIELDS), torch.int64),
+            "written": ((self.rows, room), torch.int64),
+            "usage": ((self.rows, room), torch.int32),
+        }
+
+
+def by_place(name: str, row: Tensor) -> Tensor:
+    """One row of a table of that name, in which the places are the first dimension."""
+    return row.transpose(0, 1) if name in PER_HEAD else row
+
+
 class Store:
     """Entries of R rows in RAM, on a GPU, or (with a directory) in memory-mapped files of its own.
 
-    keys, values: (R, G, M, D). origins: (R, M, 3) int64. written: (R, M) int64, the clock at which a place was
-    last written. filled: entries in each row. cursors: the place in each that is written next. written_to: how many
-    entries each was given since it was last empty. readers: lookups that must not lose what they have found. Files lie
-    in a fresh folder and are removed by `close`, or at the latest when the store is collected.
+    keys, values: (R, G, C, D). origins: (R, C, 3) int64. written: (R, C) int64, the clock at which a place was
+    last written. usage: (R, C) int32, how often it was retrieved since. C is the room, the capacity unless `tables` are
+    given. filled: entries in each row. cursors: the place in each that is written next. written_to: how many entries
+    each was given since it was last empty. readers: lookups that must not lose what they have found. Files lie in a
+    fresh folder and are removed by `close`, or at the latest when the store is collected.
+
+    tables: to use instead of empty ones, with room for C entries; when that is used up, `resized` gives a larger store.
     """
 
     def __init__(
         self,
-        *,
-        rows: int,
-        kv_heads: int,
-        capacity: int,
-        dim: int,
-        dtype: torch.dtype,
+        sizes: Sizes,
         device: torch.device,
         directory: Path | None,
+        tables: dict[str, Tensor] | None = None,
     ) -> None:
-        self.capacity = capacity
-        self.filled = [0] * rows
+        self.sizes = sizes
+        self.filled = [0] * sizes.rows
         self.clock = 0
         self.readers: weakref.WeakSet[Lookup] = weakref.WeakSet()
-        self.cursors = [0] * rows
-        self.written_to = [0] * rows
-        self._lives = [next(_lives) for _ in range(rows)]
-        self._folder = None if directory is None else _fresh_folder(directory)
-        self._remove_files = weakref.finalize(self, _remove_folder, self._folder)
+        self.cursors = [0] * sizes.rows
+        self.written_to = [0] * sizes.rows
+        self.lives = [next(_lives) for _ in range(sizes.rows)]
+        self._directory = directory
+        folder = None if directory is None or tables is not None else _fresh_folder(directory)
+        self._remove_files = weakref.finalize(self, _remove_folder, folder)
 
         def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             # Outside inference mode, so that a memory made inside it can still be written outside.
             with torch.inference_mode(False):
-                if self._folder is not None:
-                    return _map_file(self._folder / name, shape, dtype)
-                return _zeros(shape, dtype, device)
+                return _zeros(shape, dtype, device) if folder is None else _map_file(folder / name, shape, dtype)
 
-        self.keys = allocate("keys", (rows, kv_heads, capacity, dim), dtype)
-        self.values = allocate("values", (rows, kv_heads, capacity, dim), dtype)
-        self.origins = allocate("origins", (rows, capacity, ORIGIN_FIELDS), torch.int64)
-        self.written = allocate("written", (rows, capacity), torch.int64)
+        if tables is None:
+            tables = {name: allocate(name, *each) for name, each in sizes.tables(sizes.capacity).items()}
+        self.tables = tables
+        self.keys, self.values, self.origins = tables["keys"], tables["values"], tables["origins"]
+        self.written, self.usage = tables["written"], tables["usage"]
+
+    @property
+    def capacity(self) -> int:
+        return self.sizes.capacity
+
+    @property
+    def room(self) -> int:
+        """C: for how many entries of each row there are places."""
+        return self.keys.shape[2]
+
+    def has_room_for(self, entries: StagedEntries) -> bool:
+        """Whether there are places for them, or are as many as there may be."""
+        counts = zip(entries.rows, entries.counts(), strict=True)
+        return self.room == self.capacity or all(self.filled[row] + count <= self.room for row, count in counts)
 
     @property
     def device(self) -> torch.device:
@@ -113,19 +153,24 @@ class Store:
             self._write_row(row, keys, values, entries.origins[i][chosen])
 
     def _write_row(self, row: int, keys: Tensor, values: Tensor, origins: Tensor) -> None:
-        count = keys.shape[1]
+        written = torch.full((len(origins),), self.clock, device=self.device)
+        usage = torch.zeros(len(origins), dtype=torch.int32, device=self.device)
+        self.append(
+            row, {"keys": keys, "values": values, "origins": origins, "written": written, "usage": usage}, len(origins)
+        )
+
+    def append(self, row: int, tables: Mapping[str, Tensor], count: int) -> None:
+        """Put so many entries over the oldest of a row. tables: the same row of each table of them, (G, N, ...) or
+        (N, ...)."""
         cursor = (self.cursors[row] + max(count - self.capacity, 0)) % self.capacity
-        kept = min(count, self.capacity)
-        start = count - kept
+        start = count - min(count, self.capacity)
         while start < count:  # at most twice: up to the end of the ring, then from its beginning
             run = min(count - start, self.capacity - cursor)
             here, there = slice(cursor, cursor + run), slice(start, start + run)
             for reader in self.readers:
                 reader.keep(row, here)
-            self.keys[row, :, here] = keys[:, there]
-            self.values[row, :, here] = values[:, there]
-            self.origins[row, here] = origins[there]
-            self.written[row, here] = self.clock
+            for name, table in self.tables.items():
+                by_place(name, table[row])[here] = by_place(name, tables[name])[there]
             start, cursor = start + run, (cursor + run) % self.capacity
         self.cursors[row] = cursor
         self.filled[row] = min(self.filled[row] + count, self.capacity)
@@ -133,57 +178,76 @@ class Store:
 
     def oldest(self, row: int, count: int) -> StagedEntries:
         """Copies of so many entries of a row, the oldest first."""
-        first = self.cursors[row] - self.filled[row]
-        places = (first + torch.arange(count, device=self.device)) % self.capacity
+        places = self.places_in_order(row)[:count]
         keys, values = self.keys[row][None, :, places], self.values[row][None, :, places]
         return StagedEntries([row], keys, values, self.origins[row][None, places], None)
 
     def clear(self, rows: list[int]) -> None:
         for row in rows:
             self.filled[row] = self.cursors[row] = self.written_to[row] = 0
-            self._lives[row] = next(_lives)
+            self.lives[row] = next(_lives)
 
     def ring(self, row: int) -> Ring:
         """The entries of a row as an index sees them."""
         keys = self.keys[row, :, : self.filled[row]]
-        return Ring(keys, row, self.cursors[row], self.written_to[row], self._lives[row])
+        return Ring(keys, row, self.cursors[row], self.written_to[row], self.lives[row])
 
     def empty_like(self, capacity: int | None = None) -> Store:
         """A new store of the same kind, with another capacity if given, in a folder of its own beside this one's."""
-        rows, kv_heads, own_capacity, dim = self.keys.shape
-        return Store(
-            rows=rows,
-            kv_heads=kv_heads,
-            capacity=own_capacity if capacity is None else capacity,
-            dim=dim,
-            dtype=self.keys.dtype,
-            device=self.device,
-            directory=None if self._folder is None else self._folder.parent,
-        )
+        sizes = self.sizes if capacity is None else self.sizes._replace(capacity=capacity)
+        return Store(sizes, self.device, self._directory)
 
     def resized(self, capacity: int) -> Store:
         """A new store with the newest entries of each row. This one stays as it is, and so do its lookups."""
         new = self.empty_like(capacity)
         new.clock = self.clock
         for row, filled in enumerate(self.filled):
-            kept = min(filled, capacity)
-            places = (self.cursors[row] - kept + torch.arange(kept, device=self.device)) % self.capacity
-            new.keys[row, :, :kept] = self.keys[row][:, places]
-            new.values[row, :, :kept] = self.values[row][:, places]
-            new.origins[row, :kept] = self.origins[row][places]
-            new.written[row, :kept] = self.written[row][places]
-            new.filled[row], new.cursors[row], new.written_to[row] = kept, kept % capacity, kept
+            places = self.places_in_order(row)[max(filled - capacity, 0) :]
+            new.append(row, self.picked(row, places), len(places))
         return new
+
+    def picked(self, row: int, places: Tensor) -> dict[str, Tensor]:
+        """Copies of what these places of a row hold: of each table (G, n, ...) or (n, ...), as `append` takes it."""
+        tables = self.tables.items()
+        return {name: each[row][:, places] if name in PER_HEAD else each[row][places] for name, each in tables}
+
+    def places_in_order(self, row: int) -> Tensor:
+        """The places of a row that hold entries, the oldest first."""
+        first = self.cursors[row] - self.filled[row]
+        return (first + torch.arange(self.filled[row], device=self.device)) % self.capacity
+
+    def remove(self, row: int, gone: Tensor) -> None:
+        """Take out the entries in some places, gone: (N,) bool for those that hold any. The others close up, in order;
+        nothing stays behind in the places that are free now."""
+        order = self.places_in_order(row)
+        order = order[~gone.to(order.device)[order]]
+        for reader in self.readers:
+            reader.keep(row, slice(0, self.filled[row]))
+        for name, table in self.tables.items():
+            places = by_place(name, table[row])
+            places[: len(order)] = places[order]
+            places[len(order) : self.filled[row]] = 0
+        self.filled[row] = self.written_to[row] = len(order)
+        self.cursors[row] = len(order) % self.capacity
+        self.lives[row] = next(_lives)
 
     def slot_base(self, row: int, kv_head: int) -> int:
         """The slot of place 0 in this row and head."""
-        return (row * self.keys.shape[1] + kv_head) * self.capacity
+        return (row * self.keys.shape[1] + kv_head) * self.room
 
     def origins_of(self, slots: Tensor) -> Tensor:
         """slots (...) -> their origins (..., 3)."""
         slots = slots.to(self.device)
-        rows = slots // (self.keys.shape[1] * self.capacity)
-        return self.origins.flatten(0, 1)[rows * self.capacity + slots % self.capacity]
+        return self.origins.flatten(0, 1)[self._entry_of(slots)]
+
+    def count_usage(self, slots: Tensor) -> None:
+        """Note that the entries in these slots were retrieved, each as often as it occurs."""
+        entries = self._entry_of(slots.flatten())
+        self.usage.view(-1).index_add_(0, entries, torch.ones_like(entries, dtype=torch.int32))
+
+    def _entry_of(self, slots: Tensor) -> Tensor:
+        """Slots -> the numbers of their entries: the heads of a row share them."""
+        return slots // (self.keys.shape[1] * self.room) * self.room + slots % self.room
 
     def pairs_of(self, slots: Tensor) -> Tensor:
         """slots (...) -> copies of their keys and values (..., 2, D)."""

@@ -346,7 +346,7 @@ def test_it_tells_what_was_looked_up_and_what_it_holds() -> None:
     origins = memory.last_retrieved[1]
     assert origins.shape == (1, 4, 10, 3, 3)
     assert bool((origins[..., 0] == 0).all())
-    assert "bytes=5,760" in repr(memory)
+    assert "bytes=5,904" in repr(memory)
 
 
 def test_layers_are_suggested_by_their_induction_heads() -> None:

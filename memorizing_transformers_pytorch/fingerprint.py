@@ -28,6 +28,11 @@ class Weights:
         """Note that what is remembered now was written by the weights as they are."""
         self._written_by, self._seen = self.fingerprint(), self._state()
 
+    @property
+    def written_by(self) -> str | None:
+        """The fingerprint of those that have written; None if none have."""
+        return self._written_by
+
     def refuse_others(self) -> None:
         """Raises ValueError if they are not those that have written."""
         if self.fingerprint() != self._written_by:

@@ -1,0 +1,104 @@
+"""What an attached memory holds: which documents; forgetting, saving and loading them.
+
+Shapes: R rows of the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from memorizing_transformers_pytorch.fingerprint import Weights
+from memorizing_transformers_pytorch.huggingface.contents import Contents
+from memorizing_transformers_pytorch.huggingface.segments import Segments
+from memorizing_transformers_pytorch.huggingface.window import Window
+from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.memory.documents import DocumentTable
+from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+
+
+class Keeping:
+    """The half of `AttachedMemory` that runs no model."""
+
+    def __init__(self, contents: Contents, weights: Weights, segments: Segments, window: Window | None) -> None:
+        self._contents, self._weights, self._segments, self._window = contents, weights, segments, window
+        self._attached, self._writable = True, True
+
+    @property
+    def num_rows(self) -> int:
+        """R: how many documents are remembered side by side."""
+        return self._contents.num_rows
+
+    @property
+    def ledger(self) -> Ledger:
+        """Which documents are remembered."""
+        return self._contents.ledger
+
+    @property
+    def last_document(self) -> Document | None:
+        """With which document `go_on` can go on."""
+        return self._contents.last_document()
+
+    @property
+    def num_bytes(self) -> int:
+        """What the entries take: keys, values, origins and ages."""
+        return sum(site.num_bytes for site in self._contents.sites)
+
+    def documents(self) -> DocumentTable:
+        """What was read since the rows were last cleared, and what is held of each document."""
+        return self._contents.memories().documents()
+
+    def forget(
+        self,
+        document: int | str | Iterable[int | str] | None = None,
+        *,
+        where: Callable[[Document], bool] | None = None,
+    ) -> int:
+        """Remove every entry of some documents; see `KNNMemoryList.forget`. A chat that is going on ends."""
+        self._expect_attached()
+        if self._window is not None:
+            self._window.end()
+        return self._contents.forget(document, where)
+
+    def save(self, path: str | Path, *, overwrite: bool = False, compact: bool = False) -> None:
+        """Write what is remembered to a folder; see `KNNMemoryList.save`. (What was trained: `save_parameters`.)"""
+        self._expect_attached()
+        self._contents.save(path, self._weights.written_by, overwrite=overwrite, compact=compact)
+
+    def load(
+        self, path: str | Path, *, mmap: bool = False, verify: bool | None = None, other_weights: bool = False
+    ) -> None:
+        """Remember what `save` has written, and nothing else; see `KNNMemoryList.load`.
+
+        other_weights: also take what other weights than those of the model have read.
+        Raises ValueError, changing nothing, for what cannot be loaded or is not of these layers.
+        """
+        self._expect_attached()
+        self._expect_writable()
+        if self._segments.is_open:
+            raise ValueError("expected a call of the model inside writing(), got load()")
+        fingerprint = None if other_weights else self._weights.fingerprint()
+        device, directory = self._contents.sites[0].memories[0].device, self._contents.sites[0].options.directory
+        loaded = KNNMemoryList.load(
+            path, mmap=mmap, verify=verify, fingerprint=fingerprint, device=device, directory=directory
+        )
+        self._contents.use(loaded)
+        self._weights.have_written()
+        if self._window is not None:
+            self._window.drop()
+
+    def clear(self, rows: int | Iterable[int] | None = None) -> None:
+        """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""
+        self._expect_attached()
+        cleared = self._contents.rows_to_clear(rows)
+        if self._window is not None:
+            self._window.end() if len(cleared) < self.num_rows else self._window.drop()
+        self._contents.clear(cleared)
+
+    def _expect_attached(self) -> None:
+        if not self._attached:
+            raise ValueError("expected an attached memory, got one that detach() has taken away")
+
+    def _expect_writable(self) -> None:
+        if not self._writable:
+            raise ValueError("expected a memory that may be written, got one inside read_only()")

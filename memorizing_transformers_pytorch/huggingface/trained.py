@@ -1,0 +1,36 @@
+"""What was trained of a memory, in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from memorizing_transformers_pytorch.checkpoint import check_dtypes, read_weights
+from memorizing_transformers_pytorch.huggingface.site import Site
+
+
+def save_parameters(sites: Mapping[int, Site], path: str | Path) -> None:
+    """Write the parameters of these layers to a safetensors file."""
+    save_file({name: each.detach().cpu().contiguous() for name, each in _named(sites).items()}, path)
+
+
+def load_parameters(sites: Mapping[int, Site], path: str | Path) -> None:
+    """Take them from such a file. Raises ValueError, changing nothing, for those of other layers, and for a file that
+    is missing or damaged."""
+    found, own = read_weights(path), _named(sites)
+    expected = {name: tuple(each.shape) for name, each in own.items()}
+    got = {name: tuple(each.shape) for name, each in found.items()}
+    if got != expected:
+        raise ValueError(f"expected parameters of the shapes {expected}, got {got}")
+    check_dtypes(found)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(found[name])
+
+
+def _named(sites: Mapping[int, Site]) -> dict[str, nn.Parameter]:
+    return {f"{index}.{i}": each for index, site in sites.items() for i, each in enumerate(site.parameters())}

@@ -1,0 +1,1 @@
+"""Libraries: memories on disk that are built from files, by a model of a run or of transformers."""

@@ -1,0 +1,136 @@
+"""Building a memory from files: known ones are skipped, changed ones read anew, and what was broken off goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from memorizing_transformers_pytorch.data.text import decode
+from memorizing_transformers_pytorch.library.readers import DocumentReader
+from memorizing_transformers_pytorch.memory.ledger import Document
+from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
+
+COMPLETE = "complete"
+DIGEST = "sha256"
+
+
+@dataclass
+class Outcome:
+    """What has become of the files, by their names; left_out: why."""
+
+    read: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
+    gone_on: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def files_below(sources: Sequence[str], pattern: str) -> list[Path]:
+    """Files, and those below folders whose name matches the pattern, but hidden ones. Raises ValueError for none."""
+    found: dict[Path, None] = {}
+    for source in map(Path, sources):
+        if source.is_file():
+            found[source] = None
+        elif source.is_dir():
+            found |= dict.fromkeys(_below(source, pattern))
+        else:
+            raise ValueError(f"expected a file or folder to read, got {str(source)!r}, which does not exist")
+    if not found:
+        raise ValueError(f"expected files that match {pattern!r}, got none in {', '.join(sources)}")
+    return list(found)
+
+
+def _below(root: Path, pattern: str) -> Iterator[Path]:
+    for place, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
+        for name in sorted(names):
+            path = Path(place, name)
+            if not name.startswith(".") and path.match(pattern) and path.is_file():
+                yield path
+
+
+class Builder:
+    """Reads files into the memory of a reader, and saves it now and then.
+
+    save: is called when `seconds` have passed since the last time, wherever reading stands, and at the end. wish: to
+    stop, which raises Interrupted as soon as what was read is saved.
+    """
+
+    def __init__(self, reader: DocumentReader, save: Callable[[], None], seconds: float, wish: Wish) -> None:
+        self._reader, self._save, self._seconds, self._wish = reader, save, seconds, wish
+        self._saved_at = time.monotonic()
+
+    def build(self, files: Sequence[Path], progress: Callable[[str, float], None], *, prune: bool = False) -> Outcome:
+        """Let the memory hold these files. progress: is told the name of a file and how many of its bytes were read.
+
+        prune: forget documents that came from files which are not among these.
+        """
+        outcome, known = Outcome(), _by_name(self._reader.ledger.documents())
+        for path in files:
+            self._take_in(path, known.get(str(path)), outcome, progress)
+        for name in known.keys() - set(map(str, files)) if prune else ():
+            self._reader.forget(known[name].number)
+            outcome.removed.append(name)
+        self._save()
+        return outcome
+
+    def _take_in(
+        self, path: Path, known: Document | None, outcome: Outcome, progress: Callable[[str, float], None]
+    ) -> None:
+        name = str(path)
+        try:
+            data = path.read_bytes()
+            text = _text_of(data, name)
+        except (OSError, ValueError) as error:
+            outcome.left_out[name] = str(error)
+            return
+        about = {"file": name, DIGEST: hashlib.sha256(data).hexdigest()}
+        if known is not None and known.about.get(DIGEST) == about[DIGEST]:
+            if known.about.get(COMPLETE):
+                outcome.known.append(name)
+                progress(name, len(data))
+                return
+            outcome.gone_on.append(name)
+        elif known is not None:
+            self._reader.forget(known.number)
+            known = None
+            outcome.changed.append(name)
+        else:
+            outcome.read.append(name)
+        done = 0.0
+        for part in self._reader.read(name, text, about, known):
+            if part == 1:
+                self._mark_complete(name)
+            progress(name, (part - done) * len(data))
+            done = part
+            self._save_sometimes()
+
+    def _mark_complete(self, name: str) -> None:
+        number = next(each.number for each in self._reader.ledger.documents() if each.about.get("file") == name)
+        self._reader.ledger.note(number, {COMPLETE: "yes"})
+
+    def _save_sometimes(self) -> None:
+        if wanted := self._wish.signal:
+            self._save()
+            raise Interrupted("what was read is saved; the same command goes on", wanted)
+        if time.monotonic() - self._saved_at >= self._seconds:
+            self._save()
+            self._saved_at = time.monotonic()
+
+
+def _by_name(documents: Sequence[Document]) -> Mapping[str, Document]:
+    return {each.about["file"]: each for each in documents if "file" in each.about}
+
+
+def _text_of(data: bytes, name: str) -> str:
+    if b"\0" in data:
+        raise ValueError(f"expected text in {name!r}, got a binary file")
+    text = decode(data, repr(name), "strict")
+    if not text.strip():
+        raise ValueError(f"expected text in {name!r}, got an empty file")
+    return text

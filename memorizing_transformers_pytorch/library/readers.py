@@ -1,0 +1,173 @@
+"""Models that read documents into a memory on disk: those of this package, and those of transformers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memorizing_transformers_pytorch.fingerprint import Weights
+from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.memory.documents import DocumentTable
+from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.session import Session
+from memorizing_transformers_pytorch.training.run import CONFIG, LoadedRun, load_run
+
+PIECES = 4  # of a document, read between two chances to save
+OF_RUN = "of a run"
+MAX_MEMORIES = 262_144  # as of an attached memory
+
+
+class DocumentReader(ABC):
+    """A model, its tokenizer, and its memory of one row."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Remember what the folder holds. Raises ValueError for a memory of another model."""
+
+    @abstractmethod
+    def save(self, folder: Path, *, compact: bool = False) -> None:
+        """Write what is remembered."""
+
+    @property
+    @abstractmethod
+    def ledger(self) -> Ledger:
+        """Which documents are remembered."""
+
+    @abstractmethod
+    def documents(self) -> DocumentTable:
+        """The same, with what is held of each."""
+
+    @abstractmethod
+    def forget(self, document: int) -> None:
+        """Remove all of a document."""
+
+    @abstractmethod
+    def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
+        """Read a document, or the rest of the known one. Gives after each portion the part of it that has been read."""
+
+
+class RunReader(DocumentReader):
+    """The model of a run. What it has read of a document when it is broken off is read again."""
+
+    def __init__(self, run: LoadedRun, max_memories: int | None) -> None:
+        self.run = run
+        self.fingerprint = Weights(run.model).fingerprint()
+        self.memories = run.model.create_knn_memories(batch_size=1, max_memories=max_memories or MAX_MEMORIES)
+        self.memories.fingerprint, self.memories.extra = self.fingerprint, {"kind": OF_RUN}
+
+    def load(self, folder: Path) -> None:
+        self.memories = load_memories(self.run, folder)
+
+    def save(self, folder: Path, *, compact: bool = False) -> None:
+        self.memories.save(folder, compact=compact)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.memories.ledger
+
+    def documents(self) -> DocumentTable:
+        return self.memories.documents()
+
+    def forget(self, document: int) -> None:
+        self.memories.forget(document)
+
+    def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
+        if known is not None:
+            self.forget(known.number)
+        tokens, length = self.run.tokenizer.encode(text), self.run.config.training.segment_length
+        number = self.ledger.begin(title, 0, 0, about)
+        session = Session(self.run.model, self.memories, batch_size=1, segment_length=length, documents=[number])
+        for start in range(0, len(tokens), PIECES * length):
+            portion = tokens[start : start + PIECES * length]
+            self.ledger.grow(number, len(portion))
+            session.read([portion])
+            session.close()
+            yield (start + len(portion)) / len(tokens)
+
+
+def load_memories(run: LoadedRun, folder: Path, *, mmap: bool = False) -> KNNMemoryList:
+    """The memory that the model of a run has built. Raises ValueError for that of another model."""
+    memories = KNNMemoryList.load(
+        folder, mmap=mmap, fingerprint=Weights(run.model).fingerprint(), device="cpu" if mmap else run.model.device
+    )
+    own = run.model.create_knn_memories(batch_size=1, max_memories=1)
+    expected, got = ([(m.num_indices, m.num_kv_heads, m.dim) for m in each] for each in (own, memories))
+    if memories.extra.get("kind") != OF_RUN or expected != got:
+        raise ValueError(f"expected a memory of the model of {str(run.folder)!r}, got one {memories.extra.get('kind')}")
+    return memories
+
+
+class HubReader(DocumentReader):
+    """A causal language model of transformers, from a folder or the hub."""
+
+    def __init__(self, name: str, device: str, options: Mapping[str, Any]) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from memorizing_transformers_pytorch.huggingface import attach_memory
+
+        gguf = next(Path(name).glob("*.gguf"), None) if Path(name).is_dir() else None
+        where = {} if gguf is None else {"gguf_file": gguf.name}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sdpa", **where)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        except OSError as error:
+            raise ValueError(
+                f"expected the folder of a run, or a model of transformers, got {name!r}: {error}"
+            ) from None
+        model.requires_grad_(False).train(False).to(device)
+        self.memory = attach_memory(model, **options)
+
+    def load(self, folder: Path) -> None:
+        self.memory.load(folder)
+
+    def save(self, folder: Path, *, compact: bool = False) -> None:
+        self.memory.save(folder, compact=compact)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.memory.ledger
+
+    def documents(self) -> DocumentTable:
+        return self.memory.documents()
+
+    def forget(self, document: int) -> None:
+        self.memory.forget(document)
+
+    def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
+        from memorizing_transformers_pytorch.huggingface.texts import stops_of
+
+        ids: torch.Tensor = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+        options = self.memory.options
+        stops = stops_of(len(ids), options.chunk, options.skip_first, PIECES)
+        last = self.memory.last_document
+        if known is None or last is None or last.number != known.number:
+            if known is not None:
+                self.forget(known.number)
+            self.memory.read(ids[: stops[0]], document=title, progress=False)
+            last = self.memory.last_document
+            assert last is not None
+            self.ledger.note(last.number, about)
+            yield stops[0] / len(ids)
+        for stop in stops:
+            if stop > last.tokens:
+                self.memory.go_on(last.number, ids[:stop], progress=False)
+                yield stop / len(ids)
+
+
+def open_reader(
+    model: str, device: str, *, max_memories: int | None, dtype: torch.dtype | None, index: str | None
+) -> DocumentReader:
+    """The model of a run's folder, or else one of transformers. Raises ValueError if it is neither."""
+    if (Path(model) / CONFIG).is_file():
+        if dtype is not None:
+            raise ValueError("expected the dtype of a run's own memory, got another")
+        return RunReader(load_run(Path(model), device=device, index=index), max_memories)
+    options = {"max_memories": max_memories, "dtype": dtype, "index": index}
+    try:
+        return HubReader(model, device, {name: each for name, each in options.items() if each is not None})
+    except ImportError as error:
+        raise ValueError(f"expected a run, or the extra 'huggingface' to be installed, got {error}") from error

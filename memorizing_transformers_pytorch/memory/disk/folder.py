@@ -1,0 +1,62 @@
+"""The folder in which a memory lies: who may write, and what is left over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+
+from memorizing_transformers_pytorch.durable import sync
+from memorizing_transformers_pytorch.memory.disk.manifest import FILE_NAME, NAME, read_manifest
+
+LOCK = ".lock"
+SECONDS_TO_WAIT = 10.0
+
+
+class SaveError(OSError):
+    """A memory could not be written to disk; what was there before is intact."""
+
+
+def make_folder(folder: Path) -> None:
+    """Make it and those above it, so that they last."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
+
+
+@contextmanager
+def locked(folder: Path, seconds: float = SECONDS_TO_WAIT) -> Iterator[None]:
+    """Inside, no other process or thread writes here (one may go in several times). The system frees the lock of a
+    process that has ended.
+
+    Raises SaveError if somebody else is writing for longer than so many seconds, or the folder cannot be written.
+    """
+    lock = filelock.FileLock(folder / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=seconds)
+    except filelock.Timeout:
+        raise SaveError(f"expected to be the only one who writes {str(folder)!r}, got another who does") from None
+    except OSError as error:
+        raise SaveError(f"expected a folder that can be written, got {str(folder)!r}: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(folder: Path) -> None:
+    """Remove files that the state of the folder does not need, and those that were not finished."""
+    try:
+        kept = {file.name for file in read_manifest(folder).files()}
+    except FileNotFoundError:
+        kept = set()
+    except (OSError, ValueError):
+        return  # somebody may want to mend it
+    for path in folder.iterdir():
+        unfinished = path.name.startswith(f".{NAME}.") and path.name.endswith(".incomplete")
+        if unfinished or (FILE_NAME.fullmatch(path.name) and path.name not in kept):
+            with suppress(OSError):  # it takes room, but does no harm
+                path.unlink()

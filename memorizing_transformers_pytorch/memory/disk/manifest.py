@@ -1,0 +1,189 @@
+"""What a folder says of the memory in it: manifest.json, and whether that can be true.
+
+A manifest names the files that make up the memory, so that a new one makes a new state of it at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dacite
+import torch
+
+from memorizing_transformers_pytorch.durable import replacing
+from memorizing_transformers_pytorch.memory.checks import check_options
+from memorizing_transformers_pytorch.memory.disk.shards import File
+from memorizing_transformers_pytorch.memory.ledger import Document
+from memorizing_transformers_pytorch.memory.policy import POLICIES
+from memorizing_transformers_pytorch.memory.store import Sizes
+
+NAME = "manifest.json"
+FORMAT, VERSION = "memorizing-transformers-pytorch memory", 1
+FILE_NAME = re.compile(r"(base|journal)-[0-9a-f]{32}\.safetensors")
+MOST_BYTES = 2**28  # of a manifest
+MOST_NUMBERS = 2**48  # in a table
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of a ring: how many entries it holds, and the place that is written next."""
+
+    filled: int
+    cursor: int
+
+
+@dataclass(frozen=True)
+class Base:
+    """The memory of a layer when its file was written. room: C, places of each row in the file. clock: see `Store`."""
+
+    dim: int
+    max_memories: int
+    kv_heads: int
+    dtype: str
+    index: str
+    policy: str
+    room: int
+    clock: int
+    rows: tuple[Row, ...]
+    file: File
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(len(self.rows), self.kv_heads, self.max_memories, self.dim, DTYPES[self.dtype])
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a journal adds to a row of a memory: so many entries; restart: after it was emptied."""
+
+    memory: int
+    row: int
+    count: int
+    restart: bool
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A file with what was added between two saves."""
+
+    parts: tuple[Part, ...]
+    file: File
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A memory on disk.
+
+    state: a name that no other state has. saved: when (ISO 8601, UTC), by which package version. fingerprint: of the
+    weights that wrote the memory, if known. next_document: the number that the next document gets. extra: whatever else
+    belongs to it, for those who use it.
+    """
+
+    package: str
+    saved: str
+    fingerprint: str | None
+    memories: tuple[Base, ...]
+    journals: tuple[Journal, ...] = ()
+    documents: tuple[Document, ...] = ()
+    next_document: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+    state: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def files(self) -> Iterator[File]:
+        """All that the memory consists of beside the manifest."""
+        yield from (base.file for base in self.memories)
+        yield from (journal.file for journal in self.journals)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.bytes for file in self.files())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Make this the state of the folder. Raises OSError if it cannot be written; the old state is then intact."""
+    body = asdict(manifest)
+    whole = {"format": FORMAT, "version": VERSION, "sha256": _checksum(body), "memory": body}
+    with replacing(folder / NAME) as aside:
+        aside.write_text(json.dumps(whole, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The state of a folder. Raises FileNotFoundError where there is none, and ValueError for one that is damaged,
+    foreign, newer, or cannot be."""
+    path = folder / NAME
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"expected a manifest of at most {MOST_BYTES:,} bytes, got {size:,} in {str(path)!r}")
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        return _parsed(whole)
+    except (ValueError, RecursionError, dacite.DaciteError) as error:
+        raise ValueError(f"expected the manifest of a memory in {str(path)!r}: {error}") from error
+
+
+def _parsed(whole: Any) -> Manifest:
+    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+        raise ValueError(f"expected the format {FORMAT!r}, got another")
+    if whole.get("version") != VERSION:
+        raise ValueError(f"expected version {VERSION} of the format, got {whole.get('version')!r}")
+    body = whole.get("memory")
+    if not isinstance(body, dict) or _checksum(body) != whole.get("sha256"):
+        raise ValueError("expected what its SHA-256 tells, got something else: it was changed")
+    manifest = dacite.from_dict(Manifest, body, dacite.Config(strict=True, cast=[tuple]))
+    for base in manifest.memories:
+        _check_base(base)
+    _check_journals(manifest)
+    _check_documents(manifest)
+    names = [file.name for file in manifest.files()]
+    if len(set(names)) != len(names) or not all(FILE_NAME.fullmatch(name) for name in names):
+        raise ValueError(f"expected different files with names such as base-<32 digits>.safetensors, got {names}")
+    return manifest
+
+
+def _check_base(base: Base) -> None:
+    sizes = {"dim": base.dim, "max_memories": base.max_memories, "kv_heads": base.kv_heads, "rows": len(base.rows)}
+    if base.dtype not in DTYPES or base.policy not in POLICIES:
+        known = f"a dtype of {sorted(DTYPES)} and a policy of {POLICIES}"
+        raise ValueError(f"expected {known}, got {base.dtype!r} and {base.policy!r}")
+    check_options(sizes, DTYPES[base.dtype], torch.device("cpu"), base.index, mapped=True)
+    if not 0 <= base.room <= base.max_memories or base.clock < 0:
+        raise ValueError(f"expected room for 0 to {base.max_memories} entries, got {base.room}")
+    if len(base.rows) * base.kv_heads * base.max_memories * base.dim > MOST_NUMBERS:
+        raise ValueError(f"expected at most {MOST_NUMBERS} numbers in a memory, got sizes {sizes}")
+    for row in base.rows:
+        turning = row.filled == base.max_memories
+        if not 0 <= row.filled <= base.room or not (0 <= row.cursor < row.filled if turning else True):
+            raise ValueError(f"expected rows of at most {base.room} entries in turn, got {row}")
+        if not turning and row.cursor != row.filled:
+            raise ValueError(f"expected the next entry after the last of a row that is not full, got {row}")
+
+
+def _check_journals(manifest: Manifest) -> None:
+    for part in (part for journal in manifest.journals for part in journal.parts):
+        if not 0 <= part.memory < len(manifest.memories):
+            raise ValueError(f"expected memories 0 to {len(manifest.memories) - 1} in a journal, got {part}")
+        base = manifest.memories[part.memory]
+        if not 0 <= part.row < len(base.rows) or not 0 <= part.count <= base.max_memories:
+            raise ValueError(f"expected rows and entries that {part.memory} can have in a journal, got {part}")
+
+
+def _check_documents(manifest: Manifest) -> None:
+    rows = max((len(base.rows) for base in manifest.memories), default=0)
+    numbers = [each.number for each in manifest.documents]
+    if len(set(numbers)) != len(numbers) or not all(0 <= number < manifest.next_document for number in numbers):
+        raise ValueError(f"expected different documents below number {manifest.next_document}, got {numbers[:100]}")
+    for each in manifest.documents:
+        if not 0 <= each.row < rows or each.tokens < 0 or each.start < 0:
+            raise ValueError(f"expected documents in rows 0 to {rows - 1}, got {each}")
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,211 @@
+"""Writing memories to a folder: as a whole (a base), or what was added since (a journal).
+
+A base has room for an eighth more entries than there are, and journals may take an eighth of its size. When that is
+used up, or when it is asked for, the next save writes a new base; so a save costs about what has changed.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memorizing_transformers_pytorch.durable import sync
+from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked, make_folder, sweep
+from memorizing_transformers_pytorch.memory.disk.manifest import (
+    Base,
+    Journal,
+    Manifest,
+    Part,
+    Row,
+    read_manifest,
+    write_manifest,
+)
+from memorizing_transformers_pytorch.memory.disk.shards import Table, write_tensors
+from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
+from memorizing_transformers_pytorch.memory.ledger import Ledger
+from memorizing_transformers_pytorch.memory.policy import LEAST_ATTENDED
+from memorizing_transformers_pytorch.memory.store import PER_HEAD, Store
+
+SPARE = 8  # the part of a base that journals may add to it
+LEAST_SPARE = 2**20  # bytes that they may add to a small one
+MOST_JOURNALS = 64
+
+Mark = tuple[int, int]
+"""Of a row at some time: its life and how many entries it had been given, as `Store.lives` and `Store.written_to`."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a folder knows of memories in RAM: folder and state, and where each row of each of them stood when its base
+    and its last journal were written."""
+
+    folder: Path
+    state: str
+    base: list[list[Mark]]
+    last: list[list[Mark]]
+
+
+class Belongings(NamedTuple):
+    """What is saved with memories: see `Manifest`."""
+
+    ledger: Ledger
+    fingerprint: str | None = None
+    extra: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+
+
+def save(
+    memories: Sequence[KNNMemory],
+    folder: Path,
+    belongings: Belongings,
+    marks: Marks | None,
+    *,
+    overwrite: bool,
+    compact: bool,
+) -> Marks:
+    """Make these memories the state of a folder, in one step; see `KNNMemoryList.save`."""
+    try:
+        make_folder(folder)
+        with ExitStack() as stack:
+            stack.enter_context(locked(folder))
+            for memory in memories:
+                stack.enter_context(memory.lock)
+            old = _old_state(folder, overwrite=overwrite)
+            goes_on = old is not None and marks is not None and (marks.folder, marks.state) == (folder, old.state)
+            if old is not None and not goes_on and not overwrite:
+                raise ValueError(
+                    f"expected {str(folder)!r} to hold what was saved or loaded here before, got something else: "
+                    "load that, save elsewhere, or use overwrite=True"
+                )
+            try:
+                return _save(memories, folder, belongings, None if compact or not goes_on else marks, old)
+            finally:
+                sweep(folder)
+    except SaveError:
+        raise
+    except OSError as error:
+        raise SaveError(f"could not save to {str(folder)!r}, where nothing has changed: {error}") from error
+
+
+def _old_state(folder: Path, *, overwrite: bool) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        if overwrite:
+            return None
+        raise
+
+
+def _save(
+    memories: Sequence[KNNMemory], folder: Path, belongings: Belongings, marks: Marks | None, old: Manifest | None
+) -> Marks:
+    now = [list(zip(memory.store.lives, memory.store.written_to, strict=True)) for memory in memories]
+    manifest = None if marks is None or old is None else _with_journal(memories, folder, marks, old)
+    base = now if manifest is None or marks is None else marks.base
+    if manifest is None:
+        bases = tuple(_write_base(memory, folder) for memory in memories)
+        manifest = Manifest("", "", None, bases)
+    manifest = replace(
+        manifest,
+        package=version("memorizing_transformers_pytorch"),
+        saved=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=belongings.fingerprint,
+        documents=tuple(belongings.ledger.documents()),
+        next_document=belongings.ledger.next_number,
+        extra=belongings.extra,
+        state=uuid.uuid4().hex,
+    )
+    sync(folder)  # the names of new files before the manifest that tells of them
+    write_manifest(folder, manifest)
+    return Marks(folder, manifest.state, base, now)
+
+
+def _write_base(memory: KNNMemory, folder: Path) -> Base:
+    store = memory.store
+    most = max(store.filled)
+    room = min(most + most // SPARE + 1, store.capacity)
+    tables = {
+        name: Table(dtype, shape, _pieces(store, name, room))
+        for name, (shape, dtype) in store.sizes.tables(room).items()
+    }
+    return Base(
+        dim=memory.dim,
+        max_memories=memory.max_memories,
+        kv_heads=memory.num_kv_heads,
+        dtype=str(memory.dtype).removeprefix("torch."),
+        index=memory.index,
+        policy=memory.policy,
+        room=room,
+        clock=store.clock,
+        rows=tuple(Row(*each) for each in zip(store.filled, store.cursors, strict=True)),
+        file=write_tensors(folder / f"base-{uuid.uuid4().hex}.safetensors", tables),
+    )
+
+
+def _pieces(store: Store, name: str, room: int) -> Iterator[Tensor]:
+    """A table with so much room, piece by piece: places that hold no entry are 0, whatever was there before."""
+    for row, filled in enumerate(store.filled):
+        table = store.tables[name][row]
+        for head in table if name in PER_HEAD else [table]:
+            yield head[:filled]
+            yield head.new_zeros(room - filled, *head.shape[1:])
+
+
+def _with_journal(memories: Sequence[KNNMemory], folder: Path, marks: Marks, old: Manifest) -> Manifest | None:
+    """The old state with what was added since; None if that does not fit to its base."""
+    if len(memories) != len(old.memories):
+        return None
+    for memory, base in zip(memories, old.memories, strict=True):
+        same = memory.store.sizes == base.sizes and (memory.index, memory.policy) == (base.index, base.policy)
+        if not same or max(memory.store.filled) > base.room:
+            return None
+    is_full = len(old.journals) >= MOST_JOURNALS
+    kept = () if is_full else old.journals
+    parts = _parts(memories, marks.base if is_full else marks.last)
+    if not parts and all(memory.policy != LEAST_ATTENDED for memory in memories):
+        return replace(old, journals=kept)
+    tables = _journal_tables(memories, parts)
+    size = sum(journal.file.bytes for journal in kept) + sum(table.num_bytes for table in tables.values())
+    if size > max(sum(base.file.bytes for base in old.memories) // SPARE, LEAST_SPARE):
+        return None
+    file = write_tensors(folder / f"journal-{uuid.uuid4().hex}.safetensors", tables)
+    return replace(old, journals=(*kept, Journal(parts, file)))
+
+
+def _parts(memories: Sequence[KNNMemory], since: list[list[Mark]]) -> tuple[Part, ...]:
+    """What has become of the rows."""
+    parts = []
+    for i, memory in enumerate(memories):
+        store = memory.store
+        for row, (life, written) in enumerate(since[i]):
+            restart = store.lives[row] != life
+            count = store.filled[row] if restart else min(store.written_to[row] - written, store.filled[row])
+            if restart or count:
+                parts.append(Part(i, row, count, restart))
+    return tuple(parts)
+
+
+def _journal_tables(memories: Sequence[KNNMemory], parts: tuple[Part, ...]) -> dict[str, Table]:
+    """The newest entries of rows, the oldest first; and how often all entries were used, where that matters."""
+    tables = {}
+    for part in parts:
+        store = memories[part.memory].store
+        places = store.places_in_order(part.row)[store.filled[part.row] - part.count :]
+        for name, entries in store.picked(part.row, places).items():
+            if name != "usage":
+                tables[f"{part.memory}.{part.row}.{name}"] = Table(entries.dtype, tuple(entries.shape), [entries])
+    for i, memory in enumerate(memories):
+        for row in range(memory.num_indices if memory.policy == LEAST_ATTENDED else 0):
+            usage = memory.store.usage[row][memory.store.places_in_order(row)]
+            tables[f"{i}.{row}.usage"] = Table(torch.int32, tuple(usage.shape), [usage])
+    return tables

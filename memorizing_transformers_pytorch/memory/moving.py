@@ -1,0 +1,79 @@
+"""Memories out of memories: on another device, some documents of them, other rows, two in one.
+
+Shapes: M capacity of each row, N entries of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
+from memorizing_transformers_pytorch.memory.store import Store
+
+
+def copied(memory: KNNMemory, device: torch.device, documents: Iterable[int] | None = None) -> KNNMemory:
+    """A memory of the same kind on a device, with the entries of some documents, or all."""
+    chosen = None if documents is None else torch.tensor(sorted(set(documents)), dtype=torch.int64)
+    new = _empty_copy(memory, device)
+    for row in range(memory.num_indices):
+        places = memory.store.places_in_order(row)
+        if chosen is not None:
+            places = places[torch.isin(memory.store.origins[row, places, 0], chosen.to(places.device))]
+        _append(new.store, row, memory.store.picked(row, places), len(places))
+    return new
+
+
+def _empty_copy(memory: KNNMemory, device: torch.device) -> KNNMemory:
+    new = KNNMemory(
+        memory.dim,
+        memory.max_memories,
+        memory.num_indices,
+        num_kv_heads=memory.num_kv_heads,
+        dtype=memory.dtype,
+        device=device,
+        index=memory.index if device.type == "cpu" or memory.index == "auto" else "exact",
+        policy=memory.policy,
+    )
+    new.store.clock = memory.store.clock
+    return new
+
+
+def copy_row(memory: KNNMemory, source: int, target: int) -> None:
+    """Let a row hold what another does, and nothing else."""
+    entries = memory.store.picked(source, memory.store.places_in_order(source))
+    with memory.lock:
+        memory.store.clear([target])
+        memory.searcher.forget([target])
+        _append(memory.store, target, entries, len(entries["origins"]))
+
+
+def check_like(memories: Sequence[KNNMemory], others: Sequence[KNNMemory]) -> None:
+    """Raises ValueError unless the entries of the others could lie in the memories, row by row."""
+    own, theirs = ([(m.num_indices, m.num_kv_heads, m.dim, m.dtype) for m in each] for each in (memories, others))
+    if own != theirs:
+        raise ValueError(f"expected memories with rows, key/value heads, width and dtype {own}, got {theirs}")
+
+
+def take_over(memory: KNNMemory, other: KNNMemory, shift: int) -> None:
+    """Add the entries of another memory after its own, with document numbers that are so much larger; where they do not
+    fit, the capacity grows."""
+    needed = max(map(sum, zip(memory.num_entries, other.num_entries, strict=True)))
+    with memory.lock:
+        if needed > memory.max_memories or memory.store.room < needed:
+            memory.replace_store(memory.store.resized(max(needed, memory.max_memories)))
+        for row in range(memory.num_indices):
+            entries = other.store.picked(row, other.store.places_in_order(row))
+            numbers = entries["origins"][:, 0]
+            entries["origins"][:, 0] = torch.where(numbers < 0, numbers, numbers + shift)
+            _append(memory.store, row, entries, len(numbers))
+
+
+def _append(store: Store, row: int, entries: dict[str, Tensor], count: int) -> None:
+    if count:
+        store.clock += 1
+        entries = {name: part.to(store.device) for name, part in entries.items()}
+        entries["written"] = torch.full_like(entries["written"], store.clock)
+        store.append(row, entries, count)

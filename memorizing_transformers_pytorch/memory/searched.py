@@ -1,0 +1,117 @@
+"""Finding entries of a memory again, and what is known of them.
+
+Shapes: R rows in scope, H query heads, G key/value heads, K retrieved, D head width.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+from torch import Tensor
+
+from memorizing_transformers_pytorch.memory import checks
+from memorizing_transformers_pytorch.memory.index import Index
+from memorizing_transformers_pytorch.memory.policy import LEAST_ATTENDED
+from memorizing_transformers_pytorch.memory.recall import recall_of
+from memorizing_transformers_pytorch.memory.retrieved import Lookup, Retrieved
+from memorizing_transformers_pytorch.memory.scope import Scoped
+from memorizing_transformers_pytorch.memory.store import Store
+from memorizing_transformers_pytorch.memory.structure import some
+
+
+class Searched(Scoped):
+    """The half of `KNNMemory` that changes nothing."""
+
+    dim: int
+    device: torch.device
+    policy: str
+    searcher: Index
+    lock: threading.RLock
+
+    def __init__(self, num_indices: int, num_kv_heads: int) -> None:
+        super().__init__(num_indices)
+        self.num_kv_heads = num_kv_heads
+        self.seconds_searching = 0.0
+
+    @property
+    def store(self) -> Store:
+        """The entries themselves."""
+        raise NotImplementedError
+
+    def retrieve(self, queries: Tensor, topk: int) -> Retrieved:
+        """The `topk` entries of its own row and head with the largest inner product, for each query.
+
+        queries: (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of G.
+        Returns slots, scores and mask, each (R, ..., topk), on the device of the queries. Keys and values stay where
+        they are. Raises ValueError for other shapes or topk < 1, NonFiniteError for queries that are not finite.
+        """
+        checks.check_queries(queries, topk, len(self.scoped_indices), self.num_kv_heads, self.dim)
+        grouped = queries.detach().to(self.device).reshape(queries.shape[0], self.num_kv_heads, -1, self.dim)
+        score_dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+        shape = (*grouped.shape[:3], topk)
+        slots = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        scores = torch.zeros(shape, dtype=score_dtype, device=self.device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        with self.lock:
+            for i, row in enumerate(self.scoped_indices):
+                self._search_row(row, grouped[i], topk, slots[i], scores[i], mask[i])
+        shape = (*queries.shape[:-1], topk)
+        return Retrieved(*(part.view(shape).to(queries.device) for part in (slots, scores, mask)))
+
+    def _search_row(self, row: int, queries: Tensor, topk: int, slots: Tensor, scores: Tensor, mask: Tensor) -> None:
+        """Search one row with queries (G, Q, D), and fill in its slots, scores and mask, each (G, Q, topk)."""
+        found = min(topk, self.store.filled[row])
+        if found == 0 or queries.shape[1] == 0:
+            return
+        best = self.searcher.search(self.store.ring(row), queries, topk)
+        bases = torch.tensor([self.store.slot_base(row, head) for head in range(self.num_kv_heads)], device=self.device)
+        slots[..., :found] = best.places + bases[:, None, None]
+        scores[..., :found] = best.scores
+        mask[..., :found] = True
+
+    def look_up(self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None) -> Lookup:
+        """`retrieve`, with the keys and values behind it: what an attention layer needs, and its backward pass later.
+
+        hidden_rows: (R,) or, for queries (R, ..., T, D), (R, T) bool; rows or tokens that shall find nothing.
+        """
+        began = time.perf_counter()
+        with self.lock:
+            slots, scores, mask = self.retrieve(queries, topk)
+            if self.policy == LEAST_ATTENDED:
+                self.store.count_usage(slots.to(self.device)[mask.to(self.device)])
+        self.seconds_searching += time.perf_counter() - began
+        if hidden_rows is not None:
+            rows, *tokens = hidden_rows.shape
+            shape = (rows, *(1,) * (mask.ndim - 2 - len(tokens)), *tokens, 1)
+            mask = mask & ~hidden_rows.to(mask.device).view(shape)
+        for_backward = torch.is_grad_enabled()
+        return Lookup(self.store, self.scoped_indices, Retrieved(slots, scores, mask), for_backward=for_backward)
+
+    def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk).
+
+        Where mask is False key_values is 0. Both are on the device of the queries.
+        """
+        with self.lock:
+            slots, _, mask = self.retrieve(queries, topk)
+            key_values = self.store.pairs_of(slots).to(queries.device)
+        return key_values.masked_fill_(~mask[..., None, None], 0), mask
+
+    def recall(self, queries: Tensor, topk: int, sample: int = 64) -> float:
+        """The share of the truly best entries that the index finds for some of the queries.
+
+        queries: as for `retrieve`, (R, ..., T, D). sample: how many of the T are tried, evenly spread.
+        """
+        if queries.ndim > (2 if self.num_kv_heads == 1 else 3):
+            queries = some(queries, sample)
+        found = self.retrieve(queries, topk)
+        return recall_of(queries, found.scores, [self.store.ring(row) for row in self.scoped_indices])
+
+    def origins(self, slots: Tensor) -> Tensor:
+        """slots (...) -> (..., 3) int64: document id, position in the document, token id; -1 where not given."""
+        num_slots = self.num_indices * self.num_kv_heads * self.store.room
+        if slots.numel() > 0 and not (int(slots.min()) >= 0 and int(slots.max()) < num_slots):
+            raise ValueError(f"expected slots from 0 to {num_slots - 1}, got {int(slots.min())} to {int(slots.max())}")
+        return self.store.origins_of(slots).to(slots.device)

@@ -1,0 +1,121 @@
+"""A memory attached to a model can be closed, and opened again by the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from memorizing_transformers_pytorch.huggingface import attach_memory
+from memorizing_transformers_pytorch.huggingface.texts import stops_of
+from tests.huggingface.families import tiny
+from tests.huggingface.test_attach import EVERYTHING, logits, tokens
+
+AGING = {**EVERYTHING, "recent": 16, "chunk": 8}
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("options", [EVERYTHING, AGING, {**EVERYTHING, "positions": "constant"}])
+def test_a_loaded_memory_is_the_one_that_was_saved(tmp_path: Path, options: dict, mmap: bool) -> None:
+    memory, query = attach_memory(tiny("llama"), **options), tokens(2, 9)
+    memory.read(tokens(2, 40), document=["one", "two"], progress=False)
+    memory.save(tmp_path / "memory")
+    expected, described = logits(memory.model, query), memory.documents()
+    memory.clear()
+    memory.load(tmp_path / "memory", mmap=mmap)
+    assert torch.equal(logits(memory.model, query), expected)
+    assert memory.documents() == described
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_reading_goes_on_after_loading_as_if_nothing_had_been(tmp_path: Path, mmap: bool) -> None:
+    whole, query = attach_memory(tiny("llama"), **AGING), tokens(1, 9)
+    ids = tokens(1, 96)
+    for part in ids.split(32, dim=1):
+        whole.read(part, progress=False)
+    broken = attach_memory(tiny("llama"), **AGING)
+    for part in ids.split(32, dim=1):
+        if broken.documents():
+            broken = attach_memory(tiny("llama"), **AGING)
+            broken.load(tmp_path / "memory", mmap=mmap)
+        broken.read(part, progress=False)
+        broken.save(tmp_path / "memory")
+    assert torch.equal(logits(broken.model, query), logits(whole.model, query))
+
+
+def test_other_weights_are_refused_unless_they_are_wanted(tmp_path: Path) -> None:
+    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory.read(tokens(1, 20), progress=False)
+    memory.save(tmp_path / "memory")
+    with torch.no_grad():
+        memory.model.model.embed_tokens.weight.mul_(2)
+    before = memory.documents()
+    with pytest.raises(ValueError, match="expected a memory written by weights with the fingerprint"):
+        memory.load(tmp_path / "memory")
+    assert memory.documents() == before
+    memory.load(tmp_path / "memory", other_weights=True)
+
+
+def test_a_memory_of_other_layers_is_refused(tmp_path: Path) -> None:
+    memory = attach_memory(tiny("llama"), **{**EVERYTHING, "layers": [0]})
+    memory.read(tokens(1, 20), progress=False)
+    memory.save(tmp_path / "memory")
+    memory.detach()
+    other = attach_memory(memory.model, **{**EVERYTHING, "layers": [1]})
+    with pytest.raises(ValueError, match=r"expected a memory of .*layers.*\[1\].*got one of .*\[0\]"):
+        other.load(tmp_path / "memory")
+
+
+def test_a_forgotten_document_is_gone_from_every_layer_and_from_disk(tmp_path: Path) -> None:
+    memory, other = attach_memory(tiny("llama"), **AGING), attach_memory(tiny("llama"), **AGING)
+    memory.read(tokens(1, 40), document="secret", progress=False)
+    memory.read(tokens(1, 24), document="open", progress=False)
+    memory.save(tmp_path / "memory")
+    assert memory.forget("secret") == 2 * 40
+    memory.save(tmp_path / "memory")
+    other.load(tmp_path / "memory")
+    for each in (memory, other):
+        assert [document.title for document in each.documents()] == ["open"]
+        for site in each.layers.values():
+            assert {origin.document for part in site.memories for origin in part.entries(0)} == {1}
+    query = tokens(1, 9)
+    assert torch.equal(logits(memory.model, query), logits(other.model, query))
+
+
+def test_a_title_that_there_is_not_is_refused() -> None:
+    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory.read(tokens(1, 20), document="one", progress=False)
+    with pytest.raises(ValueError, match="expected the title of a document, got 'two'"):
+        memory.forget("two")
+    assert memory.layers[1].num_entries == (20,)
+
+
+@pytest.mark.parametrize("skip_first", [0, 3])
+def test_a_document_that_was_broken_off_can_be_read_to_its_end(skip_first: int) -> None:
+    options = {**AGING, "skip_first": skip_first}
+    whole, broken = attach_memory(tiny("llama"), **options), attach_memory(tiny("llama"), **options)
+    before, ids, query = tokens(1, 13), tokens(1, 61), tokens(1, 9)
+    for memory in (whole, broken):
+        memory.read(before, progress=False)
+    whole.read(ids, progress=False)
+    stops = stops_of(61, 8, skip_first, 2)
+    broken.read(ids[:, : stops[0]], progress=False)
+    for stop in stops[1:]:
+        broken.go_on(1, ids[0, :stop], progress=False)
+    assert [each.tokens for each in broken.documents()] == [13, 61]
+    for number, site in whole.layers.items():
+        for part, other in zip(site.memories, broken.layers[number].memories, strict=True):
+            assert list(part.entries(0)) == list(other.entries(0))
+    assert torch.equal(logits(broken.model, query), logits(whole.model, query))
+
+
+def test_only_the_last_document_can_go_on() -> None:
+    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    for _ in range(2):
+        memory.read(tokens(1, 20), progress=False)
+    with pytest.raises(ValueError, match=r"expected more of the last document in the only row, .*got document 0"):
+        memory.go_on(0, tokens(1, 30)[0])
+    assert [each.tokens for each in memory.documents()] == [20, 20]

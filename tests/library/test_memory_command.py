@@ -1,0 +1,203 @@
+"""`memorizing-transformers memory`, with a model of a run and with one of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memorizing_transformers_pytorch.cli import main
+from memorizing_transformers_pytorch.cli import memory as cli_memory
+from memorizing_transformers_pytorch.library.readers import DocumentReader
+from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.memory.disk.manifest import NAME
+from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
+from tests.library.conftest import make_run
+from tests.memory.test_disk import same
+
+
+def run(*arguments: object) -> None:
+    main(["memory", *map(str, arguments)])
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    capsys.readouterr()
+    run(*arguments, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "B/s]" not in each]
+    return line
+
+
+def names(memory: Path) -> list[str]:
+    return [Path(each.title).name for each in KNNMemoryList.load(memory).documents()]
+
+
+def test_files_are_read_once_and_again_when_they_change(
+    model: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = tmp_path / "memory"
+    first = told(capsys, "build", memory, texts, "--model", model)
+    assert (first["read"], first["known"], first["left_out"], first["documents"]) == (3, 0, 2, 3)
+    assert names(memory) == ["one.txt", "zlong.txt", "two.txt"]
+    before = KNNMemoryList.load(memory)
+    again = told(capsys, "build", memory, texts, "--model", model)
+    assert (again["read"], again["known"], again["changed"]) == (0, 3, 0)
+    assert same(before, KNNMemoryList.load(memory))
+    (texts / "one.txt").write_text("It was the worst of times. " * 8)
+    (texts / "below" / "two.txt").unlink()
+    changed = told(capsys, "build", memory, texts, "--model", model, "--prune")
+    assert (changed["read"], changed["known"], changed["changed"], changed["removed"]) == (0, 1, 1, 1)
+    assert names(memory) == ["zlong.txt", "one.txt"]
+
+
+def test_what_was_broken_off_goes_on_and_ends_the_same(
+    model: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("build", tmp_path / "whole", texts, "--model", model)
+    portions: list[Wish] = []
+
+    def stopping(self: Any, reader: DocumentReader, save: Any, seconds: float, wish: Wish) -> None:
+        real(self, reader, save, seconds, wish)
+        portions.append(wish)
+        many = reader.read
+
+        def some(*arguments: Any) -> Any:
+            for count, part in enumerate(many(*arguments)):
+                wish.signal = 2 if count == 1 else None
+                yield part
+
+        reader.read = some  # type: ignore[method-assign]
+
+    real = cli_memory.Builder.__init__
+    monkeypatch.setattr(cli_memory.Builder, "__init__", stopping)
+    broken = tmp_path / "broken"
+    while len(portions) < 9:
+        try:
+            cli_memory.main(["build", str(broken), str(texts), "--model", model], "memory")
+        except Interrupted:
+            if len(portions) == 4:  # a model of a run begins a text anew, and would never end
+                monkeypatch.setattr(cli_memory.Builder, "__init__", real)
+            continue
+        break
+    assert len(portions) >= 2
+    assert names(broken) == names(tmp_path / "whole")
+    one, other = (KNNMemoryList.load(path) for path in (tmp_path / "whole", broken))
+    if "kind" in one.extra and one.extra["kind"] == "of a run":  # numbers differ, as it began anew
+        assert [m.num_entries for m in one] == [m.num_entries for m in other]
+    else:
+        assert same(one, other)
+
+
+def test_documents_can_be_listed_forgotten_verified_and_compacted(
+    model: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = tmp_path / "memory"
+    run("build", memory, texts, "--model", model, "--pattern", "*.txt")
+    info = told(capsys, "info", memory)
+    assert info["documents"] == 3
+    assert info["bytes"] > 0
+    listed = told(capsys, "documents", memory)
+    assert [Path(each["title"]).name for each in listed] == ["one.txt", "zlong.txt", "two.txt"]
+    assert all(each["tokens"] >= max(each["entries"]) > 0 for each in listed)
+    gone = told(capsys, "forget", memory, "--document", listed[0]["title"])
+    assert gone == {"documents": 1, "entries": sum(listed[0]["entries"])}
+    assert told(capsys, "forget", memory, "--where", "*/below/*")["documents"] == 1
+    assert [Path(each["title"]).name for each in told(capsys, "documents", memory)] == ["zlong.txt"]
+    assert told(capsys, "verify", memory)["damaged"] == 0
+    assert told(capsys, "compact", memory)["bytes"] <= info["bytes"]
+    data = b"".join(path.read_bytes() for path in memory.iterdir())
+    assert listed[0]["title"].encode() not in data
+    run("documents", memory)
+    run("info", memory)
+    printed = capsys.readouterr().out
+    assert "zlong.txt" in printed
+    assert "documents      1" in printed
+
+
+def test_it_is_said_when_documents_had_to_make_room(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("build", tmp_path / "memory", texts, "--model", make_run(tmp_path / "run"), "--max-memories", 3_000)
+    assert "the memory is full: 1 documents had to make room (--max-memories)" in capsys.readouterr().err
+
+
+def test_damage_is_found(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = tmp_path / "memory"
+    run("build", memory, texts / "one.txt", "--model", make_run(tmp_path / "run"))
+    path = next(memory.glob("base-*"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert "expected SHA-256" in refused(capsys, "verify", memory)
+
+
+def test_memories_of_one_model_can_be_merged(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_run(tmp_path / "run")
+    for name in ("one.txt", "zlong.txt"):
+        run("build", tmp_path / name, texts / name, "--model", model)
+    merged = told(capsys, "merge", tmp_path / "both", tmp_path / "one.txt", tmp_path / "zlong.txt")
+    assert merged["documents"] == 2
+    assert names(tmp_path / "both") == ["one.txt", "zlong.txt"]
+    other = make_run(tmp_path / "other", seed=1)
+    run("build", tmp_path / "foreign", texts / "one.txt", "--model", other)
+    line = refused(capsys, "merge", tmp_path / "all", tmp_path / "both", tmp_path / "foreign")
+    assert "expected a memory written by weights with the fingerprint" in line
+    assert not (tmp_path / "all").exists()
+
+
+def test_a_run_writes_with_what_is_on_disk_and_leaves_it_alone(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, memory = make_run(tmp_path / "run"), tmp_path / "memory"
+    run("build", memory, texts, "--model", model)
+    before = {path.name: path.read_bytes() for path in memory.iterdir()}
+    written = []
+    for options in ([], ["--memories", str(memory)], ["--memories", str(memory)]):
+        capsys.readouterr()
+        main(["generate", str(model), "--prompt", "line 7 of a", "--max-new-tokens", "30", *options])
+        written.append(capsys.readouterr().out)
+    assert written[0] != written[1] == written[2]
+    assert {path.name: path.read_bytes() for path in memory.iterdir()} == before
+
+
+def test_bad_input_is_one_line(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, memory = make_run(tmp_path / "run"), tmp_path / "memory"
+    build = ("build", memory, texts, "--model", model)
+    run(*build)
+    other = make_run(tmp_path / "other", seed=1)
+    for arguments, message in {
+        ("build", memory, texts, "--model", other): "expected a memory written by weights with the fingerprint",
+        (*build, "--max-memories", 7): "expected --max-memories and --dtype for a new memory only",
+        ("build", memory, tmp_path / "no", "--model", model): "expected a file or folder to read",
+        (
+            "build",
+            memory,
+            texts,
+            "--model",
+            model,
+            "--pattern",
+            "*.java",
+        ): "expected files that match '*.java', got none",
+        ("info", tmp_path / "nothing"): "which has no manifest.json",
+        ("verify", texts): "which has no manifest.json",
+        ("forget", memory): "expected --document or --where, got both or none",
+        ("forget", memory, "--document", "Faust"): "expected the title or number of a document, got 'Faust'",
+        ("forget", memory, "--document", 77): "expected documents of the memory, got [77]",
+        ("merge", memory, memory, memory): "expected a folder without a memory",
+        ("merge", tmp_path / "new", memory): "expected at least two memories, got 1",
+        ("dream",): "expected a command among build, info, documents, forget, verify, compact, merge, got 'dream'",
+    }.items():
+        assert message in refused(capsys, *arguments)
+    assert len(names(memory)) == 3
+    os.truncate(memory / NAME, 10)
+    assert "expected the manifest of a memory" in refused(capsys, "documents", memory)

@@ -1,0 +1,415 @@
+"""What is saved is what is loaded; whatever happens in between, a folder holds the old state or the new."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from memorizing_transformers_pytorch import KNNMemory
+from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.memory.disk import folder as disk_folder
+from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked
+from memorizing_transformers_pytorch.memory.disk.manifest import FORMAT, NAME, _checksum
+from tests.soak.machine import failing
+
+
+def memories(rows: int = 2, capacity: int = 50, **options: Any) -> KNNMemoryList:
+    return KNNMemoryList([KNNMemory(8, capacity, rows, num_kv_heads=2, **options) for _ in range(2)])
+
+
+def add(to: KNNMemoryList, count: int, document: int = 0) -> None:
+    rows = to[0].num_indices
+    numbers = torch.arange(count).expand(rows, count)
+    origins = torch.stack((torch.full_like(numbers, document), numbers, numbers % 5), dim=-1)
+    to.add([torch.randn(rows, 2, count, 2, 8) for _ in to], origins=origins)
+
+
+def read(to: KNNMemoryList, title: str, count: int) -> None:
+    number = to.ledger.begin(title, 0, 0)
+    add(to, count, number)
+    to.ledger.grow(number, count)
+
+
+def contents(of: KNNMemoryList) -> list[dict[str, Tensor]]:
+    """Every table of every row of every memory, the oldest entry first."""
+    return [each.store.picked(row, each.store.places_in_order(row)) for each in of for row in range(each.num_indices)]
+
+
+def same(one: KNNMemoryList, other: KNNMemoryList) -> bool:
+    pairs = zip(contents(one), contents(other), strict=True)
+    return all(torch.equal(table, b[name]) for a, b in pairs for name, table in a.items())
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != ".lock"}
+
+
+def changed_manifest(folder: Path, change: Callable[[dict[str, Any]], None], *, honest: bool = True) -> None:
+    """Change what the manifest says, with the right checksum, as somebody would who means harm."""
+    whole = json.loads((folder / NAME).read_text())
+    change(whole)
+    if honest:
+        whole["sha256"] = _checksum(whole["memory"])
+    (folder / NAME).write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [0, 7, 50, 71])
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path, count: int, dtype: torch.dtype, mmap: bool) -> None:
+    saved = memories(dtype=dtype, policy="by-document")
+    read(saved, "one", count)
+    saved.extra, saved.fingerprint = {"of": ["anything"]}, "abc"
+    saved.save(tmp_path / "memory")
+    loaded = KNNMemoryList.load(tmp_path / "memory", mmap=mmap)
+    assert same(saved, loaded)
+    assert repr(loaded) == repr(saved)
+    assert (loaded.extra, loaded.fingerprint) == (saved.extra, saved.fingerprint)
+    assert loaded.documents() == saved.documents()
+    assert [each.policy for each in loaded] == ["by-document"] * 2
+    queries = torch.randn(2, 2, 3, 8)
+    for one, other in zip(saved, loaded, strict=True):
+        for got, expected in zip(other.search(queries, 4), one.search(queries, 4), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_a_save_writes_only_what_was_added_since(tmp_path: Path) -> None:
+    memory = memories(rows=1, capacity=5_000)
+    add(memory, 4_000)
+    memory.save(tmp_path / "memory")
+    first = sizes(tmp_path / "memory")
+    add(memory, 3)
+    memory.save(tmp_path / "memory")
+    second = sizes(tmp_path / "memory")
+    new = {name: size for name, size in second.items() if name not in first}
+    assert {name.split("-")[0] for name in new} == {"journal"}
+    assert sum(new.values()) < 0.01 * sum(first.values())
+    assert same(memory, KNNMemoryList.load(tmp_path / "memory"))
+
+
+def test_many_small_saves_leave_few_files(tmp_path: Path) -> None:
+    memory = memories(rows=1, capacity=5_000)
+    add(memory, 4_000)
+    for _ in range(150):
+        add(memory, 1)
+        memory.save(tmp_path / "memory")
+    assert len(sizes(tmp_path / "memory")) < 70
+    assert same(memory, KNNMemoryList.load(tmp_path / "memory", mmap=True))
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_saving_after_loading_goes_on_from_there(tmp_path: Path, mmap: bool) -> None:
+    memory = memories()
+    for _ in range(6):
+        add(memory, 17)
+        memory.save(tmp_path / "memory")
+        memory = KNNMemoryList.load(tmp_path / "memory", mmap=mmap)
+    kept = contents(memory)
+    assert [len(each["origins"]) for each in kept] == [50] * 4
+    assert same(memory, KNNMemoryList.load(tmp_path / "memory"))
+
+
+def test_what_another_has_saved_meanwhile_is_not_lost(tmp_path: Path) -> None:
+    one = memories()
+    add(one, 5)
+    one.save(tmp_path / "memory")
+    other = KNNMemoryList.load(tmp_path / "memory")
+    add(other, 2)
+    other.save(tmp_path / "memory")
+    add(one, 1)
+    for refused in (one, memories()):
+        with pytest.raises(ValueError, match=r"to hold what was saved or loaded here before, got something else"):
+            refused.save(tmp_path / "memory")
+    assert same(other, KNNMemoryList.load(tmp_path / "memory"))
+    one.save(tmp_path / "memory", overwrite=True)
+    assert same(one, KNNMemoryList.load(tmp_path / "memory"))
+
+
+def test_readers_of_a_mapped_memory_may_add_to_it_and_change_no_file(tmp_path: Path) -> None:
+    memory = memories()
+    add(memory, 50)
+    memory.save(tmp_path / "memory")
+    before = {name: (tmp_path / "memory" / name).read_bytes() for name in sizes(tmp_path / "memory")}
+    reader = KNNMemoryList.load(tmp_path / "memory", mmap=True)
+    add(reader, 3)
+    reader.forget(0)
+    assert [each.num_entries for each in reader] == [(0, 0)] * 2
+    assert {name: (tmp_path / "memory" / name).read_bytes() for name in before} == before
+    assert same(memory, KNNMemoryList.load(tmp_path / "memory"))
+
+
+def test_a_mapped_memory_outlives_the_state_it_was_opened_from(tmp_path: Path) -> None:
+    memory = memories()
+    add(memory, 50)
+    memory.save(tmp_path / "memory")
+    reader, expected = KNNMemoryList.load(tmp_path / "memory", mmap=True), contents(memory)
+    add(memory, 50)
+    memory.save(tmp_path / "memory", compact=True)
+    for got, wanted in zip(contents(reader), expected, strict=True):
+        assert all(torch.equal(table, wanted[name]) for name, table in got.items())
+
+
+def test_files_are_ordinary_safetensors(tmp_path: Path) -> None:
+    memory = memories(dtype=torch.bfloat16)
+    add(memory, 9)
+    memory.save(tmp_path / "memory")
+    for path, each in zip(_bases(tmp_path / "memory"), memory, strict=True):
+        tables = safetensors.torch.load_file(path)
+        assert tables["keys"].shape == (2, 2, 11, 8)
+        assert torch.equal(tables["keys"][:, :, :9], each.store.keys[:, :, :9])
+
+
+def _bases(folder: Path) -> list[Path]:
+    return [folder / base["file"]["name"] for base in json.loads((folder / NAME).read_text())["memory"]["memories"]]
+
+
+def test_after_compaction_nothing_is_left_of_what_was_forgotten(tmp_path: Path) -> None:
+    memory = memories(rows=1, capacity=5_000)
+    read(memory, "open", 2_000)
+    read(memory, "a secret", 10)
+    secret = memory[0].store.keys[0, 0, 2_000:2_010].numpy().tobytes()
+    memory.save(tmp_path / "memory")
+    files = [path.read_bytes() for path in (tmp_path / "memory").iterdir()]
+    assert any(secret in data for data in files)
+    assert memory.forget("a secret") == 20
+    memory.save(tmp_path / "memory", compact=True)
+    for path in (tmp_path / "memory").iterdir():
+        data = path.read_bytes()
+        assert not any(secret[i : i + 32] in data for i in range(0, len(secret), 32))
+        assert b"a secret" not in data
+    assert [each.title for each in KNNMemoryList.load(tmp_path / "memory").documents()] == ["open"]
+
+
+# Damage
+
+
+def _flip_a_bit(folder: Path) -> None:
+    path = _bases(folder)[0]
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+def _set(*keys: Any, value: Any) -> Callable[[Path], None]:
+    """Let the manifest say something else."""
+
+    def damage(folder: Path) -> None:
+        def change(whole: dict[str, Any]) -> None:
+            place = whole
+            for key in keys[:-1]:
+                place = place[key]
+            place[keys[-1]] = value
+
+        changed_manifest(folder, change)
+
+    return damage
+
+
+def _link(folder: Path) -> None:
+    path = _bases(folder)[0]
+    path.rename(folder.parent / "elsewhere")
+    path.symlink_to(folder.parent / "elsewhere")
+
+
+FIRST = ("memory", "memories", 0)
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut off": (lambda f: os.truncate(_bases(f)[0], 1_000), "expected .* bytes in .*, got 1,000"),
+    "a flipped bit": (_flip_a_bit, "expected SHA-256"),
+    "a file that is gone": (lambda f: _bases(f)[1].unlink(), "expected all files of the memory"),
+    "a link": (_link, "got a link or something else"),
+    "no manifest": (lambda f: (f / NAME).unlink(), "expected the folder of a memory, got .* no manifest.json"),
+    "half a manifest": (lambda f: os.truncate(f / NAME, 300), "expected the manifest of a memory in"),
+    "another format": (lambda f: (f / NAME).write_text("{}"), f"expected the format '{FORMAT}', got another"),
+    "a newer format": (_set("version", value=2), "expected version 1 of the format, got 2"),
+    "a changed manifest": (
+        lambda f: changed_manifest(f, lambda whole: whole["memory"].update(saved="x"), honest=False),
+        "expected what its SHA-256 tells",
+    ),
+    "a path out of the folder": (
+        _set(*FIRST, "file", "name", value="../base-" + "0" * 32 + ".safetensors"),
+        "expected different files with names such as",
+    ),
+    "absurd sizes": (_set(*FIRST, "max_memories", value=2**60), "expected at most .* numbers in a memory"),
+    "absurd room": (_set(*FIRST, "room", value=2**40), "expected room for 0 to 50 entries"),
+    "more entries than there are": (_set(*FIRST, "rows", 0, "filled", value=21), "expected the next entry after"),
+    "a foreign dtype": (_set(*FIRST, "dtype", value="object"), "expected a dtype of"),
+    "an index that is none": (_set(*FIRST, "index", value="rm -rf"), "index"),
+    "a document in no row": (
+        _set("memory", "documents", value=[{"number": 0, "title": "", "row": 7, "tokens": 1, "start": 0}]),
+        "expected different documents|expected documents in rows 0 to 1",
+    ),
+    "text for a number": (_set(*FIRST, "dim", value="8"), "dim"),
+    "unknown fields": (_set("memory", "command", value="rm"), "command"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_refused_with_the_reason(tmp_path: Path, kind: str) -> None:
+    damage, message = DAMAGES[kind]
+    memory = memories()
+    add(memory, 20)
+    memory.save(tmp_path / "memory")
+    damage(tmp_path / "memory")
+    with pytest.raises(ValueError, match=message):
+        KNNMemoryList.load(tmp_path / "memory")
+
+
+def test_numbers_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
+    memory = memories()
+    add(memory, 20)
+    memory[0].store.keys[0, 0, 3, 2] = torch.nan
+    memory.save(tmp_path / "memory")
+    with pytest.raises(ValueError, match="expected finite keys"):
+        KNNMemoryList.load(tmp_path / "memory")
+
+
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    memory = memories()
+    memory.fingerprint = "those"
+    memory.save(tmp_path / "memory")
+    KNNMemoryList.load(tmp_path / "memory", fingerprint="those")
+    KNNMemoryList.load(tmp_path / "memory")
+    with pytest.raises(ValueError, match="expected a memory written by weights with the fingerprint these, got those"):
+        KNNMemoryList.load(tmp_path / "memory", fingerprint="these")
+
+
+# Failures
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("step", ["disk.save.write_tensors", "disk.save.write_manifest"])
+def test_a_full_disk_leaves_the_old_state_and_no_litter(tmp_path: Path, step: str, compact: bool) -> None:
+    memory = memories()
+    add(memory, 20)
+    memory.save(tmp_path / "memory")
+    before, old = sizes(tmp_path / "memory"), KNNMemoryList.load(tmp_path / "memory")
+    add(memory, 1)
+    with failing(step, after=0), pytest.raises(SaveError, match=r"could not save .*nothing has changed.*No space left"):
+        memory.save(tmp_path / "memory", compact=compact)
+    assert sizes(tmp_path / "memory") == before
+    assert same(old, KNNMemoryList.load(tmp_path / "memory"))
+    memory.save(tmp_path / "memory")
+    assert same(memory, KNNMemoryList.load(tmp_path / "memory"))
+
+
+def _save_within_a_quota(folder: Path) -> None:
+    memory = KNNMemoryList.load(folder)
+    add(memory, 30)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+    try:
+        memory.save(folder, compact=True)
+    except SaveError as error:
+        os._exit(getattr(error.__cause__, "errno", 0))
+    os._exit(0)
+
+
+def test_a_quota_that_is_used_up_leaves_the_old_state(tmp_path: Path) -> None:
+    memory = memories()
+    add(memory, 20)
+    memory.save(tmp_path / "memory")
+    process = multiprocessing.get_context("fork").Process(target=_save_within_a_quota, args=(tmp_path / "memory",))
+    process.start()
+    process.join()
+    assert process.exitcode == errno.EFBIG
+    assert same(memory, KNNMemoryList.load(tmp_path / "memory"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "memory"):
+        with pytest.raises(SaveError, match="could not save to"):
+            memories().save(path)
+
+
+# Processes
+
+
+def _save_for_ever(folder: Path) -> None:
+    """Each save adds one entry, whose document is its number; now and then all is written anew."""
+    memory = KNNMemoryList.load(folder)
+    for number in itertools.count(memory[0].num_entries[0]):
+        add(memory, 1, document=number)
+        memory.save(folder, compact=number % 5 == 0)
+
+
+def test_killed_at_any_moment_a_folder_holds_one_state_or_the_next(tmp_path: Path) -> None:
+    """(KILLS=200 for more.)"""
+    folder, found, moments = tmp_path / "memory", 1, random.Random(0)
+    memory = memories(capacity=100_000)
+    add(memory, 1)
+    memory.save(folder)
+    for _ in range(int(os.environ.get("KILLS", "20"))):
+        process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(folder,))
+        process.start()
+        time.sleep(moments.uniform(0.01, 0.15))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        loaded = KNNMemoryList.load(folder)
+        for each in loaded:
+            assert [origin.document for origin in each.entries(1)] == list(range(each.num_entries[1]))
+        assert loaded[0].num_entries == loaded[1].num_entries
+        assert loaded[0].num_entries[0] >= found
+        found = loaded[0].num_entries[0]
+    assert found > 1
+
+
+def _hold_the_lock(folder: Path, ready: Any) -> None:
+    with locked(folder):
+        ready.set()
+        time.sleep(60)
+
+
+def test_one_writer_at_a_time_and_a_dead_one_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = memories()
+    memory.save(tmp_path / "memory")
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=_hold_the_lock, args=(tmp_path / "memory", ready))
+    process.start()
+    assert ready.wait(60)
+    monkeypatch.setattr(disk_folder.locked.__wrapped__, "__defaults__", (0.1,))
+    with pytest.raises(SaveError, match="expected to be the only one who writes"):
+        memory.save(tmp_path / "memory")
+    KNNMemoryList.load(tmp_path / "memory")  # readers need no lock
+    process.kill()
+    process.join()
+    memory.save(tmp_path / "memory")
+
+
+def _digest_of(folder: Path, answers: Any) -> None:
+    torch.set_num_threads(1)
+    loaded = KNNMemoryList.load(folder, mmap=True)
+    answers.put(hashlib.sha256(loaded[0].store.keys.numpy().tobytes()).hexdigest())
+
+
+def test_processes_read_the_same_files_at_once(tmp_path: Path) -> None:
+    memory = memories()
+    add(memory, 50)
+    memory.save(tmp_path / "memory")
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    processes = [context.Process(target=_digest_of, args=(tmp_path / "memory", answers)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    own = hashlib.sha256(KNNMemoryList.load(tmp_path / "memory", mmap=True)[0].store.keys.numpy().tobytes()).hexdigest()
+    assert [answers.get(timeout=120) for _ in processes] == [own, own]
+    for process in processes:
+        process.join()
