@@ -45,7 +45,9 @@ def from_plain(plain: Mapping[str, Any]) -> RunConfig:
         return dacite.from_dict(RunConfig, plain, _STRICT)
     except dacite.DaciteError as error:
         raise ValueError(f"expected the fields of a run, got: {error}") from None
-    except TypeError as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if str(error).startswith("expected "):  # a field has refused its value
+            raise
         raise ValueError(f"expected values of the right types, got: {error}") from None
 
 
