@@ -58,6 +58,8 @@ class TokenisedDocuments(Sequence[np.ndarray]):
             self.content = str(meta["splits"][split]["content"])
             if self._offsets[0] != 0 or bool((self.lengths < 0).any()):
                 raise ValueError("its documents overlap")
+            if bool((self.num_bytes < 0).any()) or self.num_bytes.sum(dtype=np.float64) >= 2**63:
+                raise ValueError("its documents have impossible sizes")
         except (LookupError, OSError, TypeError, ValueError) as error:
             raise ValueError(f"expected tokenised documents, got a damaged {str(folder)!r}: {error}") from error
         if found != expected:

@@ -18,6 +18,11 @@ ZIP_BYTES = 36_445_475
 ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
 SPLIT_BYTES = (90_000_000, 5_000_000, 5_000_000)
 
+_OF_ARCHIVES = (
+    *(EOFError, OSError, RuntimeError, UnicodeDecodeError),
+    *(lzma.LZMAError, zipfile.BadZipFile, zlib.error),
+)
+
 
 def download_enwik8(cache: Path, progress: bool) -> Path:
     """The archive in the cache, fetched if it is not there."""
@@ -77,7 +82,7 @@ class Enwik8:
         try:
             with zipfile.ZipFile(self._path) as archive:
                 yield archive
-        except (EOFError, OSError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
+        except _OF_ARCHIVES as error:
             raise ValueError(f"expected a sound archive, got {str(self._path)!r}: {error}") from error
 
 

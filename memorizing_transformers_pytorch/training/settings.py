@@ -46,7 +46,7 @@ def from_plain(plain: Mapping[str, Any]) -> RunConfig:
     except dacite.DaciteError as error:
         raise ValueError(f"expected the fields of a run, got: {error}") from None
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if str(error).startswith("expected "):  # a field has refused its value
+        if isinstance(error, ValueError) and str(error).startswith("expected "):  # a field has refused its value
             raise
         raise ValueError(f"expected values of the right types, got: {error}") from None
 

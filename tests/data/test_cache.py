@@ -222,6 +222,14 @@ def test_documents_that_overlap_or_have_no_places_are_refused(tmp_path: Path, nu
         TokenisedDocuments(folder, "train")
 
 
+@pytest.mark.parametrize("numbers", [[5, -1, 1152], [2**62, 2**62, 2**62]])
+def test_impossible_sizes_are_refused(tmp_path: Path, numbers: list[int]) -> None:
+    folder = make(tmp_path)
+    np.save(folder / "train.bytes.npy", np.array(numbers))
+    with pytest.raises(ValueError, match="expected tokenised documents, got a damaged"):
+        TokenisedDocuments(folder, "train")
+
+
 @pytest.mark.parametrize("meta", [{"dtype": "|O"}, {"dtype": "<f4"}, {"dtype": []}, {"splits": []}])
 def test_tokens_of_another_type_are_refused(tmp_path: Path, meta: dict[str, Any]) -> None:
     folder = make(tmp_path)

@@ -68,6 +68,7 @@ def test_differences_are_named_in_full_with_both_values() -> None:
         ({"memory": {"dropout": 1.5}}, "expected dropout from 0 to 1, got 1.5"),
         ({"memory": {"growth": [[5, 8], [2, 9]]}}, "expected growth as rising steps"),
         ({"optimizer": {"learning_rate": "fast"}}, "expected a number, got 'fast'"),
+        ({"data": {"cache": 3}}, "expected values of the right types"),
         ({"memory": {"growth": [{"step": 1}]}}, "expected values of the right types"),
         ({"model": {"dim": 0}}, "expected dim to be an integer of at least 1, got 0"),
         ({"data": {"source": ""}}, "expected source not to be empty"),
