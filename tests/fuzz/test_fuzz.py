@@ -27,6 +27,7 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 
+@pytest.mark.slow
 def test_malformed_files_raise_only_the_documented_errors() -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("pyarrow")
