@@ -19,6 +19,8 @@ from pathlib import Path
 
 from .campaign import ACCEPTED, Finding, judge_all, targets_of
 
+SHARED = Path("/dev/shm")  # in memory, where there is such a thing
+
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.status is not None:
         return read(options)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=SHARED if os.access(SHARED, os.W_OK) else None) as folder:
         status = Path(folder) / "reading"
         status.touch()
         command = [sys.executable, "-m", "tests.fuzz", *given, "--status", str(status)]

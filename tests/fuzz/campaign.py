@@ -10,11 +10,8 @@ import faulthandler
 import gc
 import importlib
 import json
-import os
 import resource
-import shutil
 import sys
-import tempfile
 import traceback
 import warnings
 from collections import Counter
@@ -97,33 +94,29 @@ class Bench:
 def judge_all(
     targets: Iterable[Target], numbers: Sequence[int], seed: int, status: Path, seconds: float, keep_going: bool
 ) -> tuple[dict[str, Counter[str]], list[Finding]]:
-    """Judge inputs of these numbers of every target, until one is not as it should be. status: a file for `reading`."""
+    """Judge inputs of these numbers of every target, until one is not as it should be. status: a file that says what is
+    being read; inputs are made beside it."""
     faulthandler.enable()
     warnings.simplefilter("ignore")
     counts: dict[str, Counter[str]] = {}
     findings: list[Finding] = []
-    shared = Path("/dev/shm")
-    root = Path(tempfile.mkdtemp(prefix="fuzz-", dir=shared if os.access(shared, os.W_OK) else None))
-    try:
-        benches = [Bench(target, root / str(i)) for i, target in enumerate(targets)]
-        limit_memory()
-        with status.open("wb", buffering=0) as note:
-            for bench in benches:
-                name, seen = bench.target.name, counts.setdefault(bench.target.name, Counter())
-                for number in numbers:
-                    note.seek(0)
-                    note.write(json.dumps([name, number]).ljust(99).encode())
-                    faulthandler.dump_traceback_later(seconds, exit=True)
-                    kind, wrong = bench.judge(seed, number)
-                    seen[kind] += 1
-                    if wrong is not None:
-                        findings.append(Finding(name, number, wrong))
-                        if not keep_going:
-                            note.truncate(0)
-                            return counts, findings
-                gc.collect()
-            note.truncate(0)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        shutil.rmtree(root, ignore_errors=True)
+    benches = [Bench(target, status.with_name(str(i))) for i, target in enumerate(targets)]
+    limit_memory()
+    with status.open("wb", buffering=0) as note:
+        for bench in benches:
+            name, seen = bench.target.name, counts.setdefault(bench.target.name, Counter())
+            for number in numbers:
+                note.seek(0)
+                note.write(json.dumps([name, number]).ljust(99).encode())
+                faulthandler.dump_traceback_later(seconds, exit=True)
+                kind, wrong = bench.judge(seed, number)
+                seen[kind] += 1
+                if wrong is not None:
+                    findings.append(Finding(name, number, wrong))
+                    if not keep_going:
+                        note.truncate(0)
+                        return counts, findings
+            gc.collect()
+        note.truncate(0)
+    faulthandler.cancel_dump_traceback_later()
     return counts, findings
