@@ -14,9 +14,11 @@ from torch import Tensor
 from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.durable import replacing
 from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.plain_json import parse_object
 
 _CONFIG_KEY = "model_config"
 _OUTPUT_WEIGHT = "to_logits.1.weight"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_checkpoint(model: MemorizingTransformer, path: str | Path) -> None:
@@ -47,7 +49,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Mem
         metadata = file.metadata() or {}
     if _CONFIG_KEY not in metadata:
         raise ValueError(f"expected {_CONFIG_KEY!r} in the metadata of {str(path)!r}, got {sorted(metadata)}")
-    model = MemorizingTransformer.from_config(ModelConfig.from_dict(json.loads(metadata[_CONFIG_KEY])))
+    where = f"the metadata of {str(path)!r}"
+    config = ModelConfig.from_dict(parse_object(metadata[_CONFIG_KEY], where))
+    _check_weights(_without_memory(config, weights), weights)
+    model = MemorizingTransformer.from_config(config)
     dtypes = {tensor.dtype for tensor in weights.values()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
@@ -58,8 +63,32 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Mem
 def load_weights(model: MemorizingTransformer, weights: Mapping[str, Tensor]) -> None:
     """Copy a state dict into the model: one of ours, or of the package memorizing-transformers-pytorch 0.4.1.
 
-    Raises ValueError that lists the names that are missing, unknown or of another shape; the model is then unchanged.
+    Raises ValueError that lists the names that are missing, unknown, or of another shape or type; the model is then
+    unchanged.
     """
+    model.load_state_dict(_check_weights(model, weights))
+
+
+def check_dtypes(weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for tensors that are of no type that weights have."""
+    wrong = [f"{name}: {tensor.dtype}" for name, tensor in weights.items() if tensor.dtype not in _DTYPES]
+    if wrong:
+        raise ValueError(f"expected weights of {', '.join(map(str, _DTYPES))}, got {'; '.join(wrong)}")
+
+
+def _without_memory(config: ModelConfig, weights: Mapping[str, Tensor]) -> MemorizingTransformer:
+    """The model, but for its numbers: a damaged configuration may tell of more than any machine holds."""
+    if config.depth > len(weights):
+        raise ValueError(f"expected the weights of {config.depth} layers, got {len(weights)} tensors")
+    try:
+        with torch.device("meta"):
+            return MemorizingTransformer.from_config(config)
+    except RuntimeError as error:
+        raise ValueError(f"expected the sizes of a model, got {config}: {error}") from error
+
+
+def _check_weights(model: MemorizingTransformer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the model, whose tied weights are said once, whole."""
     expected = model.state_dict()
     weights = dict(weights)
     if model.config.tie_embeddings and "token_emb.weight" in weights:
@@ -75,4 +104,5 @@ def load_weights(model: MemorizingTransformer, weights: Mapping[str, Tensor]) ->
     ]
     if wrong:
         raise ValueError(f"expected weights of these shapes: {'; '.join(wrong)}")
-    model.load_state_dict(weights)
+    check_dtypes(weights)
+    return weights

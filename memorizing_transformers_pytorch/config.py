@@ -12,6 +12,7 @@ DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 _AT_LEAST_ONE = ("num_tokens", "dim", "depth", "dim_head", "heads", "ff_mult", "max_knn_memories")
 _AT_LEAST_ZERO = ("xl_max_memories", "shift_knn_memories_down", "shift_xl_memories_down", "short_conv")
+_AT_MOST = 2**31 - 1
 _TOKEN_IDS = ("pad_id", "clear_memories_on_sos_token_id", "clear_memories_on_eos_token_id")
 
 
@@ -97,6 +98,8 @@ class ModelConfig:
             least, value = int(name not in _AT_LEAST_ZERO), getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"expected {name} to be an integer of at least {least}, got {value!r}")
+            if value > _AT_MOST:
+                raise ValueError(f"expected {name} to be at most {_AT_MOST}, got {value}")
         for name in ("heads", *optional):
             if getattr(self, name) % self.num_kv_heads != 0:
                 expected = f"{name} to be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -123,7 +126,8 @@ class ModelConfig:
 
     def _checked_layers(self, name: str, layers: int | tuple[int, ...]) -> tuple[int, ...]:
         given = tuple(layers) if isinstance(layers, tuple | list) else (layers,)
-        if len(set(given)) != len(given) or not all(layer in range(1, self.depth + 1) for layer in given):
+        known = all(isinstance(layer, int) and 1 <= layer <= self.depth for layer in given)
+        if not known or len(set(given)) != len(given):
             raise ValueError(f"expected {name} to be distinct layers from 1 to {self.depth}, got {given}")
         return tuple(sorted(given))
 

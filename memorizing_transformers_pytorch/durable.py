@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from memorizing_transformers_pytorch.plain_json import read_object
+
 CHECKSUMS = "checksums.json"
 
 
@@ -53,12 +55,12 @@ def write_checksums(folder: Path) -> None:
 def verify(folder: Path, *names: str) -> None:
     """Raises ValueError unless these files of the folder are as they were when `write_checksums` was called."""
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        sums = read_object(folder / CHECKSUMS)
         for name in names:
             found, expected = _sha256(folder / name), sums[name]
             if found != expected:
                 raise ValueError(f"expected SHA-256 {expected} of {name}, got {found}")
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"expected whole files in {str(folder)!r}: {error}") from error
 
 

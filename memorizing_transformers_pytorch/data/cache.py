@@ -28,8 +28,10 @@ from memorizing_transformers_pytorch.data.document import SPLITS, Document, Spli
 from memorizing_transformers_pytorch.data.text import text_bytes
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.durable import sync, sync_folder
+from memorizing_transformers_pytorch.plain_json import parse_json, read_object
 
 FORMAT = 2
+_DTYPES = ("<u2", "<u4")  # of tokens
 _ASIDE = ".building-"
 _STALE_SECONDS = 3600.0
 _SIGN_OF_LIFE_SECONDS = 60.0
@@ -45,16 +47,20 @@ class TokenisedDocuments(Sequence[np.ndarray]):
 
     def __init__(self, folder: Path, split: Split) -> None:
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            self._offsets = np.asarray(np.load(folder / f"{split}.offsets.npy", mmap_mode="r"))
-            self.num_bytes: np.ndarray = np.load(folder / f"{split}.bytes.npy", mmap_mode="r")
+            meta = read_object(folder / "meta.json")
+            self._offsets = np.asarray(_numbers(folder / f"{split}.offsets.npy"))
+            self.num_bytes = _numbers(folder / f"{split}.bytes.npy")
             self._names = folder / f"{split}.names"
-            dtype = np.dtype(meta["dtype"])
+            dtype = np.dtype(_DTYPES[_DTYPES.index(meta["dtype"])])
             size = (folder / f"{split}.tokens").stat().st_size
             found = size / dtype.itemsize, self._names.stat().st_size, len(self.num_bytes)
             expected = int(self._offsets[-1]), meta["splits"][split]["names_size"], len(self)
-            self.content: str = meta["splits"][split]["content"]
-        except (OSError, ValueError, KeyError) as error:
+            self.content = str(meta["splits"][split]["content"])
+            if self._offsets[0] != 0 or bool((self.lengths < 0).any()):
+                raise ValueError("its documents overlap")
+            if bool((self.num_bytes < 0).any()) or self.num_bytes.sum(dtype=np.float64) >= 2**63:
+                raise ValueError("its documents have impossible sizes")
+        except (LookupError, OSError, TypeError, ValueError) as error:
             raise ValueError(f"expected tokenised documents, got a damaged {str(folder)!r}: {error}") from error
         if found != expected:
             what = f"{expected} tokens, bytes of names and sizes of {split}"
@@ -79,8 +85,12 @@ class TokenisedDocuments(Sequence[np.ndarray]):
 
     @cached_property
     def names(self) -> list[str]:
-        with self._names.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        """That of each. Raises ValueError if there are others than one for each."""
+        with self._names.open("rb") as lines:
+            names = [parse_json(line, repr(str(self._names))) for line in lines]
+        if len(names) != len(self) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"expected {len(self)} names in {str(self._names)!r}, got {len(names)} values")
+        return names
 
     @property
     def lengths(self) -> np.ndarray:
@@ -94,6 +104,17 @@ class TokenisedDocuments(Sequence[np.ndarray]):
     @property
     def total_bytes(self) -> int:
         return int(self.num_bytes.sum())
+
+
+def _numbers(path: Path) -> np.ndarray:
+    """Numbers one after the other, memory-mapped. Raises ValueError for anything else."""
+    try:
+        numbers: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # NumPy reads what is before them as Python, and raises whatever comes of that
+        raise ValueError(f"expected an array in {path.name}, got an error: {error}") from error
+    if numbers.dtype != np.int64 or numbers.ndim != 1:
+        raise ValueError(f"expected numbers (n,) in {path.name}, got {numbers.dtype} {numbers.shape}")
+    return numbers
 
 
 def build(
@@ -156,7 +177,7 @@ def _signs_of_life(aside: Path) -> Iterator[None]:
 def _write(
     aside: Path, documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, about: dict[str, Any]
 ) -> None:
-    dtype = np.dtype("<u2" if tokenizer.num_tokens <= 1 << 16 else "<u4")
+    dtype = np.dtype(_DTYPES[tokenizer.num_tokens > 1 << 16])
     with ExitStack() as stack:
         writers = {split: stack.enter_context(_writer(aside, split)) for split in SPLITS}
         for some in _batches(documents):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,11 @@ ADDRESS = "http://mattmahoney.net/dc/enwik8.zip"
 ZIP_BYTES = 36_445_475
 ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
 SPLIT_BYTES = (90_000_000, 5_000_000, 5_000_000)
+
+_OF_ARCHIVES = (
+    *(EOFError, OSError, RuntimeError, UnicodeDecodeError),
+    *(lzma.LZMAError, zipfile.BadZipFile, zlib.error),
+)
 
 
 def download_enwik8(cache: Path, progress: bool) -> Path:
@@ -56,7 +63,7 @@ class Enwik8:
     def _num_bytes(self) -> int:
         if not self._zipped:
             return self._path.stat().st_size
-        with zipfile.ZipFile(self._path) as archive:
+        with self._archive() as archive:
             if "enwik8" not in archive.namelist():
                 raise ValueError(f"expected 'enwik8' in {str(self._path)!r}, got {archive.namelist()[:5]}")
             return archive.getinfo("enwik8").file_size
@@ -67,10 +74,15 @@ class Enwik8:
             with self._path.open("rb") as file:
                 yield file
             return
+        with self._archive() as archive, archive.open("enwik8") as file:
+            yield file
+
+    @contextmanager
+    def _archive(self) -> Iterator[zipfile.ZipFile]:
         try:
-            with zipfile.ZipFile(self._path) as archive, archive.open("enwik8") as file:
-                yield file
-        except zipfile.BadZipFile as error:
+            with zipfile.ZipFile(self._path) as archive:
+                yield archive
+        except _OF_ARCHIVES as error:
             raise ValueError(f"expected a sound archive, got {str(self._path)!r}: {error}") from error
 
 

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of a segment.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +118,9 @@ class DocumentStream(Iterator[Batch]):
                 raise ValueError(f"expected the state of a stream with {name} {ours[name]}, got {state[name]}")
         if len(state["places"]) != len(self._places):
             raise ValueError(f"expected the state of {len(self._places)} rows, got {len(state['places'])}")
+        numbers = [state["epoch"], state["taken"], *itertools.chain(*state["places"])]
+        if not all(isinstance(number, int) for number in numbers) or state["epoch"] < 0:
+            raise ValueError(f"expected an epoch, documents taken and places as whole numbers, got {state}")
         for number, position in state["places"]:
             if number >= 0 and not (number < len(self._lengths) and 0 <= position <= self._lengths[number]):
                 raise ValueError(f"expected places within the documents, got position {position} of {number}")

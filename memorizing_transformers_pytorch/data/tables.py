@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.document import Document
 from memorizing_transformers_pytorch.data.text import decode, text_bytes, without_surrogates
+from memorizing_transformers_pytorch.plain_json import parse_object
 
 _ROWS_AT_ONCE = 64
 
@@ -79,19 +79,9 @@ def _json_rows(path: Path, config: DataConfig) -> Iterator[tuple[str, dict[str, 
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     where = f"{str(path)!r}, line {number:,}"
-                    yield where, _json_row(line, where, config)
+                    yield where, parse_object(decode(line, where, config.errors), where)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"expected a readable file, got {str(path)!r}: {error}") from error
-
-
-def _json_row(line: bytes, where: str, config: DataConfig) -> dict[str, Any]:
-    try:
-        row = json.loads(decode(line, where, config.errors))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected JSON in {where}, got an error: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object in {where}, got {type(row).__name__}")
-    return row
 
 
 def _parquet_rows(path: Path, config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -109,5 +99,5 @@ def _parquet_rows(path: Path, config: DataConfig) -> Iterator[tuple[str, dict[st
                 for row in batch.to_pylist():
                     yield f"{str(path)!r}, row {number:,}", row
                     number += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"expected a Parquet file, got {str(path)!r}: {str(error).splitlines()[0]}") from error

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from memorizing_transformers_pytorch.data.text import text_bytes
+from memorizing_transformers_pytorch.plain_json import parse_json
 
 _BYTES_JSON = json.dumps({"type": "bytes"})
 
@@ -126,15 +127,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"expected a tokenizer file, got {str(path)!r}, which does not exist")
     try:
         text = Path(path).read_text(encoding="utf-8")
-        kind = json.loads(text)
     except ValueError as error:
         raise ValueError(f"expected JSON of a tokenizer in {str(path)!r}, got an error: {error}") from error
+    kind = parse_json(text, f"the tokenizer in {str(path)!r}")
     if kind == json.loads(_BYTES_JSON):
         return ByteTokenizer()
     try:
         return BPETokenizer(tokenizers.Tokenizer.from_str(text))
-    except Exception as error:
-        if type(error) is not Exception:  # the library raises nothing more precise for a malformed file
+    except BaseException as error:
+        # The library raises nothing more precise for a malformed file, or panics, which is no Exception.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"expected a tokenizer in {str(path)!r}, got an error: {error}") from error
 

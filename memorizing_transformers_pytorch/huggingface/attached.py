@@ -214,7 +214,8 @@ class AttachedMemory(Keeping):
         save_parameters(self.layers, path)
 
     def load_parameters(self, path: str | Path) -> None:
-        """Take them from such a file. Raises ValueError, changing nothing, for those of another attachment."""
+        """Take them from such a file. Raises ValueError, changing nothing, for those of another attachment, and for a
+        file that is missing or damaged."""
         load_parameters(self.layers, path)
 
     def detach(self) -> None:

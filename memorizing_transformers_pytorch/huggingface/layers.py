@@ -20,6 +20,7 @@ from torch import Tensor
 from memorizing_transformers_pytorch.durable import replacing
 from memorizing_transformers_pytorch.fingerprint import Weights
 from memorizing_transformers_pytorch.huggingface.probe import Layer, Seen, probe, run, watching
+from memorizing_transformers_pytorch.plain_json import read_object
 
 REPEATED = 64  # random tokens, twice; fewer for models that have fewer positions
 ROWS = 4
@@ -41,10 +42,10 @@ def induction_scores(model: Any, served: dict[int, Layer]) -> dict[int, float]:
     """As `suggest_layers`, of these layers; once for each checkpoint, then from a file in the cache of Hugging Face."""
     path = CACHE / f"induction-{Weights(model).fingerprint()}.json"
     try:
-        scores = {int(index): float(score) for index, score in json.loads(path.read_text(encoding="utf-8")).items()}
+        scores = {int(index): float(score) for index, score in read_object(path).items()}
         if set(scores) == set(served):
             return scores
-    except (OSError, ValueError, AttributeError, TypeError):  # not there, or not whole: it is made anew
+    except (OSError, OverflowError, TypeError, ValueError):  # not there, or not whole: it is made anew
         pass
     scores = _measured(model, served)
     with contextlib.suppress(OSError):  # a cache that cannot be written to

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from memorizing_transformers_pytorch.checkpoint import check_dtypes, read_weights
 from memorizing_transformers_pytorch.huggingface.site import Site
 
 
@@ -18,12 +19,14 @@ def save_parameters(sites: Mapping[int, Site], path: str | Path) -> None:
 
 
 def load_parameters(sites: Mapping[int, Site], path: str | Path) -> None:
-    """Take them from such a file. Raises ValueError, changing nothing, for those of other layers."""
-    found, own = load_file(path), _named(sites)
+    """Take them from such a file. Raises ValueError, changing nothing, for those of other layers, and for a file that
+    is missing or damaged."""
+    found, own = read_weights(path), _named(sites)
     expected = {name: tuple(each.shape) for name, each in own.items()}
     got = {name: tuple(each.shape) for name, each in found.items()}
     if got != expected:
         raise ValueError(f"expected parameters of the shapes {expected}, got {got}")
+    check_dtypes(found)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(found[name])

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from memorizing_transformers_pytorch.checkpoint import load_weights, read_weights, save_checkpoint
 from memorizing_transformers_pytorch.durable import sync, sync_folder, verify, write_checksums
+from memorizing_transformers_pytorch.plain_json import read_object
 from memorizing_transformers_pytorch.training.state import (
     load_own_state,
     load_shared_state,
@@ -155,12 +156,19 @@ def _optimizer_parts(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint. Raises ValueError where there is none."""
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = read_object(checkpoint / STATE)
     except (OSError, ValueError) as error:
         raise ValueError(f"expected a checkpoint, got {str(checkpoint)!r}: {error}") from None
-    if not isinstance(state, dict) or not {"processes", "progress", "best", "text"} <= state.keys():
+    if not ({"processes", "progress", "best", "text"} <= state.keys() and _has_steps(state["progress"], state["best"])):
         raise ValueError(f"expected a checkpoint, got {str(checkpoint)!r}, whose {STATE} is that of none")
     return state
+
+
+def _has_steps(progress: Any, best: Any) -> bool:
+    """Whether it says how far it is, and which validation was the best, if there was one."""
+    if best is not None and not (isinstance(best, dict) and isinstance(best.get("loss"), float)):
+        return False
+    return all(isinstance(each, dict) and isinstance(each.get("step"), int) for each in (progress, best or progress))
 
 
 def restore(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
@@ -180,9 +188,9 @@ def restore(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
         if trainer.average is not None:
             load_weights(trainer.averaged_model, read_weights(checkpoint / AVERAGE))
             trainer.average.n_averaged.fill_(state["optimizer"]["average_updates"])
-        _load_optimizer(trainer, load_file(checkpoint / OPTIMIZER), state["optimizer"])
+        _load_optimizer(trainer, read_weights(checkpoint / OPTIMIZER), state["optimizer"])
         load_shared_state(trainer, state)
-        load_own_state(trainer, load_file(checkpoint / own))
+        load_own_state(trainer, read_weights(checkpoint / own))
     return state
 
 
@@ -190,7 +198,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
 def _naming(checkpoint: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"expected a whole checkpoint, got {str(checkpoint)!r}: {error}") from error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memorizing_transformers_pytorch.durable import replacing
+from memorizing_transformers_pytorch.plain_json import parse_object
 from memorizing_transformers_pytorch.progress import bar as progress_bar
 from memorizing_transformers_pytorch.training.trainer import Step
 
@@ -18,11 +19,21 @@ Record = dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a run. A last line that was cut off (by a kill, a full disk) is left out."""
+    """The records of a run. A last line that was cut off (by a kill, a full disk) is left out.
+
+    Raises ValueError for any other line that is no record, with its step.
+    """
     if not path.is_file():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    *whole, _ = path.read_bytes().split(b"\n")
+    return [_record(line, f"{str(path)!r}, line {number:,}") for number, line in enumerate(whole, start=1)]
+
+
+def _record(line: bytes, where: str) -> Record:
+    record = parse_object(line, where)
+    if not isinstance(record.get("step"), int):
+        raise ValueError(f"expected a step in {where}, got {record.get('step')!r}")
+    return record
 
 
 def check_tensorboard_is_there() -> None:

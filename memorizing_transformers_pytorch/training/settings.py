@@ -14,7 +14,16 @@ from memorizing_transformers_pytorch.training.config import RunConfig
 
 Plain = dict[str, Any]
 
-_STRICT = dacite.Config(strict=True, cast=[tuple, Path], type_hooks={float: float})
+
+def _float(value: Any) -> float:
+    """YAML takes some numbers, such as 1e-3, for text."""
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError):
+        raise ValueError(f"expected a number, got {value!r}") from None
+
+
+_STRICT = dacite.Config(strict=True, cast=[tuple, Path], type_hooks={float: _float})
 
 
 def to_plain(config: Any) -> Plain:
@@ -36,19 +45,46 @@ def from_plain(plain: Mapping[str, Any]) -> RunConfig:
         return dacite.from_dict(RunConfig, plain, _STRICT)
     except dacite.DaciteError as error:
         raise ValueError(f"expected the fields of a run, got: {error}") from None
-    except TypeError as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith("expected "):  # a field has refused its value
+            raise
         raise ValueError(f"expected values of the right types, got: {error}") from None
 
 
+_DEEPEST = 20
+# The second line: for a value that does not fit its tag, such as !!int '', the parser raises what comes of it.
+_OF_YAML = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    yaml.YAMLError,
+)
+
+
 def read_yaml(path: Path) -> Plain:
-    """A YAML mapping. Raises ValueError if there is none in that file."""
+    """A YAML mapping. Raises ValueError if there is none in that file, or it has aliases, or is nested deeply."""
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        _expect_simple(text)
+        plain = yaml.safe_load(text)
+    except _OF_YAML as error:
         raise ValueError(f"expected a YAML file, got {str(path)!r}: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
         raise ValueError(f"expected a mapping in {str(path)!r}, got {type(plain).__name__}")
     return plain
+
+
+def _expect_simple(text: str) -> None:
+    """A few aliases of aliases are a value that no memory holds when written out; nesting takes quadratic time."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it has aliases (*name), or more than {_DEEPEST} levels")
 
 
 def write_yaml(config: RunConfig, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import dacite
 import torch
 from torch import Tensor
 
@@ -19,7 +20,10 @@ def shared_state(trainer: Trainer) -> dict[str, Any]:
 
 def load_shared_state(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.stream.load_state_dict(state["stream"])
-    trainer.progress = Progress(**state["progress"])
+    try:
+        trainer.progress = dacite.from_dict(Progress, state["progress"], dacite.Config(strict=True))
+    except dacite.DaciteError as error:
+        raise ValueError(f"expected the progress of a run, got: {error}") from None
 
 
 def own_state(trainer: Trainer) -> dict[str, Tensor]:
@@ -36,7 +40,10 @@ def own_state(trainer: Trainer) -> dict[str, Tensor]:
 def load_own_state(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     device = trainer.accelerator.device
     if trainer.memories:
-        trainer.memories.resize(int(tensors["memories.0.capacity"]))
+        capacity, most = int(tensors["memories.0.capacity"]), trainer.config.model.max_knn_memories
+        if not 1 <= capacity <= most:
+            raise ValueError(f"expected memories of 1 to {most} entries, got {capacity}")
+        trainer.memories.resize(capacity)
     trainer.memories.load_state_dict(_within("memories.", tensors))
     trainer.states = [
         XLMemories.from_state_dict(_within(f"states.{group}.", tensors), device) for group in range(len(trainer.groups))

@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,6 +210,41 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, name: str) -> None:
     path.unlink()
     with pytest.raises(ValueError, match="expected tokenised documents, got a damaged"):
         TokenisedDocuments(path.parent, "train")
+
+
+@pytest.mark.parametrize(
+    "numbers", [[0, 9, 5, 1157], [1, 5, 5, 1157], [[0, 5, 5, 1157]], [0.0, 5.0, 5.0, 1157.0], ["0", "1", "2", "3"], []]
+)
+def test_documents_that_overlap_or_have_no_places_are_refused(tmp_path: Path, numbers: list[Any]) -> None:
+    folder = make(tmp_path)
+    np.save(folder / "train.offsets.npy", np.array(numbers))
+    with pytest.raises(ValueError, match="expected tokenised documents, got a damaged"):
+        TokenisedDocuments(folder, "train")
+
+
+@pytest.mark.parametrize("numbers", [[5, -1, 1152], [2**62, 2**62, 2**62]])
+def test_impossible_sizes_are_refused(tmp_path: Path, numbers: list[int]) -> None:
+    folder = make(tmp_path)
+    np.save(folder / "train.bytes.npy", np.array(numbers))
+    with pytest.raises(ValueError, match="expected tokenised documents, got a damaged"):
+        TokenisedDocuments(folder, "train")
+
+
+@pytest.mark.parametrize("meta", [{"dtype": "|O"}, {"dtype": "<f4"}, {"dtype": []}, {"splits": []}])
+def test_tokens_of_another_type_are_refused(tmp_path: Path, meta: dict[str, Any]) -> None:
+    folder = make(tmp_path)
+    (folder / "meta.json").write_text(json.dumps(json.loads((folder / "meta.json").read_text()) | meta))
+    with pytest.raises(ValueError, match="expected tokenised documents, got a damaged"):
+        TokenisedDocuments(folder, "train")
+
+
+def test_names_that_are_not_one_for_each_document_are_refused(tmp_path: Path) -> None:
+    path = make(tmp_path) / "train.names"
+    size = path.stat().st_size
+    for text in ('"a"\n', "1\n2\n3\n", "[" * 10):
+        path.write_text(text.ljust(size))
+        with pytest.raises(ValueError, match=r"expected .*train\.names', got"):
+            _ = TokenisedDocuments(path.parent, "train").names
 
 
 def test_many_and_long_documents_are_written_in_batches(tmp_path: Path) -> None:

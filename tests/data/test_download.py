@@ -146,6 +146,11 @@ def test_a_file_that_became_shorter_is_refused(path: Path) -> None:
     assert list(path.parent.iterdir()) == []
 
 
+def test_what_is_not_on_the_web_is_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected an address that begins with https:// or http://, got 'file:"):
+        download(f"file://{__file__}", path, num_bytes=1, sha256=SHA256, progress=False)
+
+
 def test_a_server_that_is_not_there_is_named(path: Path) -> None:
     with serving(Server()) as server:
         address = server.address

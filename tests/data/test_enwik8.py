@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from pathlib import Path
 
@@ -88,3 +89,13 @@ def test_it_is_downloaded_into_the_cache(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=r"expected 100,000,000 bytes of enwik8 in .*, got 100"):
         open_corpus(DataConfig(source="enwik8", cache=tmp_path))
     assert fetched == [("http://mattmahoney.net/dc/enwik8.zip", tmp_path / "enwik8.zip", 36_445_475)]
+
+
+def test_whatever_is_wrong_with_an_archive_is_a_value_error(tmp_path: Path) -> None:
+    content = b"<page>some</page>\n" * 50
+    path = archive(tmp_path / "enwik8.zip", enwik8=content)
+    whole = path.read_bytes()
+    for place in range(len(whole) - 120, len(whole)):  # its directory: encrypted, compressed otherwise, elsewhere ...
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(ValueError):
+            list(Enwik8(path, (len(content) - 20, 10, 10)))

@@ -80,3 +80,13 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=r"expected .*tokenizer in .*tokenizer.json', got an error"):
             load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_file_at_which_the_library_panics_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    BPETokenizer.train([TEXT], 260).save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["continuing_subword_prefix"] = "longer than the second half of any merge"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"expected a tokenizer in .*tokenizer.json', got an error"):
+        load_tokenizer(path)

@@ -530,6 +530,10 @@ def test_parameters_are_saved_and_loaded_by_themselves(tmp_path: Path) -> None:
     fewer = attach_memory(tiny("llama"), layers=[1])
     with pytest.raises(ValueError, match="expected parameters of the shapes"):
         fewer.load_parameters(tmp_path / "memory.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes((tmp_path / "memory.safetensors").read_bytes()[:-1])
+    for name in ("damaged.safetensors", "missing.safetensors"):
+        with pytest.raises(ValueError, match=f"expected a .* file, got .*{name}"):
+            fewer.load_parameters(tmp_path / name)
     assert fewer.parameters()[0].tolist() == [0.0] * 4
 
 

@@ -25,7 +25,7 @@ from memorizing_transformers_pytorch import KNNMemory
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk import folder as disk_folder
 from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked
-from memorizing_transformers_pytorch.memory.disk.manifest import FORMAT, NAME, _checksum
+from memorizing_transformers_pytorch.memory.disk.manifest import FORMAT, NAME, checksum_of
 from tests.golden import memory_v1
 from tests.soak.machine import failing
 
@@ -66,7 +66,7 @@ def changed_manifest(folder: Path, change: Callable[[dict[str, Any]], None], *, 
     whole = json.loads((folder / NAME).read_text())
     change(whole)
     if honest:
-        whole["sha256"] = _checksum(whole["memory"])
+        whole["sha256"] = checksum_of(whole["memory"])
     (folder / NAME).write_text(json.dumps(whole))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,30 @@ def test_a_configuration_that_makes_no_sense_is_refused(config: str, tmp_path: P
     save_file(tiny().state_dict(), path, metadata={"model_config": config})
     with pytest.raises(ValueError):  # noqa: PT011
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "size", ["num_tokens", "dim", "depth", "dim_head", "heads", "ff_mult", "short_conv", "knn_attn_heads"]
+)
+@pytest.mark.parametrize("value", [10**6, 2**31 - 1, 10**30])
+def test_a_configuration_of_more_than_the_file_holds_is_refused_before_a_model_is_made(
+    size: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    config = tiny().config.to_dict() | {size: value}
+    save_file(tiny().state_dict(), path, metadata={"model_config": json.dumps(config)})
+
+    def without_memory(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+        assert tensor.is_meta
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "normal_", without_memory)  # to which every model that is made comes
+    with refused("expected .*, got "):
+        load_checkpoint(path)
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused() -> None:
+    model = tiny()
+    whole = {name: tensor.long() for name, tensor in model.state_dict().items()}
+    with refused("expected weights of torch.float64, .*, got .*: torch.int64"):
+        load_weights(model, whole)

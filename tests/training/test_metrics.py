@@ -79,3 +79,13 @@ def test_curves_are_drawn_with_and_without_memory_and_for_no_steps(tmp_path: Pat
         path = tmp_path / f"{number}.png"
         plot_training(records, 2, path)
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("line", ["", "{", "[1]", "{}", '{"step": "1"}', "[" * 100_000])
+def test_a_line_that_is_no_record_is_refused_and_the_file_kept(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"expected .* in .*metrics\.jsonl', line 2, got "):
+        Metrics(path, step=5)
+    assert path.read_bytes() == before

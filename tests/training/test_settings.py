@@ -67,6 +67,9 @@ def test_differences_are_named_in_full_with_both_values() -> None:
         ({"optimizer": {"beta2": 1.0}}, "expected beta2 from 0 to below 1, got 1.0"),
         ({"memory": {"dropout": 1.5}}, "expected dropout from 0 to 1, got 1.5"),
         ({"memory": {"growth": [[5, 8], [2, 9]]}}, "expected growth as rising steps"),
+        ({"optimizer": {"learning_rate": "fast"}}, "expected a number, got 'fast'"),
+        ({"data": {"cache": 3}}, "expected values of the right types"),
+        ({"memory": {"growth": [{"step": 1}]}}, "expected values of the right types"),
         ({"model": {"dim": 0}}, "expected dim to be an integer of at least 1, got 0"),
         ({"data": {"source": ""}}, "expected source not to be empty"),
     ],
@@ -86,10 +89,17 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
 
 
 def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
-    for text in ("- 1\n", "a: [", "\t"):
+    for text in ("- 1\n", "a: [", "\t", "a: !!int ''", "a: !!timestamp x", "a: 2001-99-99", "a: !!bool x"):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=r"bad\.yaml"):
             read_yaml(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: &b [x, x]\nc: [*b, *b]", f"a: {'[' * 100_000}", f"a: {'{b: ' * 100_000}"])
+def test_yaml_that_would_take_all_memory_or_time_is_refused_at_once(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"expected a YAML file, got .*bad\.yaml.* aliases .*, or more than 20 levels"):
+        read_yaml(tmp_path / "bad.yaml")
 
 
 def test_memory_is_read_from_a_step_or_in_a_share_of_the_steps() -> None:

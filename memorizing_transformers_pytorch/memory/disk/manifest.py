@@ -23,6 +23,7 @@ from memorizing_transformers_pytorch.memory.disk.shards import File
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.memory.policy import POLICIES
 from memorizing_transformers_pytorch.memory.store import Sizes
+from memorizing_transformers_pytorch.plain_json import read_object
 
 NAME = "manifest.json"
 FORMAT, VERSION = "memorizing-transformers-pytorch memory", 1
@@ -110,7 +111,7 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Make this the state of the folder. Raises OSError if it cannot be written; the old state is then intact."""
     body = asdict(manifest)
-    whole = {"format": FORMAT, "version": VERSION, "sha256": _checksum(body), "memory": body}
+    whole = {"format": FORMAT, "version": VERSION, "sha256": checksum_of(body), "memory": body}
     with replacing(folder / NAME) as aside:
         aside.write_text(json.dumps(whole, indent=1, allow_nan=False), encoding="utf-8")
 
@@ -122,19 +123,18 @@ def read_manifest(folder: Path) -> Manifest:
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ValueError(f"expected a manifest of at most {MOST_BYTES:,} bytes, got {size:,} in {str(path)!r}")
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        return _parsed(whole)
-    except (ValueError, RecursionError, dacite.DaciteError) as error:
+        return _parsed(read_object(path))
+    except (ValueError, TypeError, dacite.DaciteError) as error:
         raise ValueError(f"expected the manifest of a memory in {str(path)!r}: {error}") from error
 
 
-def _parsed(whole: Any) -> Manifest:
-    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+def _parsed(whole: dict[str, Any]) -> Manifest:
+    if whole.get("format") != FORMAT:
         raise ValueError(f"expected the format {FORMAT!r}, got another")
     if whole.get("version") != VERSION:
         raise ValueError(f"expected version {VERSION} of the format, got {whole.get('version')!r}")
     body = whole.get("memory")
-    if not isinstance(body, dict) or _checksum(body) != whole.get("sha256"):
+    if not isinstance(body, dict) or checksum_of(body) != whole.get("sha256"):
         raise ValueError("expected what its SHA-256 tells, got something else: it was changed")
     manifest = dacite.from_dict(Manifest, body, dacite.Config(strict=True, cast=[tuple]))
     for base in manifest.memories:
@@ -184,6 +184,6 @@ def _check_documents(manifest: Manifest) -> None:
             raise ValueError(f"expected documents in rows 0 to {rows - 1}, got {each}")
 
 
-def _checksum(body: dict[str, Any]) -> str:
+def checksum_of(body: dict[str, Any]) -> str:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What the package reads from disk, mutated: only the documented errors may come of it."""
