@@ -104,6 +104,8 @@ class AddedLayer(Site):
             conv_state=conv_state,
             documents=(~seen[:, -hidden.shape[1] :]).long(),
         )
+        if self.keeps_weights and attended.reading is not None:
+            self.last_weights = attended.reading.weights
         if self.reading.staging:
             self.arrived = attended.pairs[..., 0, :].detach(), attended.pairs[..., 1, :].detach()
         if state is not None:

@@ -205,6 +205,26 @@ class AttachedMemory(Keeping):
         places = {index: origins for index, origins in found.items() if origins is not None}
         return {index: self._contents.ledger.in_documents(origins) for index, origins in places.items()}
 
+    @contextlib.contextmanager
+    def watched_row(self, row: int) -> Iterator[None]:
+        """Inside, calls of the model with one row read this row of the memory, and layers keep their weights on it."""
+        reading = self._contents.reading
+        before = reading.offsets
+        reading.rows, reading.offsets = [row], before[[row]]
+        for site in self.layers.values():
+            site.keeps_weights = True
+        try:
+            yield
+        finally:
+            reading.stand_at(before)
+            for site in self.layers.values():
+                site.keeps_weights = False
+                site.forget_last()
+
+    def place_of(self, row: int) -> int:
+        """How many tokens were read into a row."""
+        return int(self._contents.reading.offsets[self._contents.reading.rows.index(row)])
+
     def parameters(self) -> list[nn.Parameter]:
         """What was added to the model: the bias of each head of each layer with a memory, or the added layer."""
         return [parameter for site in self.layers.values() for parameter in site.parameters()]

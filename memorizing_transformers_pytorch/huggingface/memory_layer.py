@@ -154,6 +154,8 @@ class MemoryLayer(Extension, Site):
         if self.options.combine == "softmax":
             bias = bias + logits.logsumexp(dim=-1, keepdim=True) - local.total(query)
         share = (bias.sigmoid() * mask.any(dim=-1, keepdim=True)).transpose(1, 2)
+        if self.keeps_weights:
+            self.last_weights = (weights * share.transpose(1, 2)).detach()
         parts = zip(torch.split(weights, self.options.topk, dim=-1), found, strict=True)
         of_memory = torch.stack([retrieved_values(some, part) for some, part in parts]).sum(dim=0).transpose(1, 2)
         return (out + share * (of_memory - out.float())).to(out.dtype)

@@ -54,7 +54,8 @@ class Site:
 
     index: the number of the layer. sees_calls: whether it needs `Reading.call`. memories: what it remembers; new
     entries enter the first. arrived: keys and values (B, G, T, D) of the last call, while `reading.staging`; keys are
-    turned to where they stand. last_lookups: what the last call found in each of the memories.
+    turned to where they stand. last_lookups: what the last call found in each of the memories. last_weights:
+    (B, H, T, K), the attention on it, while `keeps_weights`.
     """
 
     sees_calls = False
@@ -66,6 +67,8 @@ class Site:
         self.enabled = True
         self.arrived: tuple[Tensor, Tensor] | None = None
         self.last_lookups: list[Lookup | None] = []
+        self.last_weights: Tensor | None = None
+        self.keeps_weights = False
         self._settled: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
@@ -171,7 +174,7 @@ class Site:
 
     def forget_last(self) -> None:
         """Nothing was looked up any more."""
-        self.last_lookups, self._settled = [], None
+        self.last_lookups, self.last_weights, self._settled = [], None, None
 
     def _found_at(self) -> Tensor | None:
         origins = [

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -34,6 +36,7 @@ class Searched(Scoped):
         super().__init__(num_indices)
         self.num_kv_heads = num_kv_heads
         self.seconds_searching = 0.0
+        self._hidden: tuple[int, int, int] | None = None
 
     @property
     def store(self) -> Store:
@@ -78,7 +81,7 @@ class Searched(Scoped):
         """
         began = time.perf_counter()
         with self.lock:
-            slots, scores, mask = self.retrieve(queries, topk)
+            slots, scores, mask = self.retrieve(queries, topk) if self._hidden is None else self._others(queries, topk)
             if self.policy == LEAST_ATTENDED:
                 self.store.count_usage(slots.to(self.device)[mask.to(self.device)])
         self.seconds_searching += time.perf_counter() - began
@@ -88,6 +91,32 @@ class Searched(Scoped):
             mask = mask & ~hidden_rows.to(mask.device).view(shape)
         for_backward = torch.is_grad_enabled()
         return Lookup(self.store, self.scoped_indices, Retrieved(slots, scores, mask), for_backward=for_backward)
+
+    @contextmanager
+    def hiding(self, document: int, first: int, last: int) -> Iterator[None]:
+        """Inside, `look_up` finds the best of all entries but those of a document from position `first` to `last`: what
+        a model would have found, had it not read these. (Slower: so many more entries are retrieved.)"""
+        before, self._hidden = self._hidden, (document, first, last)
+        try:
+            yield
+        finally:
+            self._hidden = before
+
+    def _others(self, queries: Tensor, topk: int) -> Retrieved:
+        """`retrieve`, but for what is hidden."""
+        assert self._hidden is not None
+        hidden = self._hides(self.store.origins).sum(dim=1).amax()
+        slots, scores, mask = self.retrieve(queries, topk + int(hidden))
+        mask = mask & ~self._hides(self.origins(slots))
+        best = scores.masked_fill(~mask, -torch.inf).topk(topk, dim=-1).indices
+        slots, scores, mask = (part.gather(-1, best) for part in (slots, scores, mask))
+        return Retrieved(slots * mask, scores.masked_fill(~mask, 0), mask)
+
+    def _hides(self, origins: Tensor) -> Tensor:
+        """origins (..., 3) -> (...) bool."""
+        assert self._hidden is not None
+        document, first, last = self._hidden
+        return (origins[..., 0] == document) & (origins[..., 1] >= first) & (origins[..., 1] <= last)
 
     def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk).

@@ -1,0 +1,158 @@
+"""What was looked up for some tokens, as a table; and what it is worth, by source.
+
+Shapes: N rows of the table, T tokens.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from memorizing_transformers_pytorch.explorer.sources import Sources
+
+Columns = Mapping[str, np.ndarray]
+
+
+class LookedUpEntry(NamedTuple):
+    """One entry that one head of one layer found for one token.
+
+    token: which of the explained ones. weight: the attention on it, of 1. score: the inner product of query and key.
+    document: the number of its source, -1 where unknown; title: its title. position: in that document. text: what
+    stands around it. age: how many tokens or entries lie between.
+    """
+
+    token: int
+    layer: int
+    head: int
+    score: float
+    weight: float
+    document: int
+    title: str
+    position: int
+    text: str
+    age: int
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a source. first, last: positions in the document. weight: the attention that it got, added up over
+    tokens and as a mean over layers and heads. contribution: by how much (nats, all tokens together) the loss of the
+    explained tokens would be higher without it; None where that was not measured."""
+
+    document: int
+    title: str
+    first: int
+    last: int
+    text: str
+    weight: float
+    contribution: float | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a model looked up. Iterating gives `LookedUpEntry`s, the largest weight first.
+
+    texts: each explained token as text. losses: (T,) in nats, the first NaN. without_memory: the same with an empty
+    memory. mass: (L, H, T), the share of attention on the memory. layers: their numbers (L,). titles: of documents.
+    columns: the table: token, layer, head, score, weight, document, position, age (N,). passages: the sources, the most
+    important first. around: how many tokens of the source the text of an entry shows on either side.
+    """
+
+    texts: list[str]
+    losses: np.ndarray
+    without_memory: np.ndarray
+    layers: list[int]
+    mass: np.ndarray
+    titles: Mapping[int, str]
+    columns: Columns
+    passages: list[Passage]
+    sources: Sources = field(repr=False)
+    starts: Mapping[int, int] = field(repr=False)
+    around: int = 12
+
+    def __len__(self) -> int:
+        return len(self.columns["token"])
+
+    def __iter__(self) -> Iterator[LookedUpEntry]:
+        return (self.entry(int(i)) for i in np.argsort(-self.columns["weight"], kind="stable"))
+
+    def entry(self, i: int) -> LookedUpEntry:
+        """Row i of the table."""
+        row = {name: column[i].item() for name, column in self.columns.items()}
+        document, position = row["document"], row["position"]
+        return LookedUpEntry(
+            **row, title=self.title(document), text=self.text(document, position, position, self.around)
+        )
+
+    def title(self, document: int) -> str:
+        return self.titles.get(document, f"document {document}" if document >= 0 else "unknown")
+
+    def text(self, document: int, first: int, last: int, around: int = 0) -> str:
+        """What stands in a document from a position to another, and so many tokens around."""
+        start = self.starts.get(document, 0)
+        return self.sources.text(document, start + max(first - around, 0), start + last + around)
+
+    def of_token(self, token: int, count: int = 10) -> list[LookedUpEntry]:
+        """The entries with the largest weights that were found for a token."""
+        own = np.flatnonzero(self.columns["token"] == token)
+        return [self.entry(int(i)) for i in own[np.argsort(-self.columns["weight"][own], kind="stable")][:count]]
+
+    def mass_of_tokens(self) -> np.ndarray:
+        """(T,): the share of attention on the memory, as a mean over layers and heads."""
+        return self.mass.mean(axis=(0, 1)) if self.mass.size else np.zeros(len(self.texts))
+
+    def by_document(self) -> list[dict[str, Any]]:
+        """Of each source: how many entries were looked up, and how much attention they got."""
+        found = []
+        for document in np.unique(self.columns["document"]).tolist():
+            own = self.columns["document"] == document
+            weight = self._share(self.columns["weight"][own].sum())
+            found.append(
+                {"document": document, "title": self.title(document), "entries": int(own.sum()), "weight": weight}
+            )
+        return sorted(found, key=lambda each: -each["weight"])
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        """Of each layer: the share of attention on the memory, as a mean over tokens, and that of each head."""
+        return [
+            {"layer": layer, "mass": float(mass.mean()), "heads": mass.mean(axis=1).tolist()}
+            for layer, mass in zip(self.layers, self.mass, strict=True)
+        ]
+
+    def _share(self, total: float) -> float:
+        heads = self.mass.shape[0] * self.mass.shape[1]
+        return float(total) / heads if heads else 0.0
+
+    def to_dicts(self, count: int | None = None) -> list[dict[str, Any]]:
+        """The entries with the largest weights, as for JSON; all unless told how many."""
+        entries = iter(self)
+        return [each._asdict() for each, _ in zip(entries, range(len(self) if count is None else count), strict=False)]
+
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame with a row for each entry, if pandas is installed."""
+        import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+
+        return pd.DataFrame(self.to_dicts())
+
+    def __str__(self) -> str:
+        heard = f"{len(self.texts)} tokens, {len(self):,} entries looked up in layers {self.layers}"
+        lines = [f"{heard}; {self.mass_of_tokens().mean():.1%} of the attention on the memory"]
+        for each in self.passages[:10]:
+            worth = "" if each.contribution is None else f", lowers the loss by {each.contribution:.3f}"
+            lines.append(
+                f"{each.weight:.3f}{worth}: {each.title} {each.first}-{each.last}: {' '.join(each.text.split())}"
+            )
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{each.weight:.3f}</td><td>{'' if each.contribution is None else f'{each.contribution:.3f}'}</td>"
+            f"<td>{html.escape(each.title)} {each.first}-{each.last}</td><td>{html.escape(each.text)}</td></tr>"
+            for each in self.passages[:20]
+        )
+        head = "<tr><th>attention</th><th>lowers the loss by</th><th>source</th><th>text</th></tr>"
+        return f"<p>{html.escape(str(self).splitlines()[0])}</p><table>{head}{rows}</table>"

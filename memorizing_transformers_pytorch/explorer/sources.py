@@ -1,0 +1,77 @@
+"""The text that a memory holds: what stands around an entry, from the tokens that entries know themselves.
+
+Nothing but the memory is needed, and what was forgotten or never stored is a gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+
+import torch
+
+from memorizing_transformers_pytorch.memory import KNNMemory
+
+GAP = " \N{HORIZONTAL ELLIPSIS} "
+Decode = Callable[[Sequence[int]], str]
+
+
+class Sources:
+    """The tokens of the documents in a row, by document and place."""
+
+    def __init__(self, memories: Iterable[KNNMemory], row: int, decode: Decode | None) -> None:
+        self._memories, self._row, self._decode = list(memories), row, decode
+
+    @cached_property
+    def _tokens(self) -> dict[int, dict[int, int]]:
+        found: dict[int, dict[int, int]] = {}
+        for memory in self._memories:
+            origins = memory.store.origins[self._row, : memory.store.filled[self._row]]
+            for document, place, token in origins.cpu().tolist():
+                found.setdefault(document, {})[place] = token
+        return found
+
+    def text(self, document: int, first: int, last: int) -> str:
+        """What stands from place `first` to `last` (included), with an ellipsis where something is missing."""
+        known = self._tokens.get(document, {})
+        runs: list[list[int]] = [[]]
+        for place in range(first, last + 1):
+            token = known.get(place)
+            if token is not None and token >= 0:
+                runs[-1].append(token)
+            elif runs[-1]:
+                runs.append([])
+        return GAP.join(self.decoded(run) for run in runs if run)
+
+    def decoded(self, tokens: Sequence[int]) -> str:
+        """Tokens as text; without a tokenizer as numbers."""
+        return " ".join(map(str, tokens)) if self._decode is None else self._decode(tokens)
+
+
+def decoder(tokenizer: object) -> Decode | None:
+    """How a tokenizer, ours or one of transformers, makes text of tokens. Raises ValueError for what cannot."""
+    if tokenizer is None:
+        return None
+    decode = getattr(tokenizer, "decode", None)
+    if decode is None:
+        raise ValueError(f"expected a tokenizer with decode(), got {type(tokenizer).__name__}")
+
+    def text(tokens: Sequence[int]) -> str:
+        return str(decode([int(token) for token in tokens]))
+
+    return text
+
+
+def encoded(text: object, tokenizer: object, vocabulary: int) -> torch.Tensor:
+    """Token ids (T,) of a text, or those that were given. Raises ValueError for what is neither, or empty."""
+    if isinstance(text, str):
+        encode = getattr(tokenizer, "encode", None)
+        if encode is None:
+            raise ValueError("expected a tokenizer with encode(), to explain a text, got none")
+        text = encode(text)
+    tokens = torch.as_tensor(text).flatten()
+    if tokens.is_floating_point() or tokens.numel() == 0:
+        raise ValueError(f"expected at least one token as integers, got {tokens.dtype} {tuple(tokens.shape)}")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise ValueError(f"expected tokens from 0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+    return tokens.long().cpu()

@@ -1,0 +1,208 @@
+"""A model with its memory, run on some tokens with an eye on what each layer looks up: ours, or one of transformers.
+
+Shapes: T tokens, H query heads, K retrieved, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.memory.ledger import Ledger
+from memorizing_transformers_pytorch.memory_step import shifted
+from memorizing_transformers_pytorch.model import MemorizingTransformer
+
+
+class LookedUp(NamedTuple):
+    """What the heads of one layer found for each token, on the CPU.
+
+    weights (H, T, K) float32: the attention on each entry; where nothing was found 0. scores (H, T, K): the inner
+    product of query and key. origins (H, T, K, 3): document, place in what the row has read, token. ages (H, T, K): how
+    many tokens or entries lie between. mask (H, T, K): where something was found.
+    """
+
+    layer: int
+    weights: Tensor
+    scores: Tensor
+    origins: Tensor
+    ages: Tensor
+    mask: Tensor
+
+
+class Seen(NamedTuple):
+    """logits (T, V) float32, and what was looked up in each layer."""
+
+    logits: Tensor
+    layers: list[LookedUp]
+
+
+class Watched(ABC):
+    """A model and one row of its memory. Nothing is remembered of what it is run on."""
+
+    ledger: Ledger
+
+    @abstractmethod
+    def run(self, tokens: Tensor) -> Seen:
+        """Run on tokens (T,), as one segment or chunk. Raises ValueError for tokens that the model does not have."""
+
+    @property
+    @abstractmethod
+    def memories(self) -> list[KNNMemory]:
+        """Where what is remembered of any document can be read, the newest first."""
+
+    @abstractmethod
+    def start_of(self, document: int) -> int:
+        """At which place of the row a document begins."""
+
+    @contextmanager
+    def without(self, document: int, first: int, last: int) -> Iterator[None]:
+        """Inside, look-ups find the best of what else there is than these places (`last` included) of a document."""
+        with ExitStack() as stack:
+            for memory in self._all_memories():
+                stack.enter_context(memory.hiding(document, first, last))
+            yield
+
+    @abstractmethod
+    def blind(self) -> AbstractContextManager[None]:
+        """Inside, nothing is looked up."""
+
+    @abstractmethod
+    def _all_memories(self) -> Sequence[KNNMemory]:
+        """Those of every layer."""
+
+
+class OurModel(Watched):
+    """A `MemorizingTransformer`, and its memories."""
+
+    def __init__(self, model: MemorizingTransformer, memories: KNNMemoryList, row: int) -> None:
+        self._model, self._memories, self._row, self._is_blind = model, memories, row, False
+        self.ledger = memories.ledger
+
+    def run(self, tokens: Tensor) -> Seen:
+        model, seen = self._model, dict[int, LookedUp]()
+        read = shifted(self._memories, model.config.shift_knn_memories_down)
+        with ExitStack() as stack:
+            for number, memory in zip(model.config.layers_with_memory, read, strict=True):
+                block: Any = model.layers[number - 1][0]  # type: ignore[index]
+                note = partial(self._note, seen, number, memory)
+                stack.callback(block.register_forward_hook(note).remove)
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(model.evaluating())
+            memories = stack.enter_context(self._memories.at_batch_indices([self._row]))
+            hidden = torch.tensor([self._is_blind], device=model.device)
+            result = model(tokens[None].to(model.device), memories, add_knn_memory=False, hide_memory=hidden)
+        logits: Tensor = result[0] if model.carries_state else result
+        return Seen(logits[0].float().cpu(), [seen[number] for number in sorted(seen)])
+
+    def _note(
+        self, seen: dict[int, LookedUp], number: int, memory: KNNMemory, _block: Any, _inputs: Any, attended: Any
+    ) -> None:
+        reading = attended.reading
+        if reading is not None:
+            ranks = _ranks(memory, self._row, reading.lookup.slots[0].cpu())
+            counts = torch.arange(ranks.shape[1])[:, None]
+            seen[number] = _looked_up(number, memory, reading.lookup, reading.weights, ranks + 1 + counts)
+
+    @property
+    def memories(self) -> list[KNNMemory]:
+        return [self._memories[0]]
+
+    def start_of(self, document: int) -> int:
+        return 0
+
+    @contextmanager
+    def blind(self) -> Iterator[None]:
+        self._is_blind = True
+        try:
+            yield
+        finally:
+            self._is_blind = False
+
+    def _all_memories(self) -> Sequence[KNNMemory]:
+        return self._memories
+
+
+def _ranks(memory: KNNMemory, row: int, slots: Tensor) -> Tensor:
+    """How many entries of the row are newer than those in these slots."""
+    store = memory.store
+    order = store.places_in_order(row).cpu()
+    ranks = torch.zeros(store.room, dtype=torch.int64)
+    ranks[order] = torch.arange(len(order) - 1, -1, -1)
+    return ranks[slots % store.room]
+
+
+def _looked_up(layer: int, memory: KNNMemory, lookup: Any, weights: Tensor, ages: Tensor) -> LookedUp:
+    """Of the first row of the batch."""
+    mask = lookup.mask[0].cpu()
+    origins = memory.origins(lookup.slots[0]).cpu()
+    shown = weights[0].float().cpu().masked_fill(~mask, 0)
+    return LookedUp(layer, shown, lookup.scores[0].float().cpu(), origins, ages, mask)
+
+
+class AttachedModel(Watched):
+    """A model of transformers with an attached memory."""
+
+    def __init__(self, memory: Any, row: int) -> None:
+        self._memory, self._row = memory, row
+        self.ledger = memory.ledger
+
+    def run(self, tokens: Tensor) -> Seen:
+        with torch.no_grad(), self._memory.watched_row(self._row), self._memory.read_only():
+            device = self._memory.model.get_input_embeddings().weight.device
+            logits = self._memory.model(input_ids=tokens[None].to(device), use_cache=False).logits
+            here = self._memory.place_of(self._row) + torch.arange(len(tokens))[:, None]
+            layers = [_joined(site, here) for site in self._memory.layers.values() if site.last_weights is not None]
+        return Seen(logits[0].float().cpu(), layers)
+
+    @property
+    def memories(self) -> list[KNNMemory]:
+        return list(next(iter(self._memory.layers.values())).memories)
+
+    def start_of(self, document: int) -> int:
+        return self.ledger[document].start if document in self.ledger else 0
+
+    def blind(self) -> AbstractContextManager[None]:
+        off: AbstractContextManager[None] = self._memory.enabled(False)
+        return off
+
+    def _all_memories(self) -> Sequence[KNNMemory]:
+        return [memory for site in self._memory.layers.values() for memory in site.memories]
+
+
+def _joined(site: Any, here: Tensor) -> LookedUp:
+    """What a layer has found in each of its memories, one after the other."""
+    parts = [
+        (memory.origins(lookup.slots[0]).cpu(), lookup.scores[0].float().cpu(), lookup.mask[0].cpu())
+        for memory, lookup in zip(site.memories, site.last_lookups, strict=True)
+        if lookup is not None
+    ]
+    origins, scores, mask = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    weights = site.last_weights[0].float().cpu().masked_fill(~mask, 0)
+    return LookedUp(site.index, weights, scores, origins, here - origins[..., 1], mask)
+
+
+def watched(model: Any, memories: Any, row: int) -> Watched:
+    """Raises ValueError for a model without a memory of its kind, or a row that there is not."""
+    if isinstance(model, MemorizingTransformer):
+        if not isinstance(memories, KNNMemoryList) or len(memories) != len(model.config.layers_with_memory):
+            raise ValueError(f"expected the memories of this model as a KNNMemoryList, got {type(memories).__name__}")
+        rows, found = (memories[0].num_indices if memories else 0), OurModel(model, memories, row)
+        check_row(row, rows)
+        return found
+    if not hasattr(memories, "watched_row") or memories.model is not model:
+        raise ValueError(f"expected the memory that is attached to this model, got {type(memories).__name__}")
+    check_row(row, memories.num_rows)
+    return AttachedModel(memories, row)
+
+
+def check_row(row: int, rows: int) -> None:
+    """Raises ValueError for a row that there is not."""
+    if not 0 <= row < rows:
+        raise ValueError(f"expected a row from 0 to {rows - 1}, got {row}")

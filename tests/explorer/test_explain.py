@@ -1,0 +1,212 @@
+"""What is explained is what the layers do: weights, masses and sources, compared with the slow references."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from memorizing_transformers_pytorch import MemorizingTransformer
+from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
+from memorizing_transformers_pytorch.explorer import Explanation, explain
+from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.session import Session
+
+TEXTS = {"one": "It was the best of times, it was the worst of times.", "two": "Call me Ishmael. Some years ago."}
+
+
+def ours(**options: Any) -> tuple[MemorizingTransformer, KNNMemoryList]:
+    """A model that has read both texts, each as a document."""
+    torch.manual_seed(0)
+    options = {"depth": 3, "memorizing_layers": (2, 3), "heads": 3, "num_retrieved_memories": 5, **options}
+    model = MemorizingTransformer(num_tokens=256, dim=24, dim_head=8, **options).eval()
+    memories = model.create_knn_memories(batch_size=2)
+    for title, text in TEXTS.items():
+        number = memories.ledger.begin(title, 1, 0)
+        tokens = ByteTokenizer().encode(text)
+        with memories.at_batch_indices([1]):
+            session = Session(model, memories, batch_size=1, segment_length=16, documents=[number])
+            session.read([tokens])
+            session.close()
+        memories.ledger.grow(number, len(tokens))
+    return model, memories
+
+
+def attached(**options: Any) -> tuple[Any, Any]:
+    pytest.importorskip("transformers")
+    from memorizing_transformers_pytorch.huggingface import attach_memory
+    from tests.huggingface.families import tiny
+
+    model = tiny("llama")
+    model.resize_token_embeddings(256)
+    memory = attach_memory(model, **{"layers": "all", "topk": 5, "skip_first": 0, "index": "exact", **options})
+    for title, text in TEXTS.items():
+        memory.read(torch.tensor(ByteTokenizer().encode(text)), document=title, progress=False)
+    return model, memory
+
+
+def explained(kind: str, prompt: str = "the best of", **options: Any) -> Explanation:
+    model, memory = ours() if kind == "ours" else attached(**({"recent": 20} if kind == "aging" else {}))
+    return explain(model, prompt, memory, tokenizer=ByteTokenizer(), row=1 if kind == "ours" else 0, **options)
+
+
+KINDS = pytest.mark.parametrize("kind", ["ours", "attached", "aging"])
+
+
+@KINDS
+def test_the_weights_of_a_token_add_up_to_its_attention_on_the_memory(kind: str) -> None:
+    found = explained(kind)
+    assert found.mass.shape[1:] == (found.mass.shape[1], 11)
+    for i, layer in enumerate(found.layers):
+        for head in range(found.mass.shape[1]):
+            own = (found.columns["layer"] == layer) & (found.columns["head"] == head)
+            sums = np.bincount(found.columns["token"][own], found.columns["weight"][own], minlength=11)
+            np.testing.assert_allclose(sums, found.mass[i, head], rtol=1e-5, atol=1e-6)
+    assert found.mass.min() >= 0
+    assert found.mass.max() <= 1 + 1e-5
+    assert found.mass.max() > 0.01
+    assert sum(each["weight"] for each in found.by_document()) == pytest.approx(found.mass_of_tokens().sum(), rel=1e-4)
+    assert np.mean([each["mass"] for each in found.by_layer()]) == pytest.approx(found.mass.mean())
+
+
+def test_the_mass_of_our_layers_is_that_of_one_softmax_over_all_keys() -> None:
+    """Written out for one head and token, from queries and keys."""
+    model, memories = ours(depth=1, memorizing_layers=1, heads=1)
+    tokens = ByteTokenizer().encode("best")
+    found = explain(model, tokens, memories, row=1)
+    attention: Any = model.layers[0][0].fn
+    with torch.no_grad():
+        x = model.layers[0][0].norm(model.token_emb(torch.tensor([tokens])))
+        queries, pairs, _ = attention._project(x, None, None)
+        bias = model.knn_rel_pos_bias(model.initial_state(1).distances(4, None, with_past=False))
+        scale = attention.scale.exp().flatten()[0]
+        local = (queries[0, 0] @ pairs[0, 0, :, 0].T) * scale + bias.reshape(-1, 4, 4)[0]
+        with memories.at_batch_indices([1]):
+            scores = memories[0].retrieve(queries.squeeze(1), 5).scores[0] * scale
+    for token in range(4):
+        everything = [*local[token, : token + 1].tolist(), *scores[token].tolist()]
+        total = sum(math.exp(logit) for logit in everything)
+        mass = sum(math.exp(logit) for logit in scores[token].tolist()) / total
+        assert found.mass[0, 0, token] == pytest.approx(mass, rel=1e-4)
+
+
+@KINDS
+def test_sources_are_where_the_tokens_were_read(kind: str) -> None:
+    found = explained(kind)
+    assert {each["title"] for each in found.by_document()} == set(TEXTS)
+    for entry in list(found)[:200]:
+        text = TEXTS[entry.title]
+        assert text[entry.position] in entry.text
+        assert entry.text == text[max(entry.position - 12, 0) : entry.position + 13]
+        assert entry.age > 0
+    weights = [entry.weight for entry in found]
+    assert weights == sorted(weights, reverse=True)
+    assert {entry.token for entry in found.of_token(3)} == {3}
+
+
+@KINDS
+def test_explaining_changes_nothing(kind: str) -> None:
+    model, memory = ours() if kind == "ours" else attached(**({"recent": 20} if kind == "aging" else {}))
+    memories = memory if kind == "ours" else memory._contents.memories()
+    row = 1 if kind == "ours" else 0
+    before = [list(each.entries(row)) for each in memories]
+    first = explain(model, [1, 2, 3], memory, row=row, contribution="ablate")
+    assert [list(each.entries(row)) for each in memories] == before
+    again = explain(model, [1, 2, 3], memory, row=row)
+    np.testing.assert_array_equal(first.losses, again.losses)
+
+
+@KINDS
+def test_what_a_passage_is_worth_is_the_loss_without_it(kind: str) -> None:
+    """Against a memory that has never read it."""
+    found = explained(kind, contribution="ablate", passage=1_000)
+    worth = {each.title: each.contribution for each in found.passages}
+    assert worth.keys() == TEXTS.keys()
+    model, memory = ours() if kind == "ours" else attached(**({"recent": 20} if kind == "aging" else {}))
+    memory.forget("two")
+    row = 1 if kind == "ours" else 0
+    left = explain(model, "the best of", memory, tokenizer=ByteTokenizer(), row=row)
+    expected = np.nansum(left.losses) - np.nansum(found.losses)
+    assert worth["two"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_passage_that_tells_a_fact_is_worth_most() -> None:
+    """A layer that copies: of many passages, the one with the continuation lowers the loss."""
+    torch.manual_seed(0)
+    model = MemorizingTransformer(
+        num_tokens=64, dim=64, depth=1, heads=1, dim_head=64, memorizing_layers=1, num_retrieved_memories=4,
+        short_conv=4, qk_init="induction", tie_embeddings=True,
+    ).eval()  # fmt: skip
+    attention: Any = model.layers[0][0].fn
+    with torch.no_grad():
+        attention.to_kv.weight[attention.to_kv.weight.shape[0] // 2 :] = torch.eye(64)
+        attention.to_out.weight.copy_(torch.eye(64) * 8)
+        attention.scale.fill_(3.0)
+    memories = model.create_knn_memories(batch_size=1)
+    numbers = torch.randperm(64)
+    for i, piece in enumerate(numbers.view(8, 8)):
+        document = memories.ledger.begin(f"part {i}", 0, 0)
+        session = Session(model, memories, batch_size=1, segment_length=8, documents=[document])
+        session.read([piece.tolist()])
+        session.close()
+        memories.ledger.grow(document, 8)
+    asked = numbers.view(8, 8)[5, 2:7]
+    found = explain(model, asked, memories, contribution="ablate")
+    assert found.passages[0].title == "part 5"
+    assert (found.passages[0].contribution or 0) > 0
+    assert np.nansum(found.without_memory) > np.nansum(found.losses)
+
+
+def test_tables_have_a_row_for_each_entry() -> None:
+    pandas = pytest.importorskip("pandas")
+    found = explained("ours")
+    frame = found.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert len(frame) == len(found) == len(found.to_dicts()) == 11 * 2 * 3 * 5
+    assert list(frame) == ["token", "layer", "head", "score", "weight", "document", "title", "position", "text", "age"]
+    assert "tokens" in str(found)
+    assert "<table>" in found._repr_html_()
+
+
+def test_hostile_sources_are_escaped() -> None:
+    model, memories = ours()
+    number = memories.ledger.begin("<script>alert(1)</script>", 1, 0)
+    with memories.at_batch_indices([1]):
+        session = Session(model, memories, batch_size=1, segment_length=16, documents=[number])
+        session.read([ByteTokenizer().encode("<img src=x onerror=alert(1)>")])
+        session.close()
+    memories.ledger.grow(number, 28)
+    page = explain(model, "<img", memories, tokenizer=ByteTokenizer(), row=1)._repr_html_()
+    assert "<script>" not in page
+    assert "<img" not in page
+
+
+def test_an_empty_memory_explains_that_there_is_nothing() -> None:
+    model, memories = ours()
+    found = explain(model, [1, 2, 3], memories, row=0)
+    assert len(found) == 0
+    assert found.passages == []
+    assert "0 entries" in str(found)
+
+
+def test_bad_input_is_refused() -> None:
+    model, memories = ours()
+    for arguments, message in [
+        (((), memories), "expected at least one token"),
+        (([999], memories), "expected tokens from 0 to 255"),
+        (("text", memories), r"expected a tokenizer with encode\(\)"),
+        (([1], None), "expected the memories of this model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            explain(model, *arguments)
+    with pytest.raises(ValueError, match="expected a row from 0 to 1, got 2"):
+        explain(model, [1], memories, row=2)
+    with pytest.raises(ValueError, match="expected contribution"):
+        explain(model, [1], memories, contribution="guess")
+    other, memory = attached()
+    with pytest.raises(ValueError, match="expected the memory that is attached to this model"):
+        explain(torch.nn.Linear(1, 1), [1], memory)
+    assert other is memory.model
