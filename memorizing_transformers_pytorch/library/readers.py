@@ -61,7 +61,8 @@ class RunReader(DocumentReader):
         self.run = run
         self.fingerprint = Weights(run.model).fingerprint()
         self.memories = run.model.create_knn_memories(batch_size=1, max_memories=max_memories or MAX_MEMORIES)
-        self.memories.fingerprint, self.memories.extra = self.fingerprint, {"kind": OF_RUN}
+        self.memories.fingerprint = self.fingerprint
+        self.memories.extra = {"kind": OF_RUN, "layers": list(run.model.config.layers_with_memory)}
 
     def load(self, folder: Path) -> None:
         self.memories = load_memories(self.run, folder)
