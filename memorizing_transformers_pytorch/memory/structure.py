@@ -25,6 +25,7 @@ FETCHED_OF_CODES = 4  # times as many candidates are scored anew where a structu
 BLOCK_ENTRIES = 65_536
 LARGEST = 65_504.0  # that float16 codes can hold
 
+LONGEST, LARGEST_NUMBER = 200, 2**24  # of a factory string
 _EXPECTED = "expected index to be 'exact', 'auto' or a faiss factory string"
 _ROUGH = re.compile(r"PQ|RQ|LSQ|LSH|SQ[468]|RaBitQ|PCA|Refine")
 _CODEBOOKS = re.compile(r"PQ|RQ|LSQ")
@@ -58,6 +59,12 @@ class Kind:
 
     def empty(self) -> Any:
         """A structure without entries or training."""
+        numbers = map(int, re.findall(r"\d{1,20}", self.factory[:LONGEST]))
+        if (
+            len(self.factory) > LONGEST or max(numbers, default=0) > LARGEST_NUMBER
+        ):  # faiss would crash, or fill the RAM
+            got = f"{self.factory[:LONGEST]!r} ({len(self.factory):,} characters)"
+            raise ValueError(f"{_EXPECTED} of at most {LONGEST} characters, numbers to {LARGEST_NUMBER:,}, got {got}")
         try:
             return faiss.index_factory(self._dim, self.factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:

@@ -419,3 +419,9 @@ def test_the_recall_is_the_share_of_the_best_entries_that_were_found(probes: int
     row.heads, row.training.effort = [structure], probes
     assert memory.recall(queries, TOPK, sample=200) == pytest.approx(expected, abs=1e-3)
     assert expected < 1
+
+
+@pytest.mark.parametrize("factory", ["x" * 70_000, "IVF99999999999999999999999,Flat", "IVF1073741824,Flat"])
+def test_structures_that_would_end_the_process_are_refused(factory: str) -> None:
+    with pytest.raises(ValueError, match=r"expected .* of at most 200 characters, numbers to 16,777,216, got"):
+        KNNMemory(8, 10, index=factory)
