@@ -1,0 +1,108 @@
+"""What a memory holds of each document; memories out of memories."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memorizing_transformers_pytorch import KNNMemory, KNNMemoryList
+from tests.memory.test_disk import contents, memories, read, same
+
+
+def library() -> KNNMemoryList:
+    """Two memories of two rows, which hold three documents."""
+    made = memories()
+    for title, count in (("one", 5), ("two", 7), ("<b>", 2)):
+        read(made, title, count)
+    return made
+
+
+def test_documents_are_listed_with_what_is_held_of_each() -> None:
+    made = library()
+    table = made.documents()
+    assert [(each.number, each.title, each.tokens) for each in table] == [(0, "one", 5), (1, "two", 7), (2, "<b>", 2)]
+    assert [each.entries for each in table] == [(10, 10), (14, 14), (4, 4)]  # of both rows
+    assert sum(each.bytes for each in table) == 2 * 28 * made[0].store.sizes.bytes_per_entry
+    assert all(each.added.endswith("+00:00") for each in table)
+    assert str(table).split()[:4] == ["number", "title", "row", "tokens"]
+    assert "<b>" not in table._repr_html_()
+    assert list(pytest.importorskip("pandas").DataFrame(table.to_dicts()).title) == ["one", "two", "<b>"]
+    assert list(table.to_pandas().tokens) == [5, 7, 2]
+
+
+def test_entries_that_no_ledger_knows_are_listed_by_their_numbers() -> None:
+    made = KNNMemoryList([KNNMemory(4, 10)])
+    made.add([torch.randn(1, 3, 2, 4)], origins=torch.tensor([[[7, 0, 1], [7, 1, 1], [-1, -1, -1]]]))
+    assert [(each.number, each.title, each.tokens) for each in made.documents()] == [(7, "document 7", 2)]
+
+
+def test_origins_can_be_walked_through_in_their_order() -> None:
+    made = library()
+    assert [(each.document, each.position) for each in made.entries(1, layer=1)][4:7] == [(0, 4), (1, 0), (1, 1)]
+    with pytest.raises(ValueError, match="expected a memory from 0 to 1, got 2"):
+        made.entries(0, layer=2)
+    with pytest.raises(ValueError, match="expected distinct rows from 0 to 1"):
+        made.entries(2)
+
+
+def test_documents_are_forgotten_by_number_title_or_condition() -> None:
+    made = library()
+    assert made.forget("two") == 28
+    assert made.forget([0]) == 20
+    assert made.forget(where=lambda each: each.title.startswith("<")) == 8
+    assert made.documents() == []
+    assert [each.num_entries for each in made] == [(0, 0), (0, 0)]
+    assert made.ledger.begin("four", 0, 0) == 3  # numbers are not given twice
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "expected a document or where=, got both or none"),
+        ({"document": 0, "where": bool}, "expected a document or where=, got both or none"),
+        ({"document": "four"}, "expected the title of a document, got 'four'"),
+        ({"document": [0, 9]}, r"expected documents of the memory, got \[9\]"),
+    ],
+)
+def test_what_cannot_be_forgotten_is_refused_and_nothing_is_lost(arguments: dict, message: str) -> None:
+    made, before = library(), library()
+    with pytest.raises(ValueError, match=message):
+        made.forget(**arguments)
+    assert [each.entries for each in made.documents()] == [each.entries for each in before.documents()]
+
+
+def test_parts_and_copies_hold_what_they_should_and_share_nothing() -> None:
+    made = library()
+    part, copy = made.only(["two", 2]), made.to("cpu")
+    assert [each.title for each in part.documents()] == ["two", "<b>"]
+    assert [each.document for each in part.entries(0)] == [1] * 7 + [2] * 2
+    assert same(made, copy)
+    read(copy, "four", 3)
+    assert [each.title for each in made.documents()] == ["one", "two", "<b>"]
+
+
+def test_a_row_can_be_copied_over_another() -> None:
+    made = memories()
+    with made.at_batch_indices([0]):
+        made.add([torch.randn(1, 2, 4, 2, 8) for _ in made])
+    made.copy_row(0, 1)
+    first, second = contents(made)[:2]
+    assert torch.equal(first["keys"], second["keys"])
+    assert made[0].num_entries == (4, 4)
+    with pytest.raises(ValueError, match="expected distinct rows from 0 to 1"):
+        made.copy_row(0, 2)
+
+
+def test_merged_memories_hold_both_and_other_kinds_are_refused() -> None:
+    one, other = library(), library()
+    one.merge(other)
+    assert [each.title for each in one.documents()] == ["one", "two", "<b>"] * 2
+    assert [each.number for each in one.documents()] == list(range(6))
+    before = one[0].num_entries
+    for wrong in (memories(rows=1), memories(dtype=torch.bfloat16), KNNMemoryList()):
+        with pytest.raises(ValueError, match="expected memories with rows, key/value heads, width and dtype"):
+            one.merge(wrong)
+    other.fingerprint, one.fingerprint = "these", "those"
+    with pytest.raises(ValueError, match="expected a memory written by weights"):
+        one.merge(other)
+    assert one[0].num_entries == before
