@@ -22,7 +22,8 @@ def copied(memory: KNNMemory, device: torch.device, documents: Iterable[int] | N
         places = memory.store.places_in_order(row)
         if chosen is not None:
             places = places[torch.isin(memory.store.origins[row, places, 0], chosen.to(places.device))]
-        _append(new.store, row, memory.store.picked(row, places), len(places))
+        picked = memory.store.picked(row, places)
+        new.store.append(row, {name: part.to(device) for name, part in picked.items()}, len(places))
     return new
 
 
@@ -72,6 +73,7 @@ def take_over(memory: KNNMemory, other: KNNMemory, shift: int) -> None:
 
 
 def _append(store: Store, row: int, entries: dict[str, Tensor], count: int) -> None:
+    """Add entries as if they were new."""
     if count:
         store.clock += 1
         entries = {name: part.to(store.device) for name, part in entries.items()}
