@@ -20,7 +20,7 @@ from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.folder import locked, make_folder
 from memorizing_transformers_pytorch.memory.disk.load import How, load, state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
-from memorizing_transformers_pytorch.memory.documents import DocumentTable
+from memorizing_transformers_pytorch.memory.documents import DocumentTable, by_layer
 from memorizing_transformers_pytorch.progress import bar
 from memorizing_transformers_pytorch.training.interrupts import stopping_on_signals
 
@@ -152,7 +152,7 @@ def build(options: Build) -> dict[str, Any]:
 
 def info(options: Info) -> dict[str, Any]:
     manifest = state_of(options.memory)
-    held = load(options.memory.resolve(), How(mmap=True, verify=False)).memories
+    held = KNNMemoryList.load(options.memory, mmap=True)
     return {
         "saved": manifest.saved,
         "package": manifest.package,
@@ -162,8 +162,8 @@ def info(options: Info) -> dict[str, Any]:
         "tokens": sum(each.tokens for each in manifest.documents),
         "rows": held[0].num_indices if held else 0,
         "layers": manifest.extra.get("layers", list(range(len(held)))),
-        "entries": [sum(memory.num_entries) for memory in held],
-        "capacity": [memory.max_memories for memory in held],
+        "entries": by_layer([sum(memory.num_entries) for memory in held], held.per_layer),
+        "capacity": by_layer([memory.max_memories for memory in held], held.per_layer),
         "width": [memory.dim for memory in held],
         "kv_heads": [memory.num_kv_heads for memory in held],
         "dtype": sorted({base.dtype for base in manifest.memories}),
@@ -289,6 +289,6 @@ def show(result: Any, *, as_json: bool) -> None:
 
 
 def _in_words(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(map(_in_words, value)) if len(set(map(str, value))) != 1 else _in_words(value[0])
     return f"{value:,}" if isinstance(value, int) else str(value)

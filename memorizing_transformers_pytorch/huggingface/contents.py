@@ -78,7 +78,9 @@ class Contents:
 
     def memories(self) -> KNNMemoryList:
         """Those of all layers, one after the other, with the ledger."""
-        return KNNMemoryList((memory for site in self.sites for memory in site.memories), self.ledger)
+        memories = KNNMemoryList((memory for site in self.sites for memory in site.memories), self.ledger)
+        memories.extra = {"offsets": self.reading.offsets.tolist(), **self._arrangement()}
+        return memories
 
     def forget(self, document: int | str | Iterable[int | str] | None, where: Callable[[Document], bool] | None) -> int:
         """As `KNNMemoryList.forget`."""
@@ -91,7 +93,6 @@ class Contents:
         """As `KNNMemoryList.save`."""
         memories = self.memories()
         memories.fingerprint, memories.marks = fingerprint, self._marks
-        memories.extra = {"offsets": self.reading.offsets.tolist(), **self._arrangement()}
         memories.save(path, overwrite=overwrite, compact=compact)
         self._marks = memories.marks
 

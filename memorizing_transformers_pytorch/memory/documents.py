@@ -17,7 +17,7 @@ COLUMNS = ("number", "title", "row", "tokens", "entries", "added", "bytes")
 
 @dataclass(frozen=True)
 class Remembered(Document):
-    """A document, and what is remembered of it. entries: in each memory. bytes: what they take."""
+    """A document, and what is remembered of it. entries: in each layer. bytes: what they take."""
 
     entries: tuple[int, ...] = ()
     bytes: int = 0
@@ -68,8 +68,16 @@ def _range(counts: tuple[int, ...]) -> str:
     return f"{most:,}" if least == most else f"{least:,}-{most:,}"
 
 
-def document_table(memories: Sequence[KNNMemory], ledger: Ledger) -> DocumentTable:
-    """The documents that the ledger knows, and those that only entries tell of (with as many tokens as entries)."""
+def by_layer(numbers: Sequence[int], per_layer: int) -> tuple[int, ...]:
+    """Numbers of memories, added up where a layer has several, one after the other."""
+    return tuple(sum(numbers[i : i + per_layer]) for i in range(0, len(numbers), per_layer))
+
+
+def document_table(memories: Sequence[KNNMemory], ledger: Ledger, per_layer: int = 1) -> DocumentTable:
+    """The documents that the ledger knows, and those that only entries tell of (with as many tokens as entries).
+
+    per_layer: how many memories each layer has.
+    """
     counts = [_counts(memory) for memory in memories]
     known = {each.number: each for each in ledger.documents()}
     for number, row in sorted({key for each in counts for key in each if key[0] >= 0}):
@@ -80,7 +88,7 @@ def document_table(memories: Sequence[KNNMemory], ledger: Ledger) -> DocumentTab
     for each in known.values():
         entries = tuple(sum(n for (number, _), n in count.items() if number == each.number) for count in counts)
         size = sum(n * memory.store.sizes.bytes_per_entry for n, memory in zip(entries, memories, strict=True))
-        table.append(Remembered(**vars(each), entries=entries, bytes=size))
+        table.append(Remembered(**vars(each), entries=by_layer(entries, per_layer), bytes=size))
     return table
 
 

@@ -90,9 +90,15 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         memories.marks = found.marks
         return memories
 
+    @property
+    def per_layer(self) -> int:
+        """How many memories a layer has, one after the other: one, unless `extra` names fewer layers than memories."""
+        layers = self.extra.get("layers")
+        return len(self) // len(layers) if isinstance(layers, list) and layers and len(self) > len(layers) else 1
+
     def documents(self) -> DocumentTable:
-        """What is held of each document: number, title, row, tokens, entries in each memory, when added, bytes."""
-        return document_table(self, self.ledger)
+        """What is held of each document: number, title, row, tokens, entries in each layer, when added, bytes."""
+        return document_table(self, self.ledger, self.per_layer)
 
     def forget(
         self,
