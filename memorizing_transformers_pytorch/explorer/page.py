@@ -16,7 +16,6 @@ from memorizing_transformers_pytorch.explorer.markup import (
     number,
     shown,
     table,
-    visible,
     whole_page,
 )
 
@@ -131,8 +130,8 @@ class _Parts:
         worth = "" if each.contribution is None else f"; contribution {each.contribution:+.3f}"
         return (
             f'<article id="p{i}" tabindex="-1"><h3>{isolated(each.title)}, {each.first:,} to {each.last:,}</h3>'
-            f'<p>weight {each.weight:.3f}{worth}{self._readers(i)}</p><div class="quote" dir="auto">'
-            f"{isolated(each.text)}</div></article>"
+            f'<p>weight {each.weight:.3f}{worth}{self._readers(i)}</p><bdi class="quote">'
+            f"{shown(each.text)}</bdi></article>"
         )
 
     def _readers(self, i: int) -> str:
@@ -141,7 +140,7 @@ class _Parts:
         own = (columns["document"] == each.document) & (columns["position"] // self._size == each.first // self._size)
         weights = np.bincount(columns["token"][own], columns["weight"][own])
         most = [int(token) for token in np.argsort(-weights, kind="stable")[:ENTRIES] if weights[token] > 0]
-        links = ", ".join(f'<a href="#w{token}">{isolated(self._found.texts[token])} ({token})</a>' for token in most)
+        links = ", ".join(f'<a href="#w{token}">{_named(self._found.texts[token])} ({token})</a>' for token in most)
         return f"; most from {links}" if links else ""
 
     def sources(self) -> str:
@@ -176,7 +175,7 @@ class _Parts:
         entries = [self._found.entry(int(row)) for row in self._written(i)]
         rows = table(f"Where token {i} looked", _HEAD, map(self._row, entries)) if entries else "<p>Nowhere.</p>"
         return (
-            f"<details><summary>{i}: {isolated(self._found.texts[i])}: {self._facts(i)}</summary>"
+            f"<details><summary>{i}: {_named(self._found.texts[i])}: {self._facts(i)}</summary>"
             f'<div id="t{i}">{rows}</div></details>'
         )
 
@@ -194,8 +193,8 @@ class _Parts:
         passage = self._number_of.get((entry.document, entry.position // self._size))
         link = where if passage is None else f'<a href="#p{passage}">{where}</a>'
         return (
-            f'<tr data-layer="{entry.layer}" data-head="{entry.head}">{number(entry.weight, before=bar(entry.weight))}'
-            f'<td class="source">{link}<div class="quote" dir="auto">{self._quoted(entry)}</div></td>'
+            f'<tr data-layer="{entry.layer}" data-head="{entry.head}">{number(entry.weight)}'
+            f'<td class="source">{link}{self._quoted(entry)}</td>'
             f"{number(entry.layer, '{}')}{number(entry.head, '{}')}{number(entry.score)}{number(entry.age, '{:,}')}</tr>"
         )
 
@@ -210,7 +209,7 @@ class _Parts:
             after = entry.text[len(before) + len(own) :]
             is_part = own and before + own + after == entry.text
             marked = f"{shown(before)}<mark>{shown(own)}</mark>{shown(after)}" if is_part else shown(entry.text)
-            self._texts[key] = f"<bdi>{marked}</bdi>"
+            self._texts[key] = f'<bdi class="quote">{marked}</bdi>'
         return self._texts[key]
 
 
@@ -224,4 +223,9 @@ def _rows_by_token(found: Explanation) -> list[np.ndarray]:
 
 def _token_text(text: str) -> str:
     """A token is never nothing, and a line that it ends can be seen."""
-    return shown(text).replace("\n", "↵\n") if visible(text) else "⟨⟩"
+    return shown(text).replace("\n", "↵\n") if text else "⟨⟩"
+
+
+def _named(text: str) -> str:
+    """A token among other words, where white space alone would not be seen."""
+    return isolated(text if text.strip() else text.replace(" ", "␣").replace("\n", "↵") or "⟨⟩")
