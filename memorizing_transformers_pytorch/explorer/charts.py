@@ -81,15 +81,19 @@ def _axes(across: _Axis, upward: _Axis, x: str, y: str) -> str:
 
 def _drawn(i: int, curve: Curve, across: _Axis, upward: _Axis) -> str:
     points = [f"{across.place(x):.1f} {upward.place(y):.1f}" for x, y in curve.points]
-    dashes = _DASHES[i % len(_DASHES)]
     if len(points) == 1:
-        points *= 2
-        dashes = "none"
-    return f'<path class="curve s{i % 6}" stroke-dasharray="{dashes}" stroke-linecap="round" d="M{"L".join(points)}"/>'
+        return f'<path class="curve s{_color(i)}" stroke-linecap="square" stroke-width="8" d="M{points[0]}h.1"/>'
+    line = "L".join(points)
+    return f'<path class="curve s{_color(i)}" stroke-dasharray="{_DASHES[i % len(_DASHES)]}" d="M{line}"/>'
+
+
+def _color(i: int) -> int:
+    """Of six, so that more curves than those get other dashes with it."""
+    return (i + i // len(_DASHES)) % 6
 
 
 def _key(i: int, label: str) -> str:
-    sample = f'<path class="curve s{i % 6}" stroke-dasharray="{_DASHES[i % len(_DASHES)]}" d="M0 5H40"/>'
+    sample = f'<path class="curve s{_color(i)}" stroke-dasharray="{_DASHES[i % len(_DASHES)]}" d="M0 5H40"/>'
     return f'<span><svg class="key" viewBox="0 0 40 10" aria-hidden="true">{sample}</svg> {shown(label)}</span>'
 
 

@@ -53,7 +53,7 @@ def cell(content: str) -> str:
 def number(value: float | None, form: str = "{:.3f}", before: str = "") -> str:
     """A cell with a number, or none where it is not known."""
     known = value is not None and value == value
-    return f'<td class="number">{before}{form.format(value) if known else "–"}</td>'
+    return f'<td class="number">{before}{form.format(value) if known else "-"}</td>'
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[str]) -> str:
@@ -61,7 +61,8 @@ def table(caption: str, head: Sequence[str], rows: Iterable[str]) -> str:
     lines = "".join(row if row.startswith("<tr") else f"<tr>{row}</tr>" for row in rows)
     names = "".join(f'<th scope="col">{shown(name)}</th>' for name in head)
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{shown(caption)}"><table><caption>{shown(caption)}</caption>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{shown(caption)}"><table>'
+        f"<caption>{shown(caption)}</caption>"
         f"<thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,8 @@ class _Parts:
         return (
             f'<tr data-layer="{entry.layer}" data-head="{entry.head}">{number(entry.weight)}'
             f'<td class="source">{link}{self._quoted(entry)}</td>'
-            f"{number(entry.layer, '{}')}{number(entry.head, '{}')}{number(entry.score)}{number(entry.age, '{:,}')}</tr>"
+            f"{number(entry.layer, '{}')}{number(entry.head, '{}')}{number(entry.score)}"
+            f"{number(entry.age, '{:,}')}</tr>"
         )
 
     def _quoted(self, entry: LookedUpEntry) -> str:
@@ -218,7 +220,7 @@ def _rows_by_token(found: Explanation) -> list[np.ndarray]:
     columns = found.columns
     order = np.lexsort((-columns["weight"], columns["token"]))
     ends = np.searchsorted(columns["token"][order], np.arange(len(found.texts) + 1))
-    return [order[first:last] for first, last in zip(ends[:-1], ends[1:], strict=True)]
+    return [order[first:last] for first, last in pairwise(ends)]
 
 
 def _token_text(text: str) -> str:

@@ -1,8 +1,9 @@
-"""The page of a run: how it was trained, what its memory is worth, and what it looks up on text that it has not seen."""
+"""The page of a run: how it was trained, what its memory is worth, and what it looks up on unseen text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def _by_size(modes: Mapping[str, Any]) -> str:
 
 def _by_position(positions: Mapping[str, Any]) -> str:
     edges = positions["edges"]
-    middles = [(max(low, 1) * high) ** 0.5 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    middles = [(max(low, 1) * high) ** 0.5 for low, high in pairwise(edges)]
     curves = [
         Curve(_words(name), list(zip(middles, positions["losses"][name], strict=True)))
         for name in sorted(positions["losses"], key=_order)
