@@ -64,9 +64,8 @@ def explain_text(options: Explain) -> None:
     read where that can be known."""
     prompt = read_text(STDIN) if options.prompt == STDIN else options.prompt
     output = checked(options, prompt)
-    texts = (
-        {str(path): read_text(str(path)) for path in files_below(options.read, options.pattern)} if options.read else {}
-    )
+    files = files_below(options.read, options.pattern) if options.read else []
+    texts = {str(path): read_text(str(path)) for path in files}
     model = str(newest_run(RUNS)) if options.model is None else options.model
     reader = opened(options, model)
     read_all(reader, texts)
@@ -118,6 +117,8 @@ def opened(options: Explain, model: str) -> DocumentReader:
 def read_all(reader: DocumentReader, texts: dict[str, str]) -> None:
     """Read texts by their names, with a progress bar. Those without any text are left out."""
     texts = {name: text for name, text in texts.items() if text.strip()}
+    if not texts:
+        return
     with bar(total=sum(map(len, texts.values())), desc="reading", unit_scale=True) as progress:
         for name, text in texts.items():
             done = 0.0
