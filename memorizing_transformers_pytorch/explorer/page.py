@@ -224,10 +224,10 @@ def _rows_by_token(found: Explanation) -> list[np.ndarray]:
 
 
 def _token_text(text: str) -> str:
-    """A token is never nothing, and a line that it ends can be seen."""
-    return shown(text).replace("\n", "↵\n") if text else "⟨⟩"
+    """A token that is but part of a character can be pointed at, and a line that one ends can be seen."""
+    return shown(text).replace("\n", "↵\n") if text else "·"
 
 
 def _named(text: str) -> str:
     """A token among other words, where white space alone would not be seen."""
-    return isolated(text if text.strip() else text.replace(" ", "␣").replace("\n", "↵") or "⟨⟩")
+    return isolated(text if text.strip() else text.replace(" ", "␣").replace("\n", "↵") or "·")

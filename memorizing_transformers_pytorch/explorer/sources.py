@@ -13,6 +13,7 @@ import torch
 from memorizing_transformers_pytorch.memory import KNNMemory
 
 GAP = " \N{HORIZONTAL ELLIPSIS} "
+LONGEST_CHARACTER = 4  # in bytes, and so in tokens
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -46,6 +47,27 @@ class Sources:
     def decoded(self, tokens: Sequence[int]) -> str:
         """Tokens as text; without a tokenizer as numbers."""
         return " ".join(map(str, tokens)) if self._decode is None else self._decode(tokens)
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """What each token adds to the text of those before it: alone, some tokenizers write it without its space.
+
+        A character that several tokens write is with the last of them; the others add nothing.
+        """
+        if self._decode is None:
+            return list(map(str, tokens))
+        found, known, written = (
+            list[str](),
+            0,
+            0,
+        )  # tokens from `known` to `written` are decoded again, for what follows
+        for end in range(1, len(tokens) + 1):
+            before, text = self.decoded(tokens[known:written]), self.decoded(tokens[known:end])
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens) and end - written < LONGEST_CHARACTER:
+                found.append("")
+            else:
+                found.append(text[len(before) :])
+                known, written = written, end
+        return found
 
 
 def decoder(tokenizer: object) -> Decode | None:

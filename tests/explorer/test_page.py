@@ -183,7 +183,7 @@ def test_a_page_of_nothing_looked_up_says_so() -> None:
     found = explanation(["a", ""], "title", "source", retrieved=0)
     text = page(replace(found, passages=[], mass=np.zeros((0, 0, 2)), layers=[]))
     assert "Nothing was looked up." in text
-    assert "⟨⟩" in text
+    assert ">·</a>" in text
     assert "nan" not in Parsed(text).texts
 
 
