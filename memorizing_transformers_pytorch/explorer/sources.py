@@ -6,7 +6,6 @@ Nothing but the memory is needed, and what was forgotten or never stored is a ga
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 
 import torch
 
@@ -18,19 +17,15 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Sources:
-    """The tokens of the documents in a row, by document and place."""
+    """The tokens of the documents in a row, by document and place, as they are when this is made."""
 
     def __init__(self, memories: Iterable[KNNMemory], row: int, decode: Decode | None) -> None:
-        self._memories, self._row, self._decode = list(memories), row, decode
-
-    @cached_property
-    def _tokens(self) -> dict[int, dict[int, int]]:
-        found: dict[int, dict[int, int]] = {}
-        for memory in self._memories:
-            origins = memory.store.origins[self._row, : memory.store.filled[self._row]]
+        self._decode = decode
+        self._tokens: dict[int, dict[int, int]] = {}
+        for memory in memories:
+            origins = memory.store.origins[row, : memory.store.filled[row]]
             for document, place, token in origins.cpu().tolist():
-                found.setdefault(document, {})[place] = token
-        return found
+                self._tokens.setdefault(document, {})[place] = token
 
     def text(self, document: int, first: int, last: int) -> str:
         """What stands from place `first` to `last` (included), with an ellipsis where something is missing."""

@@ -200,6 +200,18 @@ def test_hostile_sources_are_escaped() -> None:
     assert "<img" not in page
 
 
+def test_an_explanation_stays_when_its_memory_is_gone() -> None:
+    model, memories = ours()
+    found = explain(model, "best", memories, tokenizer=ByteTokenizer(), row=1)
+    with_titles = [each.text for each in found]
+    memories.cleanup()
+    assert [each.text for each in found] == with_titles
+    with model.knn_memories_context(batch_size=1) as untitled:
+        model(torch.tensor([list(range(20))]), untitled)
+        found = explain(model, [1, 2], untitled)
+    assert len(found) == len(list(found)) > 0
+
+
 def test_an_empty_memory_explains_that_there_is_nothing() -> None:
     model, memories = ours()
     found = explain(model, [1, 2, 3], memories, row=0)
