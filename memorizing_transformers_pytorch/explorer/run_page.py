@@ -113,7 +113,8 @@ def _worth(evaluation: Mapping[str, Any]) -> str:
     ]
     head = ("memory", "loss, nats per token", "perplexity", "perplexity against off")
     documents = len(evaluation["documents"])
-    found = table(f"On {documents:,} held-out documents; in brackets 95% intervals", head, rows)
+    step = evaluation["step"]
+    found = table(f"At step {step:,}, on {documents:,} held-out documents; in brackets 95% intervals", head, rows)
     verdicts = "".join(
         f"<li>{shown(label(name))}: {each['loss_above_right_memory']['value']:+.3f} nats per token above the right "
         f"memory ({shown(each['verdict'])})</li>"

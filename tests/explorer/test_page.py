@@ -138,6 +138,30 @@ def test_only_the_script_and_style_of_the_page_itself_may_run_and_nothing_is_loa
         assert attributes.get("href", "#").startswith("#")
 
 
+def luminance(color: str) -> float:
+    digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_and_curves_stand_out_in_both_schemes() -> None:
+    """As WCAG AA asks: 4.5 for text, 3 for what is drawn."""
+    schemes = re.findall(r":root \{(.*?)\}", page(explanation(["a"], "title", "source")), re.S)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colors = dict(re.findall(r"--(\w+): (#\w+);", scheme))
+        for text, grounds in (("text", "back soft heat mark"), ("quiet", "back soft"), ("link", "back soft")):
+            assert min(contrast(colors[text], colors[ground]) for ground in grounds.split()) >= 4.5
+        assert min(contrast(colors[f"c{i}"], colors["back"]) for i in range(6)) >= 3
+        assert contrast(colors["edge"], colors["back"]) >= 3
+
+
 def test_without_the_script_all_is_there_and_every_link_leads_somewhere() -> None:
     texts = ["one ", "two ", "three"]
     parsed = Parsed(page(explanation(texts, "title", "source")))
