@@ -22,6 +22,8 @@ with model.knn_memories_context(batch_size=1) as memories:
     loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
 import memorizing_transformers_pytorch.cli
+from memorizing_transformers_pytorch.explorer.markup import whole_page
+assert "<main>" in whole_page("title", "<main></main>")
 assert loss.isfinite()
 print("stepped")
 """

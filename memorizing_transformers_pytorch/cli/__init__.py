@@ -1,4 +1,4 @@
-"""The command line: `memorizing-transformers train | evaluate | generate | memory | export`.
+"""The command line: `memorizing-transformers train | evaluate | generate | explain | memory | export`.
 
 Bad input is one line and exit code 2.
 """
@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a model with a memory on text of your own, or go on with a run",
     "evaluate": "what the memory of a run is worth on held-out documents",
     "generate": "read texts of any length, then continue them",
+    "explain": "show what a model looks up in its memory, as a page",
     "memory": "build a memory on disk from files, look into it, forget, verify, compact, merge",
     "export": "write the model of a run for transformers and the Hugging Face hub",
 }

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ import tyro
 from memorizing_transformers_pytorch.cli.arguments import parse_arguments
 from memorizing_transformers_pytorch.cli.evaluate import Evaluate, evaluate_run
 from memorizing_transformers_pytorch.data.prepare import prepare
+from memorizing_transformers_pytorch.explorer import Explanation, explain
+from memorizing_transformers_pytorch.explorer.run_page import write_run_page
 from memorizing_transformers_pytorch.generation import generate
+from memorizing_transformers_pytorch.session import Session
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.presets import run_preset
@@ -26,6 +30,7 @@ from memorizing_transformers_pytorch.training.run import LoadedRun, config_of, f
 from memorizing_transformers_pytorch.training.settings import from_plain, merged, read_yaml, to_plain
 
 SAMPLE_READS_TOKENS = 8_192
+EXPLAINED_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,21 +109,51 @@ def train_and_report(options: Train) -> Path:
 
 
 def report(options: Train, folder: Path) -> None:
-    """Evaluate the run on its test documents and let it continue one of them, if it has any."""
+    """Evaluate the run on its test documents and let it continue one of them, if it has any; then draw it all."""
     device = "cpu" if options.run.device == "cpu" else None
     run = load_run(folder)
     test = prepare(run.config.data, run.tokenizer.num_tokens, tokenizer=run.tokenizer).test
     documents = [n for n in range(len(test)) if len(test[n]) > 1]
     if not documents:
         print("no document was held out to evaluate on (--data.test)")
+        draw(run, None)
         return
     if options.evaluate:
         size = run.config.model.max_knn_memories if run.config.model.layers_with_memory else 0
         length, count = options.evaluate_tokens, options.evaluate_documents
         evaluate_run(Evaluate(run=folder, memory=f"0,{size}", max_tokens=length, documents=count, device=device))
+    longest = max(documents, key=lambda n: len(test[n]))
     if options.sample_tokens > 0:
-        longest = max(documents, key=lambda n: len(test[n]))
         print(sample(options.sample_tokens, run, test.names[longest], test[longest].tolist()))
+    draw(run, (test.names[longest], test[longest].tolist()))
+
+
+def draw(run: LoadedRun, document: tuple[str, list[int]] | None) -> None:
+    """Write report.html, with what was looked up in this held-out document. That it fails is no reason for a training
+    to have failed."""
+    try:
+        found, about = None, ""
+        if document is not None and run.config.model.layers_with_memory:
+            found, about = looked_up(run, *document)
+        print(write_run_page(run.folder, found, about))
+    except Exception as error:
+        print(f"no report was written: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def looked_up(run: LoadedRun, name: str, tokens: list[int]) -> tuple[Explanation, str]:
+    """What the model looks up in a held-out document, of which it has read what comes before; and a sentence on it."""
+    end = min(len(tokens), SAMPLE_READS_TOKENS)
+    length = run.config.training.segment_length
+    start = max(end - min(length, EXPLAINED_TOKENS), end // 2)
+    with run.model.knn_memories_context(batch_size=1) as memories:
+        number = memories.ledger.begin(name, 0, 0)
+        session = Session(run.model, memories, batch_size=1, segment_length=length, documents=[number])
+        session.read([tokens[:start]])
+        session.close()
+        memories.ledger.grow(number, start)
+        piece = torch.tensor(tokens[start:end])
+        found = explain(run.model, piece, memories, tokenizer=run.tokenizer, contribution="ablate", most_passages=8)
+    return found, f"{name}, held out: tokens {start:,} to {end - 1:,}, after those before them were read."
 
 
 def sample(count: int, run: LoadedRun, name: str, tokens: list[int]) -> str:

@@ -52,7 +52,7 @@ def explain(
     sources = Sources(eye.memories, row, decode)
     columns, starts = _columns(seen.layers, eye), _starts(seen.layers, eye)
     found = Explanation(
-        texts=[sources.decoded([token]) for token in ids.tolist()],
+        texts=sources.pieces(ids.tolist()),
         losses=_losses(seen, ids),
         without_memory=_losses(_alone(eye, ids), ids),
         layers=[each.layer for each in seen.layers],

@@ -6,30 +6,26 @@ Nothing but the memory is needed, and what was forgotten or never stored is a ga
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 
 import torch
 
 from memorizing_transformers_pytorch.memory import KNNMemory
 
 GAP = " \N{HORIZONTAL ELLIPSIS} "
+LONGEST_CHARACTER = 4  # in bytes, and so in tokens
 Decode = Callable[[Sequence[int]], str]
 
 
 class Sources:
-    """The tokens of the documents in a row, by document and place."""
+    """The tokens of the documents in a row, by document and place, as they are when this is made."""
 
     def __init__(self, memories: Iterable[KNNMemory], row: int, decode: Decode | None) -> None:
-        self._memories, self._row, self._decode = list(memories), row, decode
-
-    @cached_property
-    def _tokens(self) -> dict[int, dict[int, int]]:
-        found: dict[int, dict[int, int]] = {}
-        for memory in self._memories:
-            origins = memory.store.origins[self._row, : memory.store.filled[self._row]]
+        self._decode = decode
+        self._tokens: dict[int, dict[int, int]] = {}
+        for memory in memories:
+            origins = memory.store.origins[row, : memory.store.filled[row]]
             for document, place, token in origins.cpu().tolist():
-                found.setdefault(document, {})[place] = token
-        return found
+                self._tokens.setdefault(document, {})[place] = token
 
     def text(self, document: int, first: int, last: int) -> str:
         """What stands from place `first` to `last` (included), with an ellipsis where something is missing."""
@@ -46,6 +42,27 @@ class Sources:
     def decoded(self, tokens: Sequence[int]) -> str:
         """Tokens as text; without a tokenizer as numbers."""
         return " ".join(map(str, tokens)) if self._decode is None else self._decode(tokens)
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """What each token adds to the text of those before it: alone, some tokenizers write it without its space.
+
+        A character that several tokens write is with the last of them; the others add nothing.
+        """
+        if self._decode is None:
+            return list(map(str, tokens))
+        found, known, written = (
+            list[str](),
+            0,
+            0,
+        )  # tokens from `known` to `written` are decoded again, for what follows
+        for end in range(1, len(tokens) + 1):
+            before, text = self.decoded(tokens[known:written]), self.decoded(tokens[known:end])
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens) and end - written < LONGEST_CHARACTER:
+                found.append("")
+            else:
+                found.append(text[len(before) :])
+                known, written = written, end
+        return found
 
 
 def decoder(tokenizer: object) -> Decode | None:

@@ -25,8 +25,9 @@ class DocumentReader(ABC):
     """A model, its tokenizer, and its memory of one row."""
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Remember what the folder holds. Raises ValueError for a memory of another model."""
+    def load(self, folder: Path, *, mmap: bool = False) -> None:
+        """Remember what the folder holds, with mmap (on a CPU) where it lies. Raises ValueError for a memory of another
+        model."""
 
     @abstractmethod
     def save(self, folder: Path, *, compact: bool = False) -> None:
@@ -50,6 +51,10 @@ class DocumentReader(ABC):
         """Remove all of a document."""
 
     @abstractmethod
+    def parts(self) -> tuple[Any, Any, Any]:
+        """The model, its tokenizer and its memory, as `explain` takes them."""
+
+    @abstractmethod
     def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
         """Read a document, or the rest of the known one. Gives after each portion the part of it that has been read."""
 
@@ -64,8 +69,8 @@ class RunReader(DocumentReader):
         self.memories.fingerprint = self.fingerprint
         self.memories.extra = {"kind": OF_RUN, "layers": list(run.model.config.layers_with_memory)}
 
-    def load(self, folder: Path) -> None:
-        self.memories = load_memories(self.run, folder)
+    def load(self, folder: Path, *, mmap: bool = False) -> None:
+        self.memories = load_memories(self.run, folder, mmap=mmap and self.run.model.device.type == "cpu")
 
     def merge(self, folder: Path) -> None:
         self.memories.merge(load_memories(self.run, folder))
@@ -82,6 +87,9 @@ class RunReader(DocumentReader):
 
     def forget(self, document: int) -> None:
         self.memories.forget(document)
+
+    def parts(self) -> tuple[Any, Any, Any]:
+        return self.run.model, self.run.tokenizer, self.memories
 
     def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
         if known is not None:
@@ -129,8 +137,8 @@ class HubReader(DocumentReader):
         model.requires_grad_(False).train(False).to(device)
         self.memory = attach_memory(model, **options)
 
-    def load(self, folder: Path) -> None:
-        self.memory.load(folder)
+    def load(self, folder: Path, *, mmap: bool = False) -> None:
+        self.memory.load(folder, mmap=mmap)
 
     def merge(self, folder: Path) -> None:
         self.memory.merge(folder)
@@ -147,6 +155,9 @@ class HubReader(DocumentReader):
 
     def forget(self, document: int) -> None:
         self.memory.forget(document)
+
+    def parts(self) -> tuple[Any, Any, Any]:
+        return self.memory.model, self.tokenizer, self.memory
 
     def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
         from memorizing_transformers_pytorch.huggingface.texts import stops_of

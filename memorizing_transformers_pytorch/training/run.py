@@ -3,6 +3,7 @@
 config.yaml      the configuration, resolved          metrics.jsonl   a line for each step and validation
 tokenizer.json   the tokenizer                        metrics.png     the same as curves
 checkpoints/     the last and the best checkpoint     evaluation/     what `evaluate` wrote
+report.html      all of that, and what was looked up  sample.txt      what the model went on writing
 """
 
 from __future__ import annotations
@@ -75,6 +76,17 @@ def checkpoint_of(folder: Path, which: str = "last") -> Path:
     if step not in found:
         raise ValueError(f"expected the best checkpoint, that of step {step}, got {', '.join(map(str, found))}")
     return found[step]
+
+
+def newest_run(below: Path) -> Path:
+    """The run below a folder whose checkpoint was written last. Raises ValueError if there is none."""
+    written = {path.parent: last_of(path.parent) for path in below.rglob(CONFIG)}
+    ages = {run: checkpoint.stat().st_mtime for run, checkpoint in written.items() if checkpoint is not None}
+    if not ages:
+        raise ValueError(
+            f"expected a run with a checkpoint below {str(below)!r}, got none: memorizing-transformers train makes one"
+        )
+    return max(ages, key=lambda run: ages[run])
 
 
 def load_run(

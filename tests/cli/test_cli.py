@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from memorizing_transformers_pytorch.cli import COMMANDS, main
+from memorizing_transformers_pytorch.cli.train import draw
 from memorizing_transformers_pytorch.training.metrics import read_metrics
 from memorizing_transformers_pytorch.training.presets import RUN_PRESETS
+from memorizing_transformers_pytorch.training.run import load_run
 
 TINY = """
 device: cpu
@@ -61,7 +63,15 @@ def failed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_a_run_keeps_what_it_is_and_what_it_is_worth(run: Path) -> None:
     written = {"config.yaml", "tokenizer.json", "checkpoints", "metrics.jsonl", "metrics.png", "evaluation"}
-    assert {path.name for path in run.iterdir()} == written | {"sample.txt"}
+    assert {path.name for path in run.iterdir()} == written | {"sample.txt", "report.html"}
+    report = (run / "report.html").read_text()
+    for words in (
+        "Attention on the memory, by head",
+        "By size of the memory",
+        "By position in the document",
+        "held out",
+    ):
+        assert words in report
     assert {path.suffix for path in (run / "evaluation").iterdir()} == {".json", ".md", ".png"}
     records = read_metrics(run / "metrics.jsonl")
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
@@ -72,6 +82,19 @@ def test_a_run_keeps_what_it_is_and_what_it_is_worth(run: Path) -> None:
         "recall",
         "age",
     ]
+
+
+def test_a_report_that_cannot_be_drawn_is_no_reason_for_a_training_to_fail(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no ink")
+
+    before = (run / "report.html").read_bytes()
+    monkeypatch.setattr("memorizing_transformers_pytorch.cli.train.write_run_page", fail)
+    draw(load_run(run), None)
+    assert capsys.readouterr().err == "no report was written: RuntimeError: no ink\n"
+    assert (run / "report.html").read_bytes() == before
 
 
 def test_flags_lie_over_the_file_and_the_file_over_the_preset(run: Path, corpus: Path) -> None:
@@ -153,7 +176,7 @@ def test_standard_input_can_be_read(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["nonsense"], "expected a command among train, evaluate, generate, memory, export, got 'nonsense'"),
+        (["nonsense"], "expected a command among train, evaluate, generate, explain, memory, export, got 'nonsense'"),
         (["train", "--training.steps", "0"], "expected steps to be at least 1, got 0"),
         (["train", "--training.stepz", "1"], "--training.stepz"),
         (["train", "--optimizer.learning-rate", "-1"], "expected learning_rate to be above 0, got -1.0"),
@@ -211,7 +234,9 @@ def test_help_tells_the_options(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
-    assert {"export": "--checkpoint", "memory": "compact"}.get(command, "--seed") in capsys.readouterr().out
+    assert {"export": "--checkpoint", "memory": "compact", "explain": "--contribution"}.get(
+        command, "--seed"
+    ) in capsys.readouterr().out
 
 
 def test_the_train_script_is_the_enwik8_preset(tmp_path: Path) -> None:

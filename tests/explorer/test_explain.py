@@ -171,6 +171,22 @@ def test_tables_have_a_row_for_each_entry() -> None:
     assert "<table>" in found._repr_html_()
 
 
+@pytest.mark.parametrize(
+    "text", ["a b", "où שלום 👩\u200d👧 \N{REPLACEMENT CHARACTER}x", "\N{REPLACEMENT CHARACTER}" * 3]
+)
+def test_the_texts_of_tokens_are_the_text(text: str) -> None:
+    found = explained("ours", text)
+    assert "".join(found.texts) == text
+    assert len(found.texts) == len(text.encode())
+
+
+def test_what_is_no_text_stays_with_the_tokens_that_wrote_it() -> None:
+    model, memories = ours()
+    broken = b"a\xff\xfe\xd7"
+    found = explain(model, list(broken), memories, tokenizer=ByteTokenizer(), row=1)
+    assert "".join(found.texts) == broken.decode("utf-8", "replace")
+
+
 def test_hostile_sources_are_escaped() -> None:
     model, memories = ours()
     number = memories.ledger.begin("<script>alert(1)</script>", 1, 0)
@@ -182,6 +198,18 @@ def test_hostile_sources_are_escaped() -> None:
     page = explain(model, "<img", memories, tokenizer=ByteTokenizer(), row=1)._repr_html_()
     assert "<script>" not in page
     assert "<img" not in page
+
+
+def test_an_explanation_stays_when_its_memory_is_gone() -> None:
+    model, memories = ours()
+    found = explain(model, "best", memories, tokenizer=ByteTokenizer(), row=1)
+    with_titles = [each.text for each in found]
+    memories.cleanup()
+    assert [each.text for each in found] == with_titles
+    with model.knn_memories_context(batch_size=1) as untitled:
+        model(torch.tensor([list(range(20))]), untitled)
+        found = explain(model, [1, 2], untitled)
+    assert len(found) == len(list(found)) > 0
 
 
 def test_an_empty_memory_explains_that_there_is_nothing() -> None:

@@ -1,0 +1,144 @@
+"""`memorizing-transformers explain`: what a model looks up in its memory for a text, as a page or as JSON."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
+from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
+from memorizing_transformers_pytorch.explorer import Explanation, explain
+from memorizing_transformers_pytorch.explorer.page import write_page
+from memorizing_transformers_pytorch.library.build import files_below
+from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader
+from memorizing_transformers_pytorch.progress import bar
+from memorizing_transformers_pytorch.training.run import newest_run
+
+RUNS, REPORT = Path("runs"), Path("report.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Show where a model looks in its memory for each token of a text, and what each source is worth."""
+
+    prompt: str
+    """The text to explain; - reads it from standard input. It is read as one segment and not remembered."""
+    model: str | None = None
+    """Folder of a run, or name or folder of a causal language model of transformers; unless given, the newest run below
+    runs/."""
+    memory: Path | None = None
+    """Look up in what this folder holds, built by `memory build` with this model; it stays as it is."""
+    read: tuple[str, ...] = ()
+    """Text files, and folders of them, to read before the prompt."""
+    pattern: str = "*"
+    """Which files of folders to read, such as *.py."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """The page to write; report.html unless given."""
+    json: bool = False
+    """Instead, print everything as JSON."""
+    contribution: Literal["none", "ablate"] = "none"
+    """What each passage is worth: ablate runs the text again without each of those that were looked up most."""
+    row: int = 0
+    """Of the memory."""
+    max_memories: int | None = None
+    """Entries that each layer can hold, without --memory; 262,144 unless given."""
+    index: str | None = None
+    """How the memory is searched: exact, auto or a faiss factory string."""
+    device: str | None = None
+    """Such as cpu or cuda; unless given, cuda where there is one."""
+
+
+def main(arguments: Sequence[str], program: str) -> None:
+    """Run `explain` with these arguments. Raises ValueError for bad input."""
+    explain_text(parse_arguments(Explain, arguments, program))
+
+
+def explain_text(options: Explain) -> None:
+    """Read, explain, then write the page and print what it says. Raises ValueError for bad input, before anything is
+    read where that can be known."""
+    prompt = read_text(STDIN) if options.prompt == STDIN else options.prompt
+    output = checked(options, prompt)
+    files = files_below(options.read, options.pattern) if options.read else []
+    texts = {str(path): read_text(str(path)) for path in files}
+    model = str(newest_run(RUNS)) if options.model is None else options.model
+    reader = opened(options, model)
+    read_all(reader, texts)
+    network, tokenizer, memory = reader.parts()
+    contribution = None if options.contribution == "none" else options.contribution
+    found = explain(network, prompt, memory, tokenizer=tokenizer, row=options.row, contribution=contribution)
+    if options.json:
+        print(json.dumps(as_json(found), indent=1))
+        return
+    write_page(found, output, f"What {Path(model).name} looked up")
+    print(f"{found}\n\n{output}")
+
+
+def checked(options: Explain, prompt: str) -> Path:
+    """Where to write. Raises ValueError for options that cannot be followed."""
+    if not prompt.strip():
+        raise ValueError("expected a text to explain, by --prompt, got an empty one")
+    if options.memory is None and not options.read:
+        raise ValueError("expected something to look up, by --memory or --read, got neither")
+    if options.memory is not None and options.max_memories is not None:
+        raise ValueError("expected --max-memories or --memory, got both")
+    if options.json and options.output is not None:
+        raise ValueError("expected --json or --output, got both")
+    output = REPORT if options.output is None else options.output
+    if not options.json:
+        check_writable(output)
+    return output
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError where no file can be put: better before long work than after it."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"expected a file to write, got {str(path)!r}, which is a folder or a device")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"expected a file that can be written, got {str(path)!r}: {error.strerror}") from None
+
+
+def opened(options: Explain, model: str) -> DocumentReader:
+    """The model with its memory, which is that on disk if there is one."""
+    device = chosen_device(options.device)
+    reader = open_reader(model, device, max_memories=options.max_memories, dtype=None, index=options.index)
+    if options.memory is not None:
+        reader.load(options.memory, mmap=True)
+    return reader
+
+
+def read_all(reader: DocumentReader, texts: dict[str, str]) -> None:
+    """Read texts by their names, with a progress bar. Those without any text are left out."""
+    texts = {name: text for name, text in texts.items() if text.strip()}
+    if not texts:
+        return
+    with bar(total=sum(map(len, texts.values())), desc="reading", unit_scale=True) as progress:
+        for name, text in texts.items():
+            done = 0.0
+            for part in reader.read(name, text, {}, None):
+                progress.update((part - done) * len(text))
+                done = part
+
+
+def as_json(found: Explanation) -> dict[str, Any]:
+    """Everything that an explanation says, with values that JSON can hold."""
+    losses, alone = (
+        [None if loss != loss else loss for loss in each.tolist()] for each in (found.losses, found.without_memory)
+    )
+    return {
+        "tokens": [
+            {"text": text, "loss": loss, "loss_without_memory": other, "mass": mass}
+            for text, loss, other, mass in zip(found.texts, losses, alone, found.mass_of_tokens().tolist(), strict=True)
+        ],
+        "layers": found.by_layer(),
+        "documents": found.by_document(),
+        "passages": [asdict(each) for each in found.passages],
+        "entries": found.to_dicts(),
+    }

@@ -1,0 +1,124 @@
+"""`explain`: from files or a memory on disk to a page, with a tiny run and a tiny model of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from memorizing_transformers_pytorch.cli import main
+from memorizing_transformers_pytorch.training.run import newest_run
+from tests.library.conftest import make_hub_model, make_run
+
+FACT = "The answer to the question of life is forty-two, as everybody knows. " * 3
+
+
+@pytest.fixture(params=["run", "hub"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str((make_run if request.param == "run" else make_hub_model)(tmp_path / "model"))
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "fact.txt").write_text(FACT)
+    (folder / "other.txt").write_text("Nothing of that kind. " * 9)
+    (folder / "empty.txt").write_text("\n")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def failed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", *arguments])
+    assert stopped.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_files_are_read_and_the_page_names_them(
+    model: str, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    main(["explain", "--model", model, "--read", str(notes), "--prompt", "the question of", "-o", str(page)])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == str(page)
+    assert "15 tokens" in printed
+    assert str(notes / "fact.txt") in page.read_text()
+    assert "empty.txt" not in page.read_text()
+
+
+def test_a_memory_on_disk_is_looked_up_and_stays_as_it_is(
+    model: str, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = tmp_path / "library"
+    main(["memory", "build", str(library), str(notes), "--model", model])
+    before = contents(library)
+    (tmp_path / "more.txt").write_text("What was the question? " * 4)
+    given = ["--model", model, "--memory", str(library), "--prompt", "the question", "--json"]
+    capsys.readouterr()
+    main(["explain", *given, "--contribution", "ablate", "--read", str(tmp_path / "more.txt")])
+    found = json.loads(capsys.readouterr().out)
+    assert contents(library) == before
+    titles = {str(notes / "fact.txt"), str(notes / "other.txt"), str(tmp_path / "more.txt")}
+    assert {each["title"] for each in found["documents"]} <= titles
+    assert "".join(each["text"] for each in found["tokens"]) == "the question"
+    assert found["tokens"][0]["loss"] is None
+    assert all(each["contribution"] is not None for each in found["passages"])
+    assert found["entries"][0].keys() >= {"token", "layer", "head", "weight", "title", "position", "age"}
+
+
+def test_unless_told_the_newest_run_explains_into_report_html(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--prompt", "the question", "--read", str(notes)]
+    assert "expected a run with a checkpoint below 'runs', got none: memorizing-transformers train" in failed(
+        given, capsys
+    )
+    for age, name in enumerate(["new", "old"]):
+        checkpoint = make_run(tmp_path / "runs" / name, seed=age) / "checkpoints" / "step-1"
+        os.utime(checkpoint, (time.time() - 1_000 * age,) * 2)
+    (tmp_path / "runs" / "begun").mkdir()
+    (tmp_path / "runs" / "begun" / "config.yaml").touch()
+    assert newest_run(Path("runs")) == Path("runs/new")
+    main(["explain", *given])
+    assert "What new looked up" in (tmp_path / "report.html").read_text()
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_read(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = ["--model", "nowhere", "--read", str(notes / "fact.txt")]
+    for given, message in [
+        ([*read, "--prompt", " \n"], "expected a text to explain, by --prompt, got an empty one"),
+        (["--model", "nowhere", "--prompt", "x"], "expected something to look up, by --memory or --read, got neither"),
+        ([*read, "--prompt", "x", "-o", str(tmp_path)], "which is a folder or a device"),
+        ([*read, "--prompt", "x", "-o", os.devnull], "which is a folder or a device"),
+        ([*read, "--prompt", "x", "-o", str(tmp_path / "no" / "page.html")], "expected a file that can be written"),
+        ([*read, "--prompt", "x", "-o", "page.html", "--json"], "expected --json or --output, got both"),
+        (["--model", "nowhere", "--read", "nothing.txt", "--prompt", "x"], "got 'nothing.txt'"),
+        ([*read], "--prompt"),
+    ]:
+        assert message in failed(given, capsys)
+    assert Path(os.devnull).is_char_device()
+
+
+def test_another_models_memory_and_rows_that_are_not_there_are_refused(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = (str(make_run(tmp_path / f"run{seed}", seed=seed)) for seed in range(2))
+    library, page = tmp_path / "library", tmp_path / "page.html"
+    main(["memory", "build", str(library), str(notes), "--model", run])
+    given = ["--memory", str(library), "--prompt", "x", "-o", str(page)]
+    assert "expected" in failed(["--model", other, *given], capsys)
+    assert "expected a row from 0 to 0, got 1" in failed(["--model", run, *given, "--row", "1"], capsys)
+    assert not page.exists()
