@@ -1,4 +1,4 @@
-"""The command line: `memorizing-transformers train | evaluate | generate | memory | export`.
+"""The command line: `memorizing-transformers train | evaluate | generate | memory | explore | export`.
 
 Bad input is one line and exit code 2.
 """
@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "what the memory of a run is worth on held-out documents",
     "generate": "read texts of any length, then continue them",
     "memory": "build a memory on disk from files, look into it, forget, verify, compact, merge",
+    "explore": "read, ask and see what is looked up, in a browser",
     "export": "write the model of a run for transformers and the Hugging Face hub",
 }
 
