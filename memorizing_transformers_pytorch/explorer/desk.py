@@ -138,7 +138,7 @@ class HubDesk(Desk):
         return [int(token) for token in self._tokenizer(text, verbose=False).input_ids]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(tokens))
+        return str(self._tokenizer.decode(list(tokens)))
 
     def continued(self, prompt: list[int], sampling: Sampling, *, with_memory: bool) -> list[int]:
         model = self._memory.model

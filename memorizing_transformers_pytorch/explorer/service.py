@@ -128,9 +128,10 @@ class Service:
                     f"expected at most {desk.longest:,} tokens of prompt and continuation, got {needed:,}"
                     " (read long texts in)"
                 )
-            new, alone = (desk.continued(tokens, sampling, with_memory=each) for each in (True, False))
+            new = desk.continued(tokens, sampling, with_memory=True)
+            alone = desk.continued(tokens, sampling, with_memory=False)
             desk.answer = desk.explained(tokens + new, measure=measure)
-            return Answer(prompt, *(_added(desk, tokens, each) for each in (new, alone)), desk.answer)
+            return Answer(prompt, _added(desk, tokens, new), _added(desk, tokens, alone), desk.answer)
 
     def answer(self, session: str, layer: int | None = None, head: int | None = None) -> Explanation | None:
         """What was looked up for the last prompt, or by one layer or head; None before the first."""

@@ -17,7 +17,7 @@ def visible(text: str, most: int = MAX_SHOWN) -> str:
     """The text with what cannot be seen, or would change how the rest is seen, as its code; cut if it is long."""
     cut = text if len(text) <= most else text[:most] + f" \N{HORIZONTAL ELLIPSIS} ({len(text) - most:,} more)"
     return "".join(
-        f"\N{LEFT-POINTING ANGLE BRACKET}U+{ord(letter):04X}\N{RIGHT-POINTING ANGLE BRACKET}"
+        f"\N{MATHEMATICAL LEFT ANGLE BRACKET}U+{ord(letter):04X}\N{MATHEMATICAL RIGHT ANGLE BRACKET}"
         if letter not in "\n\t" and unicodedata.category(letter) in UNSEEN
         else letter
         for letter in cut.replace("\r\n", "\n")
@@ -45,7 +45,8 @@ def tokens(found: Explanation) -> str:
         f"{escaped(text)}</span>"
         for text, share in zip(found.texts, mass, strict=True)
     ]
-    return f'<div class="mt-text mt-tokens">{"".join(parts)}</div>'
+    legend = "The darker a token, the more of its attention went to the memory (a mean over layers and heads)."
+    return f'<p class="mt-note">{legend}</p><div class="mt-text mt-tokens">{"".join(parts)}</div>'
 
 
 def sources(found: Explanation, most: int = 20) -> str:
@@ -53,7 +54,7 @@ def sources(found: Explanation, most: int = 20) -> str:
     if not found.passages:
         return message("Nothing was looked up.")
     measured = any(each.contribution is not None for each in found.passages)
-    head = ["source", "tokens", "attention", *(["lowers the loss by"] if measured else []), "passage"]
+    head = ["source", "tokens", "attention", *(["worth (nats)"] if measured else []), "passage"]
     rows = []
     for each in found.passages[:most]:
         worth = [] if not measured else ["" if each.contribution is None else f"{each.contribution:+.3f}"]

@@ -214,7 +214,9 @@ def test_help_tells_the_options(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
-    assert {"export": "--checkpoint", "memory": "compact", "explore": "--read-only"}.get(command, "--seed") in capsys.readouterr().out
+    assert {"export": "--checkpoint", "memory": "compact", "explore": "--read-only"}.get(
+        command, "--seed"
+    ) in capsys.readouterr().out
 
 
 def test_the_train_script_is_the_enwik8_preset(tmp_path: Path) -> None:
