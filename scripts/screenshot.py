@@ -2,8 +2,8 @@
 
     python scripts/screenshot.py [RUN] [--output PNG] [--width 1280] [--dark]
 
-Without a run a small one is trained first, for some minutes. Needs the extra 'explorer', selenium, and Chromium with its
-driver.
+Without a run a small one is trained first, for some minutes. Needs the extra 'explorer', selenium, and Chromium with
+its driver.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Page:
             self._wire()
 
     def _memory(self) -> None:
-        gr.HTML("<h2>Memory</h2>", padding=False)
+        gr.HTML("<h2>Memory</h2>")
         changes = not self._service.read_only
         with gr.Group(visible=changes):
             self.files = gr.File(label="Read text files", file_count="multiple", height=140, elem_id="files")
@@ -64,8 +64,8 @@ class Page:
                 self.name = gr.Textbox("pasted text", label="Title", max_lines=1, elem_id="paste-title")
                 self.pasted = gr.Textbox(label="Text", lines=4, max_lines=12, elem_id="paste-text")
                 self.paste = gr.Button("Read this text", elem_id="paste")
-        self.told = gr.HTML(padding=False, elem_id="told")
-        self.documents = gr.HTML(padding=False, elem_id="documents")
+        self.told = gr.HTML(elem_id="told")
+        self.documents = gr.HTML(elem_id="documents")
         with gr.Group(visible=changes):
             self.chosen = gr.Dropdown([], label="Documents to forget", multiselect=True, elem_id="chosen")
             self.forget = gr.Button("Forget", elem_id="forget")
@@ -74,7 +74,7 @@ class Page:
             self.save = gr.Button("Save to this folder", elem_id="save")
 
     def _question(self) -> None:
-        gr.HTML("<h2>Question</h2>", padding=False)
+        gr.HTML("<h2>Question</h2>")
         self.prompt = gr.Textbox(label="Prompt, to be continued", lines=3, max_lines=12, elem_id="prompt")
         with gr.Accordion("How to continue", open=False):
             self.count = gr.Slider(1, 400, 40, step=1, label="Tokens to write")
@@ -84,18 +84,18 @@ class Page:
                 False, label="Measure what each passage is worth (slower: one run for each)", elem_id="measure"
             )
         self.ask = gr.Button("Continue", variant="primary", elem_id="ask")
-        self.failed = gr.HTML(padding=False, elem_id="failed")
+        self.failed = gr.HTML(elem_id="failed")
         with gr.Row():
             for kind in ("with", "without"):
                 with gr.Column(min_width=280):
-                    gr.HTML(f"<h3>{'With' if kind == 'with' else 'Without'} the memory</h3>", padding=False)
-                    setattr(self, kind, gr.HTML(padding=False, elem_id=kind))
-        gr.HTML("<h2>What was looked up</h2>", padding=False)
+                    gr.HTML(f"<h3>{'With' if kind == 'with' else 'Without'} the memory</h3>")
+                    setattr(self, kind, gr.HTML(elem_id=kind))
+        gr.HTML("<h2>What was looked up</h2>")
         with gr.Row():
             self.layer = gr.Dropdown([("all layers", ALL)], value=ALL, label="Layer", elem_id="layer")
             self.head = gr.Dropdown([("all heads", ALL)], value=ALL, label="Head", elem_id="head")
-        self.tokens = gr.HTML(padding=False, elem_id="tokens")
-        self.sources = gr.HTML(padding=False, elem_id="sources")
+        self.tokens = gr.HTML(elem_id="tokens")
+        self.sources = gr.HTML(elem_id="sources")
 
     def _wire(self) -> None:
         table = [self.documents, self.chosen]
