@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from memorizing_transformers_pytorch.explorer.service import MAX_BYTES, Service
 
 HOST = "127.0.0.1"
 PORTS = 100  # that are tried
+ATTEMPTS = 5  # to take one that others may want too
 ALL = -1  # layers or heads
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 TITLE = "Memory explorer"
@@ -204,11 +208,22 @@ def _session(request: gr.Request) -> str:
 
 def launch(service: Service, name: str, port: int) -> tuple[gr.Blocks, str]:
     """Show the page on this machine alone, at this port or the next free one -> it, and its address."""
-    blocks, found = Page(service, name).blocks, free_port(port)
-    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    for _ in range(ATTEMPTS):
+        port = free_port(port)
+        blocks = Page(service, name).blocks
+        with suppress(OSError):  # another program was quicker
+            _launched(blocks, port)
+            if _is_own(blocks, port):
+                return blocks, f"http://{HOST}:{port}"
+        blocks.close(verbose=False)
+        port += 1
+    raise ValueError(f"expected a free port, got none in {ATTEMPTS} attempts")
+
+
+def _launched(blocks: gr.Blocks, port: int) -> None:
     blocks.launch(
         server_name=HOST,
-        server_port=found,
+        server_port=port,
         share=False,
         quiet=True,
         ssr_mode=False,
@@ -218,8 +233,19 @@ def launch(service: Service, name: str, port: int) -> tuple[gr.Blocks, str]:
         footer_links=[],
         run_history=False,
         max_file_size=MAX_BYTES,
-        theme=theme,
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
         prevent_thread_lock=True,
     )
-    return blocks, f"http://{HOST}:{found}"
+
+
+def _is_own(blocks: gr.Blocks, port: int) -> bool:
+    """Whether what answers there is this page; of two programs that begin together, both may think so."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=30)
+    try:
+        connection.request("GET", "/gradio_api/app_id")
+        return bool(json.loads(connection.getresponse().read())["app_id"] == blocks.app_id)
+    except (http.client.HTTPException, KeyError, ValueError):
+        return False
+    finally:
+        connection.close()

@@ -45,7 +45,7 @@ def tokens(found: Explanation) -> str:
         f"{escaped(text)}</span>"
         for text, share in zip(found.texts, mass, strict=True)
     ]
-    legend = "The stronger the colour of a token, the more of its attention went to the memory (a mean over layers and heads)."
+    legend = "The stronger the colour of a token, the more of its attention went to the memory."
     return f'<p class="mt-note">{legend}</p><div class="mt-text mt-tokens">{"".join(parts)}</div>'
 
 
