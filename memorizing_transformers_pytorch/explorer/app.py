@@ -25,7 +25,7 @@ HOST = "127.0.0.1"
 PORTS = 100  # that are tried
 ATTEMPTS = 5  # to take one that others may want too
 ALL = -1  # layers or heads
-CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+CSS = (Path(__file__).parent / "app.css").read_text(encoding="utf-8")
 TITLE = "Memory explorer"
 ASKS: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
 
