@@ -28,6 +28,10 @@ class Weights:
         """Note that what is remembered now was written by the weights as they are."""
         self._written_by, self._seen = self.fingerprint(), self._state()
 
+    def were_written_by(self, fingerprint: str | None) -> None:
+        """Note that what is remembered now was written by weights with this fingerprint."""
+        self._written_by, self._seen = fingerprint, None
+
     @property
     def written_by(self) -> str | None:
         """The fingerprint of those that have written; None if none have."""

@@ -1,4 +1,4 @@
-"""The command line: `memorizing-transformers train | evaluate | generate | explain | memory | export`.
+"""The command line: `memorizing-transformers train | evaluate | generate | explain | memory | explore | export`.
 
 Bad input is one line and exit code 2.
 """
@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "read texts of any length, then continue them",
     "explain": "show what a model looks up in its memory, as a page",
     "memory": "build a memory on disk from files, look into it, forget, verify, compact, merge",
+    "explore": "read, ask and see what is looked up, in a browser",
     "export": "write the model of a run for transformers and the Hugging Face hub",
 }
 

@@ -64,7 +64,7 @@ def explain(
         starts=starts,
         around=around,
     )
-    passages = _passages(found, passage)
+    passages = passages_of(found, passage)
     if contribution == "ablate":
         passages = _ablated(eye, ids, found, passages[:most_passages]) + passages[most_passages:]
     return replace(found, passages=passages)
@@ -116,7 +116,7 @@ def _starts(layers: list[LookedUp], eye: Watched) -> dict[int, int]:
     return {number: eye.start_of(number) for number in numbers}
 
 
-def _passages(found: Explanation, size: int) -> list[Passage]:
+def passages_of(found: Explanation, size: int) -> list[Passage]:
     """The pieces of sources that were looked up, those with the most attention first."""
     columns = found.columns
     known = columns["position"] >= 0

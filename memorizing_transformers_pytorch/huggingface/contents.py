@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ Pairs = tuple[Tensor, Tensor]
 
 
 KIND = "attached to a Hugging Face model"
+
+
+class Kept(NamedTuple):
+    """What is remembered while it is not in use: as in `Contents`, and the fingerprint of the weights that wrote it."""
+
+    memories: list[list[KNNMemory]]
+    ledger: Ledger
+    marks: Marks | None
+    offsets: Tensor
+    written_by: str | None
 
 
 class Contents:
@@ -111,6 +121,18 @@ class Contents:
             site.use_memories(memories)
         self.ledger, self._marks = loaded.ledger, loaded.marks
         self.reading.stand_at(torch.tensor(loaded.extra["offsets"]))
+
+    def exchange(self, kept: Kept | None, written_by: str | None) -> Kept:
+        """Remember what was kept, or nothing; what was remembered until now."""
+        if kept is None:
+            empty = [site.new_memories(1) for site in self.sites]
+            kept = Kept(empty, Ledger(), None, torch.zeros(1, dtype=torch.int64), None)
+        offsets = self.reading.offsets
+        memories = [site.exchange(each) for site, each in zip(self.sites, kept.memories, strict=True)]
+        before = Kept(memories, self.ledger, self._marks, offsets, written_by)
+        self.ledger, self._marks = kept.ledger, kept.marks
+        self.reading.stand_at(kept.offsets)
+        return before
 
     def _parts_of(self, loaded: KNNMemoryList) -> list[list[KNNMemory]]:
         """The memories of each layer. Raises ValueError for those of other layers."""

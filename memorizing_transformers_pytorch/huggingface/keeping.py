@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from memorizing_transformers_pytorch.fingerprint import Weights
-from memorizing_transformers_pytorch.huggingface.contents import Contents
+from memorizing_transformers_pytorch.huggingface.contents import Contents, Kept
 from memorizing_transformers_pytorch.huggingface.segments import Segments
 from memorizing_transformers_pytorch.huggingface.window import Window
 from memorizing_transformers_pytorch.memory import KNNMemoryList
@@ -77,6 +77,19 @@ class Keeping:
         self._weights.have_written()
         if self._window is not None:
             self._window.drop()
+
+    def exchange(self, kept: Kept | None) -> Kept:
+        """Remember what was kept, or nothing, and give what was remembered until now, to be kept: several memories
+        take turns with one model. Raises ValueError inside `writing()` and `read_only()`."""
+        self._expect_attached()
+        self._expect_writable()
+        if self._segments.is_open:
+            raise ValueError("expected a call of the model inside writing(), got another memory")
+        if self._window is not None:
+            self._window.end()
+        before = self._contents.exchange(kept, self._weights.written_by)
+        self._weights.were_written_by(None if kept is None else kept.written_by)
+        return before
 
     def merge(self, path: str | Path) -> None:
         """Add what was saved by the same weights, with as many rows, as if it had been read before what is read next.

@@ -110,6 +110,12 @@ class Site:
         self.memories = memories
         self.forget_last()
 
+    def exchange(self, memories: list[KNNMemory]) -> list[KNNMemory]:
+        """Remember in these from now on; those before, which stay open."""
+        before, self.memories = self.memories, []
+        self.use_memories(memories)
+        return before
+
     @property
     def arrangement(self) -> str:
         """How what is remembered lies in the memories; what was saved can be used where it is the same."""

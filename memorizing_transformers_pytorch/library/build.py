@@ -85,7 +85,7 @@ class Builder:
         name = str(path)
         try:
             data = path.read_bytes()
-            text = _text_of(data, name)
+            text = text_of(data, name)
         except (OSError, ValueError) as error:
             outcome.left_out[name] = str(error)
             return
@@ -127,7 +127,8 @@ def _by_name(documents: Sequence[Document]) -> Mapping[str, Document]:
     return {each.about["file"]: each for each in documents if "file" in each.about}
 
 
-def _text_of(data: bytes, name: str) -> str:
+def text_of(data: bytes, name: str) -> str:
+    """What a file says. Raises ValueError if it is binary, empty or not UTF-8."""
     if b"\0" in data:
         raise ValueError(f"expected text in {name!r}, got a binary file")
     text = decode(data, repr(name), "strict")

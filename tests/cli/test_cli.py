@@ -176,7 +176,10 @@ def test_standard_input_can_be_read(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["nonsense"], "expected a command among train, evaluate, generate, explain, memory, export, got 'nonsense'"),
+        (
+            ["nonsense"],
+            "expected a command among train, evaluate, generate, explain, memory, explore, export, got 'nonsense'",
+        ),
         (["train", "--training.steps", "0"], "expected steps to be at least 1, got 0"),
         (["train", "--training.stepz", "1"], "--training.stepz"),
         (["train", "--optimizer.learning-rate", "-1"], "expected learning_rate to be above 0, got -1.0"),
@@ -189,6 +192,9 @@ def test_standard_input_can_be_read(
         (["train", "--resume", "--output", "nowhere"], "expected the folder of a run, got 'nowhere'"),
         (["evaluate", "nowhere"], "expected the folder of a run, got 'nowhere'"),
         (["evaluate", "nowhere", "--memory", "many"], "expected memory sizes such as 0,512,2048, got 'many'"),
+        (["explore"], "expected a run below ./runs, got none"),
+        (["explore", "nowhere"], "expected the folder of a run or a memory, got 'nowhere'"),
+        (["explore", "--port", "0"], "expected a port from 1 to 65535, got 0"),
         (["generate", "nowhere", "--prompt", "x"], "expected the folder of a run, got 'nowhere'"),
         (["generate", "nowhere", "--read", "nothing.txt"], "expected a text file to read, got 'nothing.txt'"),
     ],
@@ -234,7 +240,7 @@ def test_help_tells_the_options(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
-    assert {"export": "--checkpoint", "memory": "compact", "explain": "--contribution"}.get(
+    assert {"export": "--checkpoint", "memory": "compact", "explain": "--contribution", "explore": "--read-only"}.get(
         command, "--seed"
     ) in capsys.readouterr().out
 

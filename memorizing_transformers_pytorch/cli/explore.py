@@ -1,0 +1,85 @@
+"""`memorizing-transformers explore [RUN | MEMORY]`: look into a memory, in a browser."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
+from memorizing_transformers_pytorch.library.readers import OF_RUN, open_reader
+from memorizing_transformers_pytorch.memory.disk.load import state_of
+from memorizing_transformers_pytorch.memory.disk.manifest import NAME
+from memorizing_transformers_pytorch.training.checkpoint import last_of
+from memorizing_transformers_pytorch.training.run import CONFIG
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explore:
+    """Read texts into a memory, ask, see what is looked up, and forget, on a page of this machine alone."""
+
+    what: tyro.conf.Positional[Path | None] = None
+    """Folder of a run, or of a memory, which stays as it is unless it is saved; else the newest run below ./runs."""
+    model: str | None = None
+    """The model for a memory: folder of a run, or name or folder of a causal language model of transformers."""
+    port: int = 7860
+    """Where to show it; the next free one, if it is taken."""
+    read_only: bool = False
+    """Ask and look only: nothing is read, forgotten or saved."""
+    device: str | None = None
+    """Such as cpu or cuda; unless given, cuda where there is one."""
+
+
+def main(arguments: Sequence[str], program: str) -> None:
+    """Run `explore` with these arguments. Raises ValueError for bad input."""
+    options = parse_arguments(Explore, arguments, program)
+    if not 1 <= options.port <= 65_535:
+        raise ValueError(f"expected a port from 1 to 65535, got {options.port}")
+    model, memory = chosen(options)
+    try:
+        from memorizing_transformers_pytorch.explorer.app import launch
+    except ImportError as error:
+        raise ValueError(f"expected the extra 'explorer' to be installed, got {error}") from error
+    from memorizing_transformers_pytorch.explorer.service import Service
+
+    reader = open_reader(model, chosen_device(options.device), max_memories=None, dtype=None, index=None)
+    service = Service(reader, memory, read_only=options.read_only)
+    blocks, address = launch(service, model if memory is None else f"{memory}, with {model}", options.port)
+    taken = "" if address.endswith(f":{options.port}") else f" (port {options.port} is taken)"
+    print(f"{address}{taken}; Ctrl+C ends it", flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        blocks.close(verbose=False)
+
+
+def chosen(options: Explore) -> tuple[str, Path | None]:
+    """The model, and the folder of a memory if one was given. Raises ValueError for what is neither."""
+    what = options.what
+    if what is None:
+        return (str(newest_run()) if options.model is None else options.model), None
+    if (what / CONFIG).is_file():
+        if options.model is not None:
+            raise ValueError(f"expected a run or --model, got {str(what)!r} and {options.model!r}")
+        return str(what), None
+    if not (what / NAME).is_file():
+        raise ValueError(f"expected the folder of a run or a memory, got {str(what)!r}")
+    if options.model is not None:
+        return options.model, what
+    if state_of(what).extra.get("kind") != OF_RUN:
+        raise ValueError("expected --model, for a memory of a model of transformers, got none")
+    return str(newest_run()), what
+
+
+def newest_run() -> Path:
+    """Raises ValueError if there is none."""
+    runs = {path.parent: last_of(path.parent) for path in RUNS.glob(f"*/{CONFIG}")}
+    times = {run: checkpoint.stat().st_mtime for run, checkpoint in runs.items() if checkpoint is not None}
+    if not times:
+        raise ValueError("expected a run below ./runs, got none (memorizing-transformers train makes one)")
+    return max(times, key=lambda run: times[run])

@@ -1,0 +1,251 @@
+"""The page of the explorer, with Gradio: what is on it, and what its buttons do."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+# Gradio reports its use to its makers unless this is said before it is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr
+
+from memorizing_transformers_pytorch.explorer import shown
+from memorizing_transformers_pytorch.explorer.desk import Sampling
+from memorizing_transformers_pytorch.explorer.explanation import Explanation
+from memorizing_transformers_pytorch.explorer.service import MAX_BYTES, Service
+
+HOST = "127.0.0.1"
+PORTS = 100  # that are tried
+ATTEMPTS = 5  # to take one that others may want too
+ALL = -1  # layers or heads
+CSS = (Path(__file__).parent / "app.css").read_text(encoding="utf-8")
+TITLE = "Memory explorer"
+ASKS: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+
+
+def free_port(wanted: int) -> int:
+    """This port, or the next one that is free. Raises ValueError if there is none near."""
+    for port in range(wanted, min(wanted + PORTS, 65_536)):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise ValueError(f"expected a free port from {wanted} on, got none among {PORTS}")
+
+
+class Page:
+    """The parts of the page. Texts of files and models reach it through `shown` only."""
+
+    def __init__(self, service: Service, name: str) -> None:
+        self._service = service
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, 600)) as self.blocks:
+            gr.HTML(
+                f'<h1 class="mt-title">{TITLE}</h1><p class="mt-note">{shown.escaped(name, 300)}</p>', padding=False
+            )
+            with gr.Row(elem_classes="mt-columns"):
+                with gr.Column(scale=2, min_width=320):
+                    self._memory()
+                with gr.Column(scale=3, min_width=320):
+                    self._question()
+            self._wire()
+
+    def _memory(self) -> None:
+        gr.HTML("<h2>Memory</h2>")
+        changes = not self._service.read_only
+        with gr.Group(visible=changes):
+            self.files = gr.File(label="Read text files", file_count="multiple", height=140, elem_id="files")
+            with gr.Accordion("Or paste a text", open=False):
+                self.name = gr.Textbox("pasted text", label="Title", max_lines=1, elem_id="paste-title")
+                self.pasted = gr.Textbox(label="Text", lines=4, max_lines=12, elem_id="paste-text")
+                self.paste = gr.Button("Read this text", elem_id="paste")
+        self.told = gr.HTML(elem_id="told")
+        self.documents = gr.HTML(elem_id="documents")
+        with gr.Group(visible=changes):
+            self.chosen = gr.Dropdown([], label="Documents to forget", multiselect=True, elem_id="chosen")
+            self.forget = gr.Button("Forget", elem_id="forget")
+        with gr.Group(visible=changes):
+            self.folder = gr.Textbox(label="Folder to save the memory to", max_lines=1, elem_id="folder")
+            self.save = gr.Button("Save to this folder", elem_id="save")
+
+    def _question(self) -> None:
+        gr.HTML("<h2>Question</h2>")
+        self.prompt = gr.Textbox(label="Prompt, to be continued", lines=3, max_lines=12, elem_id="prompt")
+        with gr.Accordion("How to continue", open=False):
+            self.count = gr.Slider(1, 400, 40, step=1, label="Tokens to write")
+            self.temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: the likeliest token)")
+            self.seed = gr.Number(0, label="Seed", precision=0)
+            self.measure = gr.Checkbox(
+                False, label="Measure what each passage is worth (slower: one run for each)", elem_id="measure"
+            )
+        self.ask = gr.Button("Continue", variant="primary", elem_id="ask")
+        self.failed = gr.HTML(elem_id="failed")
+        with gr.Row():
+            for kind in ("with", "without"):
+                with gr.Column(min_width=280):
+                    gr.HTML(f"<h3>{'With' if kind == 'with' else 'Without'} the memory</h3>")
+                    setattr(self, kind, gr.HTML(elem_id=kind))
+        gr.HTML("<h2>What was looked up</h2>")
+        with gr.Row():
+            self.layer = gr.Dropdown([("all layers", ALL)], value=ALL, label="Layer", elem_id="layer")
+            self.head = gr.Dropdown([("all heads", ALL)], value=ALL, label="Head", elem_id="head")
+        self.tokens = gr.HTML(elem_id="tokens")
+        self.sources = gr.HTML(elem_id="sources")
+
+    def _wire(self) -> None:
+        table = [self.documents, self.chosen]
+        after_change = [self.told, *table, self.tokens, self.sources]
+        answer = [self.failed, getattr(self, "with"), self.without, self.layer, self.head, self.tokens, self.sources]  # type: ignore[attr-defined]
+        self.blocks.load(self._on_load, None, table, **ASKS)
+        self.blocks.unload(self._on_unload)
+        asked = [self.prompt, self.count, self.temperature, self.seed, self.measure]
+        self.ask.click(self._on_ask, asked, answer, **ASKS)
+        chosen = [self.layer, self.head]
+        for each in chosen:
+            each.input(self._on_choice, chosen, [self.tokens, self.sources], **ASKS)
+        if self._service.read_only:
+            return  # nor can anybody call it
+        self.files.upload(self._on_files, [self.files], [self.told, *table, self.files], **ASKS)
+        self.paste.click(self._on_paste, [self.name, self.pasted], [self.told, *table, self.pasted], **ASKS)
+        self.forget.click(self._on_forget, [self.chosen], after_change, **ASKS)
+        self.save.click(self._on_save, [self.folder], [self.told], **ASKS)
+
+    def _table(self, session: str) -> list[Any]:
+        found = self._service.documents(session)
+        choices = [(f"{each.number}: {shown.visible(each.title, 80)}", each.number) for each in found]
+        return [shown.documents(found), gr.update(choices=choices, value=[])]
+
+    def _on_load(self, request: gr.Request) -> list[Any]:
+        return self._table(_session(request))
+
+    def _on_unload(self, request: gr.Request) -> None:
+        self._service.let_go(_session(request))
+
+    def _on_files(self, files: Sequence[str] | None, request: gr.Request, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008 (so does Gradio want it)
+        told = []
+        for i, path in enumerate(map(Path, files or ())):
+
+            def tell(part: float, i: int = i) -> None:
+                progress((i + part) / len(files or ()), desc=f"reading {i + 1} of {len(files or ())}")
+
+            told.append(_tried(lambda path=path, tell=tell: self._read_file(_session(request), path, tell)))  # type: ignore[misc]
+        return ["".join(told), *self._table(_session(request)), None]
+
+    def _read_file(self, session: str, path: Path, tell: Callable[[float], None]) -> str:
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise ValueError(f"expected at most {MAX_BYTES:,} bytes in {path.name!r}, got {path.stat().st_size:,}")
+            return self._service.read(session, path.name, path.read_bytes(), tell)
+        finally:
+            path.unlink(missing_ok=True)  # Gradio's copy
+
+    def _on_paste(self, name: str, text: str, request: gr.Request, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
+        session = _session(request)
+        data = text.encode("utf-8", "surrogatepass")
+
+        def tell(part: float) -> None:
+            progress(part, desc="reading")
+
+        told = _tried(lambda: self._service.read(session, name, data, tell))
+        return [told, *self._table(session), text if "mt-alert" in told else ""]
+
+    def _on_forget(self, numbers: list[int], request: gr.Request) -> list[Any]:
+        session = _session(request)
+        told = _tried(lambda: f"Forgotten: {self._service.forget(session, numbers)} documents.")
+        return [told, *self._table(session), *self._views(self._service.answer(session))]
+
+    def _on_save(self, folder: str, request: gr.Request) -> str:
+        return _tried(lambda: f"Saved to {self._service.save(_session(request), folder)}")
+
+    def _on_ask(
+        self, prompt: str, count: int, temperature: float, seed: int, measure: bool, request: gr.Request
+    ) -> list[Any]:
+        try:
+            sampling = Sampling(int(count), float(temperature), int(seed or 0))
+            answer = self._service.ask(_session(request), prompt, sampling, measure=measure)
+        except (ValueError, OSError) as error:
+            return [shown.message(str(error), is_bad=True), *(gr.skip() for _ in range(6))]
+        found = answer.found
+        layers = [("all layers", ALL), *((f"layer {number}", number) for number in found.layers)]
+        heads = [("all heads", ALL), *((f"head {number}", number) for number in range(found.mass.shape[1]))]
+        return [
+            "",
+            shown.written(prompt, answer.with_memory),
+            shown.written(prompt, answer.without_memory),
+            gr.update(choices=layers, value=ALL),
+            gr.update(choices=heads, value=ALL),
+            *self._views(found),
+        ]
+
+    def _on_choice(self, layer: int, head: int, request: gr.Request) -> list[str]:
+        chosen = (None if each == ALL else each for each in (layer, head))
+        return self._views(self._service.answer(_session(request), *chosen))
+
+    def _views(self, found: Explanation | None) -> list[str]:
+        return ["", ""] if found is None else [shown.tokens(found), shown.sources(found)]
+
+
+def _tried(action: Callable[[], str]) -> str:
+    """What an action says, or what was wrong."""
+    try:
+        return shown.message(action())
+    except (ValueError, OSError) as error:
+        return shown.message(str(error), is_bad=True)
+
+
+def _session(request: gr.Request) -> str:
+    return str(request.session_hash)
+
+
+def launch(service: Service, name: str, port: int) -> tuple[gr.Blocks, str]:
+    """Show the page on this machine alone, at this port or the next free one -> it, and its address."""
+    for _ in range(ATTEMPTS):
+        port = free_port(port)
+        blocks = Page(service, name).blocks
+        with suppress(OSError):  # another program was quicker
+            _launched(blocks, port)
+            if _is_own(blocks, port):
+                return blocks, f"http://{HOST}:{port}"
+        blocks.close(verbose=False)
+        port += 1
+    raise ValueError(f"expected a free port, got none in {ATTEMPTS} attempts")
+
+
+def _launched(blocks: gr.Blocks, port: int) -> None:
+    blocks.launch(
+        server_name=HOST,
+        server_port=port,
+        share=False,
+        quiet=True,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        footer_links=[],
+        run_history=False,
+        max_file_size=MAX_BYTES,
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+        prevent_thread_lock=True,
+    )
+
+
+def _is_own(blocks: gr.Blocks, port: int) -> bool:
+    """Whether what answers there is this page; of two programs that begin together, both may think so."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=30)
+    try:
+        connection.request("GET", "/gradio_api/app_id")
+        return bool(json.loads(connection.getresponse().read())["app_id"] == blocks.app_id)
+    except (http.client.HTTPException, KeyError, ValueError):
+        return False
+    finally:
+        connection.close()

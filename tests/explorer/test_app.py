@@ -1,0 +1,110 @@
+"""The page of the explorer in a browser."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+pytest.importorskip("gradio")
+pytest.importorskip("selenium")
+
+from selenium.webdriver.common.by import By
+
+from memorizing_transformers_pytorch.explorer.app import HOST, launch
+from memorizing_transformers_pytorch.explorer.service import Service
+from memorizing_transformers_pytorch.library.readers import open_reader
+from scripts import screenshot
+from tests.library.conftest import make_run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(screenshot.installed() is None, reason="there is no Chromium with chromedriver"),
+    # The server runs in a thread, and what it leaves to be closed later is its own affair.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+HOSTILE = "<img src=x onerror=\"document.title='taken over'\">\u202e the sea was wide and white. " * 2
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    reader = open_reader(str(make_run(tmp_path / "run")), "cpu", max_memories=None, dtype=None, index=None)
+    return Service(reader)
+
+
+@pytest.fixture
+def address(service: Service) -> Iterator[str]:
+    blocks, address = launch(service, "<b>a run</b>", 7_900)
+    yield address
+    blocks.close(verbose=False)
+    del blocks
+    gc.collect()  # while what Gradio leaves unclosed is no failure of whichever test comes next
+
+
+def opened(driver: Any, address: str) -> None:
+    driver.get(address)
+    screenshot.wait_for(driver, "documents", "Nothing is remembered yet")
+
+
+def write_few_tokens(driver: Any) -> None:
+    """The tiny model takes no more than 32 with the prompt."""
+    driver.find_element(By.XPATH, "//button[contains(., 'How to continue')]").click()
+    field = driver.find_element(By.CSS_SELECTOR, "input[type=number][aria-label*='Tokens to write']")
+    field.clear()
+    field.send_keys("5\t")
+
+
+def choose_first(driver: Any, name: str) -> None:
+    driver.find_element(By.CSS_SELECTOR, f"#{name} input").click()
+    screenshot.WebDriverWait(driver, 10).until(lambda _: driver.find_elements(By.CSS_SELECTOR, f"#{name} li, ul li"))
+    driver.find_element(By.CSS_SELECTOR, f"#{name} li, ul li").click()
+
+
+def test_a_session_in_the_browser(service: Service, address: str, tmp_path: Path) -> None:
+    """Read, ask, see the source, forget it; a second tab knows nothing of it; nobody else is asked for anything."""
+    book, picture = tmp_path / "book.txt", tmp_path / "picture.png"
+    book.write_text(HOSTILE)
+    picture.write_bytes(b"\x89PNG\0\0")
+    with screenshot.browser() as driver:
+        opened(driver, address)
+        write_few_tokens(driver)
+        screenshot.read_file(driver, picture)
+        assert "got a binary file" in screenshot.text_of(driver, "told")
+        screenshot.read_file(driver, book)
+        screenshot.wait_for(driver, "documents", "book.txt")
+        screenshot.ask(driver, "the sea")
+        screenshot.wait_for(driver, "sources", "book.txt")
+        assert "the sea" in screenshot.text_of(driver, "with")
+        assert "the sea" in screenshot.text_of(driver, "without")
+        assert "⟨U+202E⟩" in screenshot.text_of(driver, "sources") or "onerror" in screenshot.text_of(driver, "sources")
+
+        first = driver.current_window_handle
+        driver.switch_to.new_window("tab")
+        opened(driver, address)
+        write_few_tokens(driver)
+        screenshot.ask(driver, "the sea")
+        screenshot.wait_for(driver, "sources", "Nothing was looked up")
+        assert len(service.sessions) == 2
+        driver.close()
+        driver.switch_to.window(first)
+        screenshot.WebDriverWait(driver, 30).until(lambda _: len(service.sessions) == 1)
+
+        assert "book.txt" in screenshot.text_of(driver, "documents")
+        choose_first(driver, "chosen")
+        driver.find_element(By.TAG_NAME, "h1").click()
+        screenshot.press(driver, "forget")
+        screenshot.wait_for(driver, "told", "Forgotten")
+        screenshot.wait_for(driver, "documents", "Nothing is remembered yet")
+        screenshot.wait_for(driver, "sources", "book.txt", gone=True)
+
+        assert driver.title == "Memory explorer"
+        assert driver.find_elements(By.CSS_SELECTOR, "img[src=x], .mt-note b") == []
+        asked = [urlsplit(each) for each in screenshot.requests(driver)]
+        assert {each.hostname for each in asked if each.scheme in ("http", "https", "ws", "wss")} == {HOST}
+        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []

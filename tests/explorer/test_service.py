@@ -1,0 +1,239 @@
+"""What the explorer does, with a model of a run and with one of transformers, and how it shows hostile texts."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from memorizing_transformers_pytorch.explorer import service as explorer_service
+from memorizing_transformers_pytorch.explorer import shown
+from memorizing_transformers_pytorch.explorer.desk import Sampling
+from memorizing_transformers_pytorch.explorer.service import Service
+from memorizing_transformers_pytorch.library.readers import open_reader
+from memorizing_transformers_pytorch.memory import KNNMemoryList
+from tests.library.conftest import make_hub_model, make_run
+from tests.memory.test_disk import same
+
+FEW = Sampling(new_tokens=8)
+TEXT = b"the whale was white and the sea was wide. " * 3
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\u202egnp.exe\0\x1b[31m" + "x" * 50_000
+
+
+@pytest.fixture(params=["run", "hub"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str((make_run if request.param == "run" else make_hub_model)(tmp_path / "model"))
+
+
+def serving(model: str, memory: Path | None = None, **options: bool) -> Service:
+    return Service(open_reader(model, "cpu", max_memories=None, dtype=None, index=None), memory, **options)
+
+
+def titles(service: Service, session: str) -> list[str]:
+    return [each.title for each in service.documents(session)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_is_read_is_looked_up_until_it_is_forgotten(model: str) -> None:
+    service, parts = serving(model), list[float]()
+    assert "Read whale.txt" in service.read("me", "/some/where/whale.txt", TEXT, parts.append)
+    assert parts == sorted(parts)
+    assert parts[-1] == 1
+    answer = service.ask("me", "the whale", FEW, measure=True)
+    assert len(answer.found.texts) == len("the whale") + 8
+    assert {each.title for each in answer.found.passages} == {"whale.txt"}
+    assert any(each.contribution is not None for each in answer.found.passages)
+    assert "".join(each.text for each in answer.found.passages if each.first == 32).startswith(TEXT.decode()[32:50])
+    assert answer.found.mass.max() > 0
+    number = service.documents("me")[0].number
+    assert service.forget("me", [number]) == 1
+    assert titles(service, "me") == []
+    assert service.answer("me") is None
+    after = service.ask("me", "the whale", FEW)
+    assert len(after.found) == 0
+    assert after.with_memory == after.without_memory == answer.without_memory
+
+
+def test_asking_is_not_remembered_and_the_same_seed_writes_the_same(model: str) -> None:
+    service = serving(model)
+    service.read("me", "a", TEXT)
+    before, warm = service.documents("me").to_dicts(), Sampling(12, 1.0, seed=3)
+    first, again = (service.ask("me", "sea", warm) for _ in range(2))
+    other = service.ask("me", "sea", Sampling(12, 1.0, seed=4))
+    assert (first.with_memory, first.without_memory) == (again.with_memory, again.without_memory)
+    assert first.with_memory != other.with_memory
+    assert service.documents("me").to_dicts() == before
+
+
+def test_sessions_do_not_mix_and_are_let_go(model: str) -> None:
+    service = serving(model)
+    service.read("one", "one.txt", TEXT)
+    service.read("two", "two.txt", b"call me ishmael, some years ago " * 3)
+    assert [titles(service, name) for name in ("one", "two", "three")] == [["one.txt"], ["two.txt"], []]
+    for name in ("one", "two", "one"):
+        assert {each.title for each in service.ask(name, "the sea", FEW).found.passages} == {f"{name}.txt"}
+    service.forget("one", [service.documents("one")[0].number])
+    assert titles(service, "two") == ["two.txt"]
+    service.let_go("two")
+    service.let_go("never there")
+    assert sorted(service.sessions) == ["one", "three"]
+    assert titles(service, "two") == []
+
+
+def test_sessions_at_the_same_time_get_what_they_get_one_after_the_other(model: str) -> None:
+    service, found = serving(model), dict[int, str]()
+
+    def use(i: int) -> None:
+        for n in range(3):
+            service.read(str(i), f"{i}-{n}", f"text {i} {n} of several. ".encode() * 4)
+        found[i] = service.ask(str(i), "text", FEW).with_memory
+
+    threads = [threading.Thread(target=use, args=(i,)) for i in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert [titles(service, str(i)) for i in range(4)] == [[f"{i}-{n}" for n in range(3)] for i in range(4)]
+    assert [service.ask(str(i), "text", FEW).with_memory for i in range(4)] == [found[i] for i in range(4)]
+
+
+def test_a_folder_stays_as_it_is_until_it_is_saved(model: str, tmp_path: Path) -> None:
+    first, folder = serving(model), tmp_path / "memory"
+    first.read("me", "one.txt", TEXT)
+    assert first.save("me", f" {folder} ") == str(folder)
+    before = contents(folder)
+    service = serving(model, folder)
+    service.read("a", "two.txt", b"call me ishmael " * 5)
+    service.forget("a", [service.documents("a")[0].number])
+    service.ask("a", "the whale", FEW)
+    assert (titles(service, "a"), titles(service, "b")) == (["two.txt"], ["one.txt"])
+    assert contents(folder) == before
+    service.save("a", str(tmp_path / "other"))
+    assert contents(folder) == before
+    assert [each.title for each in KNNMemoryList.load(tmp_path / "other").documents()] == ["two.txt"]
+    service.save("a", str(tmp_path / "other"))  # again, after others have used the model
+    assert same(KNNMemoryList.load(tmp_path / "other"), KNNMemoryList.load(tmp_path / "other"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").write_text("{}")
+    for wrong in ("", str(tmp_path / "mine")):
+        with pytest.raises(ValueError, match="expected"):
+            service.save("a", wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("b.bin", b"\x89PNG\0\0", "got a binary file"),
+        ("e.txt", b" \n", "got an empty file"),
+        ("l.txt", "Où".encode("latin-1"), "expected UTF-8 in 'l.txt'"),
+        ("h.txt", b"x" * 2_001, "expected at most 2,000 bytes in 'h.txt', got 2,001"),
+        ("again.txt", TEXT, "not remembered yet, got that of 'whale.txt'"),
+    ],
+)
+def test_bad_texts_are_refused_and_nothing_is_lost(
+    model: str, name: str, data: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serving(model)
+    service.read("me", "whale.txt", TEXT)
+    before = service.documents("me").to_dicts()
+    monkeypatch.setattr(explorer_service, "MAX_BYTES", 2_000)
+    with pytest.raises(ValueError, match=message):
+        service.read("me", name, data)
+    assert service.documents("me").to_dicts() == before
+
+
+def test_reading_that_is_broken_off_leaves_the_memory_as_it_was(model: str) -> None:
+    service = serving(model)
+    service.read("me", "whale.txt", TEXT)
+
+    def fail(_part: float) -> None:
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        service.read("me", "long.txt", b"a long text " * 300, fail)
+    with pytest.raises(ValueError, match="closed session"):
+        service.read("me", "long.txt", b"a long text " * 300, lambda _: service.let_go("me"))
+    service.read("me", "whale.txt", TEXT)
+    assert titles(service, "me") == ["whale.txt"]
+
+
+def test_bad_questions_are_refused(model: str) -> None:
+    service = serving(model)
+    for prompt, message in (("", "expected a prompt"), ("x" * 5_000, "tokens of prompt and continuation")):
+        with pytest.raises(ValueError, match=message):
+            service.ask("me", prompt, FEW)
+    for bad in ({"new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}):
+        with pytest.raises(ValueError, match="at least 1 token"):
+            Sampling(**bad)
+    for numbers in ([], [7]):
+        with pytest.raises(ValueError, match="expected documents of the memory"):
+            service.forget("me", numbers)
+
+
+def test_read_only_changes_nothing(model: str, tmp_path: Path) -> None:
+    writer, folder = serving(model), tmp_path / "memory"
+    writer.read("me", "one.txt", TEXT)
+    writer.save("me", str(folder))
+    service = serving(model, folder, read_only=True)
+    for act in (
+        lambda: service.read("me", "x", TEXT),
+        lambda: service.forget("me", [0]),
+        lambda: service.save("me", str(tmp_path / "y")),
+    ):
+        with pytest.raises(ValueError, match="--read-only"):
+            act()
+    assert len(service.ask("me", "the whale", FEW).found) > 0
+    assert not (tmp_path / "y").exists()
+
+
+def test_layers_and_heads_are_parts_of_the_whole(model: str) -> None:
+    service = serving(model)
+    service.read("me", "one.txt", TEXT)
+    whole = service.ask("me", "the whale", FEW, measure=True).found
+    layer = whole.layers[0]
+    parts = [service.answer("me", layer, head) for head in range(whole.mass.shape[1])]
+    one = service.answer("me", layer)
+    assert one is not None
+    assert all(part is not None for part in parts)
+    assert sum(map(len, filter(None, parts))) == len(one)
+    assert one.layers == [layer]
+    assert set(one.columns["layer"].tolist()) == {layer}
+    assert sum(each.weight for each in one.passages) == pytest.approx(one.mass_of_tokens().sum(), rel=1e-4)
+    assert {each.contribution for each in one.passages} <= {each.contribution for each in whole.passages}
+    assert service.answer("me", layer, 99) is not None
+
+
+def test_hostile_texts_are_shown_and_not_obeyed(model: str) -> None:
+    service = serving(model)
+    service.read("me", f"{HOSTILE[:60]}.txt", HOSTILE.replace("\0", "").encode()[:3_000])
+    found = service.ask("me", "<b>x", FEW).found
+    pages = [
+        shown.documents(service.documents("me")),
+        shown.sources(found),
+        shown.tokens(found),
+        shown.written("<b>x", HOSTILE),
+        shown.message(HOSTILE),
+    ]
+    for page in pages:
+        assert not any(bad in page.lower() for bad in ("<script", "<img", "<b>", "\u202e", "\0", "\x1b"))
+        assert len(page) < 100_000
+    assert "&lt;script&gt;" in pages[3]
+    assert "⟨U+202E⟩" in shown.visible(HOSTILE)
+    assert "⟨U+0000⟩" in shown.visible(HOSTILE)
+    assert shown.visible("a\tb\r\nc é 漢") == "a\tb\nc é 漢"
+
+
+def test_a_taken_port_gives_way_to_the_next() -> None:
+    pytest.importorskip("gradio")
+    from memorizing_transformers_pytorch.explorer.app import HOST, free_port
+
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert port < free_port(port) <= port + 100
