@@ -1,27 +1,21 @@
-"""Texts of files and models as HTML: whatever they hold is shown, and nothing of it is obeyed."""
+"""What the page of the explorer shows, as HTML: whatever texts hold is shown, and nothing of it is obeyed."""
 
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections.abc import Iterable
 
+from memorizing_transformers_pytorch.explorer import markup
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
 
 MAX_SHOWN = 20_000  # characters of one text
-UNSEEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # controls, those that turn the direction of text among them
 
 
 def visible(text: str, most: int = MAX_SHOWN) -> str:
-    """The text with what cannot be seen, or would change how the rest is seen, as its code; cut if it is long."""
+    """As `markup.visible`; cut if it is long."""
     cut = text if len(text) <= most else text[:most] + f" \N{HORIZONTAL ELLIPSIS} ({len(text) - most:,} more)"
-    return "".join(
-        f"\N{MATHEMATICAL LEFT ANGLE BRACKET}U+{ord(letter):04X}\N{MATHEMATICAL RIGHT ANGLE BRACKET}"
-        if letter not in "\n\t" and unicodedata.category(letter) in UNSEEN
-        else letter
-        for letter in cut.replace("\r\n", "\n")
-    )
+    return markup.visible(cut.replace("\r\n", "\n"))
 
 
 def escaped(text: str, most: int = MAX_SHOWN) -> str:
