@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.huggingface.site import Reading, Site
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.memory.disk.manifest import MOST_COUNTED
 from memorizing_transformers_pytorch.memory.disk.save import Marks
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
 
@@ -144,7 +145,9 @@ class Contents:
             site.check_memories(memories)
         offsets = extra.get("offsets")
         counts = offsets if isinstance(offsets, list) else []
-        if len(counts) != loaded[0].num_indices or not all(type(each) is int and each >= 0 for each in counts):
+        if len(counts) != loaded[0].num_indices or not all(
+            type(each) is int and 0 <= each < MOST_COUNTED for each in counts
+        ):
             raise ValueError(f"expected how many tokens each row has read, got {offsets}")
         return parts
 

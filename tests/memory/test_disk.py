@@ -249,6 +249,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "absurd sizes": (_set(*FIRST, "max_memories", value=2**60), "expected at most .* numbers in a memory"),
     "absurd room": (_set(*FIRST, "room", value=2**40), "expected room for 0 to 50 entries"),
     "more entries than there are": (_set(*FIRST, "rows", 0, "filled", value=21), "expected the next entry after"),
+    "a clock that int64 cannot hold": (_set(*FIRST, "clock", value=2**63), "clock 9223372036854775808"),
     "a foreign dtype": (_set(*FIRST, "dtype", value="object"), "expected a dtype of"),
     "an index that is none": (_set(*FIRST, "index", value="rm -rf"), "index"),
     "a document in no row": (

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.checks import NonFiniteError
-from memorizing_transformers_pytorch.memory.disk.manifest import NAME, Base, Journal, Manifest, read_manifest
+from memorizing_transformers_pytorch.memory.disk.manifest import (
+    MOST_COUNTED,
+    NAME,
+    Base,
+    Journal,
+    Manifest,
+    read_manifest,
+)
 from memorizing_transformers_pytorch.memory.disk.save import Mark, Marks
 from memorizing_transformers_pytorch.memory.disk.shards import read_tensors
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
@@ -108,8 +115,9 @@ def _check_entries(tables: Mapping[str, Tensor], where: str) -> None:
     for name, table in tables.items():
         if table.is_floating_point() and not bool(table.isfinite().all()):
             raise NonFiniteError(f"expected finite {name} in {where}, got NaN or infinity")
-    if "written" in tables and bool((tables["written"] < 0).any()):
-        raise ValueError(f"expected times of writing of at least 0 in {where}, got {int(tables['written'].min())}")
+    written = tables["written"]
+    if bool(((written < 0) | (written >= MOST_COUNTED)).any()):
+        raise ValueError(f"expected times of writing in {where}, got {int(written.min())} to {int(written.max())}")
 
 
 def _store_of(base: Base, tables: dict[str, Tensor], how: How) -> Store:

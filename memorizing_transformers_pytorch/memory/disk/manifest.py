@@ -30,6 +30,7 @@ FORMAT, VERSION = "memorizing-transformers-pytorch memory", 1
 FILE_NAME = re.compile(r"(base|journal)-[0-9a-f]{32}\.safetensors")
 MOST_BYTES = 2**28  # of a manifest
 MOST_NUMBERS = 2**48  # in a table
+MOST_COUNTED = 2**60  # tokens, documents, additions: far below what int64 can hold
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE_DTYPES}
 
 
@@ -153,8 +154,8 @@ def _check_base(base: Base) -> None:
         known = f"a dtype of {sorted(DTYPES)} and a policy of {POLICIES}"
         raise ValueError(f"expected {known}, got {base.dtype!r} and {base.policy!r}")
     check_options(sizes, DTYPES[base.dtype], torch.device("cpu"), base.index, mapped=True)
-    if not 0 <= base.room <= base.max_memories or base.clock < 0:
-        raise ValueError(f"expected room for 0 to {base.max_memories} entries, got {base.room}")
+    if not 0 <= base.room <= base.max_memories or not 0 <= base.clock < MOST_COUNTED:
+        raise ValueError(f"expected room for 0 to {base.max_memories} entries, got {base.room}; clock {base.clock}")
     if len(base.rows) * base.kv_heads * base.max_memories * base.dim > MOST_NUMBERS:
         raise ValueError(f"expected at most {MOST_NUMBERS} numbers in a memory, got sizes {sizes}")
     for row in base.rows:
@@ -177,10 +178,11 @@ def _check_journals(manifest: Manifest) -> None:
 def _check_documents(manifest: Manifest) -> None:
     rows = max((len(base.rows) for base in manifest.memories), default=0)
     numbers = [each.number for each in manifest.documents]
-    if len(set(numbers)) != len(numbers) or not all(0 <= number < manifest.next_document for number in numbers):
+    distinct = len(set(numbers)) == len(numbers) and manifest.next_document < MOST_COUNTED
+    if not distinct or not all(0 <= number < manifest.next_document for number in numbers):
         raise ValueError(f"expected different documents below number {manifest.next_document}, got {numbers[:100]}")
     for each in manifest.documents:
-        if not 0 <= each.row < rows or each.tokens < 0 or each.start < 0:
+        if not 0 <= each.row < rows or not 0 <= each.tokens < MOST_COUNTED or not 0 <= each.start < MOST_COUNTED:
             raise ValueError(f"expected documents in rows 0 to {rows - 1}, got {each}")
 
 
