@@ -56,13 +56,23 @@ def test_a_memory_of_another_model_is_refused_before_the_page_is_there(tmp_path:
         Service(other, memory)
 
 
+def _hear_interrupts() -> None:
+    """Also where the tests run in the background of a shell, which lets its jobs ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_the_command_serves_this_machine_until_it_is_interrupted(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     command = [sys.executable, "-c", "from memorizing_transformers_pytorch.cli import main; main()"]
     command += ["explore", str(make_run(tmp_path / "run")), "--port", "7950", "--read-only"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        preexec_fn=_hear_interrupts,
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -74,7 +84,8 @@ def test_the_command_serves_this_machine_until_it_is_interrupted(tmp_path: Path)
                 page = answer.read().decode()
             assert "Memory explorer" in page
             assert "fonts.googleapis" not in page
-        finally:
             process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
         assert process.stderr.read().strip().splitlines()[-1] == "memorizing-transformers: interrupted"
