@@ -190,8 +190,7 @@ def forget(options: Forget) -> dict[str, Any]:
         else:
             titles = {each.title for each in memories.documents()}
             count = memories.forget([name if name in titles else _number(name) for name in options.document])
-        if count:
-            memories.save(options.memory, compact=True)
+        memories.save(options.memory, compact=True)  # also of documents whose entries have made room before
     return {"documents": before - len(memories.documents()), "entries": count}
 
 

@@ -18,6 +18,7 @@ from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import MOST_COUNTED
 from memorizing_transformers_pytorch.memory.disk.save import Marks
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.memory.policy import OLDEST
 
 Pairs = tuple[Tensor, Tensor]
 """Keys and values (R, G, N, D)."""
@@ -64,7 +65,10 @@ class Contents:
 
     def begin_in(self, row: int, title: str | None) -> int:
         """Begin a document in this row -> its number. Those of which nothing is remembered any more are struck out."""
-        self.ledger.strike_out(row, self.sites[0].oldest_place(row))
+        policy = self.sites[0].options.policy
+        sites = self.sites[:1] if policy == OLDEST else self.sites  # other policies choose for each layer
+        held = set().union(*(memory.documents_in(row) for site in sites for memory in site.memories))
+        self.ledger.strike_out(row, held)
         return self.ledger.begin(title, row, int(self.reading.offsets[row]))
 
     def rows_to_clear(self, rows: int | Iterable[int] | None) -> list[int]:

@@ -61,8 +61,11 @@ class Keeping:
         return self._contents.forget(document, where)
 
     def save(self, path: str | Path, *, overwrite: bool = False, compact: bool = False) -> None:
-        """Write what is remembered to a folder; see `KNNMemoryList.save`. (What was trained: `save_parameters`.)"""
+        """Write what is remembered to a folder; see `KNNMemoryList.save`. (What was trained: `save_parameters`.) A chat
+        that is going on ends."""
         self._expect_attached()
+        if self._window is not None:
+            self._window.end()
         self._contents.save(path, self._weights.written_by, overwrite=overwrite, compact=compact)
 
     def load(
@@ -70,7 +73,7 @@ class Keeping:
     ) -> None:
         """Remember what `save` has written, and nothing else; see `KNNMemoryList.load`.
 
-        other_weights: also take what other weights than those of the model have read.
+        other_weights: also take what other weights than those of the model have read; it counts as theirs from then on.
         Raises ValueError, changing nothing, for what cannot be loaded or is not of these layers.
         """
         self._contents.use(self._loaded(path, mmap=mmap, verify=verify, other_weights=other_weights))
@@ -95,8 +98,10 @@ class Keeping:
         """Add what was saved by the same weights, with as many rows, as if it had been read before what is read next.
 
         Where the memory has entries at their true distances (`recent`), the added ones are older than those. What does
-        not fit makes room for the rest. Raises ValueError as `load`.
+        not fit makes room for the rest. Raises ValueError as `load`, and if other weights have read what is remembered.
         """
+        if self._contents.ledger:
+            self._weights.refuse_others()
         if self._window is not None:
             self._window.end()
         self._contents.merge(self._loaded(path, mmap=True, verify=True, other_weights=False))

@@ -57,7 +57,8 @@ class MemoryLayer(Extension, Site):
         true_places = layer.rotary is not None and options.positions == "true"
         self.context = context
         recent = options.recent or (None if context is None else max(context // 2, 1))
-        self.recent = recent if true_places and recent is not None and recent < options.max_memories else None
+        parted = true_places and recent is not None and recent < options.max_memories
+        self.recent = self._recent_of_new = recent if parted else None
         shape = Shape(layer.kv_heads, layer.width, device_of(layer.module), weight.dtype)
         super().__init__(layer.index, shape, options, reading)
         self._position_embeddings: Any = None
@@ -76,17 +77,18 @@ class MemoryLayer(Extension, Site):
         self.close()
 
     def new_memories(self, rows: int) -> list[KNNMemory]:
-        if self.recent is None:
+        recent = self._recent_of_new
+        if recent is None:
             return super().new_memories(rows)
-        older = self.options.max_memories - self.recent
+        older = self.options.max_memories - recent
         return [
-            self.new_memory(rows, self.recent, "exact"),
+            self.new_memory(rows, recent, "exact"),
             self.new_memory(rows, older, self.options.index, self.options.policy),
         ]
 
     def use_memories(self, memories: list[KNNMemory]) -> None:
         super().use_memories(memories)
-        self.recent = memories[0].max_memories if self.recent is not None else None
+        self.recent = memories[0].max_memories if len(memories) > 1 else None
 
     @property
     def arrangement(self) -> str:

@@ -78,6 +78,8 @@ class Reader(AbstractContextManager["Reader"]):
             _fill_in(losses, pieces, tokens, out.logits)
         if self._store:
             mask[:, : self._options.skip_first] = 0
+            for i, piece in enumerate(pieces):  # what was read before, if reading stopped amidst a piece
+                mask[i, : max(self._known[piece.row] - piece.start, 0)] = 0
             places = starts[:, None] + torch.arange(tokens.shape[1])
             origins = origins_of(torch.tensor(self._numbers)[rows], places.expand_as(tokens), tokens)
             arrived = [site.arrived for site in self._contents.sites]

@@ -190,13 +190,6 @@ class Site:
         ]
         return torch.cat(origins, dim=-2) if origins else None
 
-    def oldest_place(self, row: int) -> int:
-        """Where in what was read the oldest entry of this row stands; -1 where there is none."""
-        for memory in reversed(self.memories):
-            if memory.num_entries[row]:
-                return int(memory.store.oldest(row, 1).origins[0, 0, POSITION])
-        return -1
-
     def begin_call(self, batch: int) -> None:
         """Forget the last call. Raises ValueError for a batch that the rows of the memory cannot serve."""
         self.forget_last()

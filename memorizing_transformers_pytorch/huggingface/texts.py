@@ -29,6 +29,8 @@ def checked_titles(titles: Titles, rows: int) -> list[str | None]:
     """A title for each of the documents. Raises ValueError for another number."""
     if titles is None or isinstance(titles, str):
         return [titles] * rows
+    if not all(title is None or isinstance(title, str) for title in titles):
+        raise ValueError(f"expected titles as text, got {list(titles)}")
     if len(titles) != rows:
         raise ValueError(f"expected a title for each of {rows} documents, got {len(titles)}")
     return list(titles)

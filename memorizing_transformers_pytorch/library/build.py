@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,9 +72,11 @@ class Builder:
         """
         outcome, known = Outcome(), _by_name(self._reader.ledger.documents())
         for path in files:
-            self._take_in(path, known.get(str(path)), outcome, progress)
-        for name in known.keys() - set(map(str, files)) if prune else ():
-            self._reader.forget(known[name].number)
+            *older, newest = known.get(str(path), [None])
+            self._forget(older)  # a file that was in two memories which were merged
+            self._take_in(path, newest, outcome, progress)
+        for name in sorted(known.keys() - set(map(str, files))) if prune else ():
+            self._forget(known[name])
             outcome.removed.append(name)
         self._save()
         return outcome
@@ -110,9 +112,14 @@ class Builder:
             done = part
             self._save_sometimes()
 
+    def _forget(self, documents: Iterable[Document | None]) -> None:
+        for each in documents:
+            if each is not None:
+                self._reader.forget(each.number)
+
     def _mark_complete(self, name: str) -> None:
-        number = next(each.number for each in self._reader.ledger.documents() if each.about.get("file") == name)
-        self._reader.ledger.note(number, {COMPLETE: "yes"})
+        newest = _by_name(self._reader.ledger.documents())[name][-1]
+        self._reader.ledger.note(newest.number, {COMPLETE: "yes"})
 
     def _save_sometimes(self) -> None:
         if wanted := self._wish.signal:
@@ -123,8 +130,13 @@ class Builder:
             self._saved_at = time.monotonic()
 
 
-def _by_name(documents: Sequence[Document]) -> Mapping[str, Document]:
-    return {each.about["file"]: each for each in documents if "file" in each.about}
+def _by_name(documents: Sequence[Document]) -> dict[str, list[Document]]:
+    """The documents of each file, the newest last."""
+    found: dict[str, list[Document]] = {}
+    for each in documents:
+        if "file" in each.about:
+            found.setdefault(each.about["file"], []).append(each)
+    return found
 
 
 def text_of(data: bytes, name: str) -> str:

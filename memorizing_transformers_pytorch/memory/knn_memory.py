@@ -129,13 +129,13 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
             self.searcher.forget(rows)
 
     def forget(self, documents: Iterable[int]) -> int:
-        """Remove every entry of these documents (the first number of their origins) from the rows in scope.
+        """Remove every entry of these documents (the first number of their origins) from all rows, whatever the scope.
 
         Returns how many entries that were. Those that stay keep their order, but not their slots.
         """
         wanted, count = torch.tensor(sorted(set(documents)), dtype=torch.int64, device=self.device), 0
         with self.lock:
-            for row in self.scoped_indices:
+            for row in range(self.num_indices):
                 gone = torch.isin(self.store.origins[row, : self.store.filled[row], 0], wanted)
                 count += self._remove(row, gone)
         return count
@@ -146,6 +146,11 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
             self.store.remove(row, gone)
             self.searcher.forget([row])
         return count
+
+    def documents_in(self, row: int) -> set[int]:
+        """The numbers of the documents of which a row holds entries."""
+        numbers: Tensor = self.store.origins[row, : self.store.filled[row], 0].unique()  # type: ignore[no-untyped-call]
+        return set(numbers.tolist())
 
     def entries(self, row: int) -> Iterator[Origin]:
         """Where each entry of a row comes from, the oldest first. Raises ValueError for a row that there is not."""

@@ -5,7 +5,7 @@ Shapes: R rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -57,10 +57,12 @@ class Ledger:
         self._documents[number] = Document(number, title or f"document {number}", row, 0, start, added, about or {})
         return number
 
-    def strike_out(self, row: int, oldest: int) -> None:
-        """Forget documents of this row that are empty, or end before its oldest entry, at this place."""
-        for number, each in list(self._documents.items()):
-            if each.row == row and (each.tokens == 0 or each.start + each.tokens <= oldest):
+    def strike_out(self, row: int, held: Collection[int]) -> None:
+        """Forget documents of this row of which nothing is held any more, but the last one, which may go on."""
+        own = [number for number, each in self._documents.items() if each.row == row]
+        for i, number in enumerate(own):
+            goes_on = i == len(own) - 1 and self._documents[number].tokens
+            if number not in held and not goes_on:
                 del self._documents[number]
 
     def grow(self, number: int, tokens: int) -> None:
@@ -110,7 +112,7 @@ class Ledger:
         """Enter the documents of another, with later numbers, and read so much later in their rows; by how much numbers
         are later."""
         shift = self.next_number
-        for each in other._documents.values():
+        for each in list(other._documents.values()):
             start = each.start + (0 if offsets is None else offsets[each.row])
             self._documents[each.number + shift] = replace(each, number=each.number + shift, start=start)
         self.next_number += other.next_number

@@ -136,8 +136,13 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         """
         check_like(self, other)
         check_fingerprint(other.fingerprint, self.fingerprint)
-        numbers = [each.number for each in self.documents()]
-        self.ledger.next_number = max([self.ledger.next_number, *(number + 1 for number in numbers)])
+        if other is self or "arranged" in self.extra or "arranged" in other.extra:
+            what = "itself" if other is self else "one of a model of transformers (AttachedMemory.merge)"
+            raise ValueError(f"expected another memory, of a model of this package, to merge, got {what}")
+        for each in (self, other):  # numbers that only entries tell of are taken too
+            numbers = [document.number + 1 for document in each.documents()]
+            each.ledger.next_number = max([each.ledger.next_number, *numbers])
+        self.fingerprint = self.fingerprint or other.fingerprint
         with self.locked(), other.locked():
             shift = self.ledger.merge(other.ledger)
             for memory, more in zip(self, other, strict=True):

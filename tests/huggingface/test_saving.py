@@ -148,3 +148,47 @@ def test_memories_that_were_built_apart_can_be_merged(tmp_path: Path, options: d
             bare.store.oldest(0, place + 1).keys.floats()[:, :, place],
             other_bare.store.oldest(0, same_place + 1).keys.floats()[:, :, same_place],
         )
+
+
+def test_reading_that_stopped_amidst_a_piece_remembers_nothing_twice() -> None:
+    memory, ids = attach_memory(tiny("llama"), **{**EVERYTHING, "chunk": 16, "skip_first": 4}), tokens(1, 60)[0]
+    memory.read(ids[:10], progress=False)
+    memory.go_on(0, ids[:30], progress=False)
+    memory.go_on(0, ids, progress=False)
+    assert [origin.position for origin in memory.layers[1].memories[0].entries(0)] == list(range(4, 60))
+
+
+def test_documents_that_are_held_stay_in_the_ledger_after_a_merge(tmp_path: Path) -> None:
+    memory = attach_memory(tiny("llama"), **{**EVERYTHING, "recent": 60})
+    memory.read(tokens(1, 40), document="b", progress=False)
+    memory.save(tmp_path / "b")
+    memory.clear()
+    memory.read(tokens(1, 40), document="a", progress=False)
+    memory.merge(tmp_path / "b")
+    memory.read(tokens(1, 40), document="c", progress=False)
+    assert [(each.title, each.entries) for each in memory.documents()] == [(name, (40, 40)) for name in "abc"]
+
+
+def test_rows_can_be_made_anew_after_loading_a_memory_of_other_sizes(tmp_path: Path) -> None:
+    saved = attach_memory(tiny("llama"), **{**EVERYTHING, "recent": 60, "max_memories": 200})
+    saved.read(tokens(1, 40), progress=False)
+    saved.save(tmp_path / "memory")
+    memory = attach_memory(tiny("llama"), **{**EVERYTHING, "recent": 20, "max_memories": 50})
+    memory.load(tmp_path / "memory")
+    memory.clear()
+    memory.read(tokens(2, 40), progress=False)
+    assert [part.max_memories for part in memory.layers[1].memories] == [20, 30]
+
+
+def test_a_merge_with_what_other_weights_have_read_is_refused(tmp_path: Path) -> None:
+    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory.read(tokens(1, 20), progress=False)
+    with torch.no_grad():
+        memory.model.model.embed_tokens.weight.mul_(2)
+    new = attach_memory(tiny("llama"), **EVERYTHING)
+    with torch.no_grad():
+        new.model.model.embed_tokens.weight.mul_(2)
+    new.read(tokens(1, 20), progress=False)
+    new.save(tmp_path / "new")
+    with pytest.raises(ValueError, match="expected the weights that have read what is remembered"):
+        memory.merge(tmp_path / "new")

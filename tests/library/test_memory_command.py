@@ -213,3 +213,26 @@ def test_bad_input_is_one_line(texts: Path, tmp_path: Path, capsys: pytest.Captu
     assert len(names(memory)) == 3
     os.truncate(memory / NAME, 10)
     assert "expected the manifest of a memory" in refused(capsys, "documents", memory)
+
+
+def test_a_file_that_two_merged_memories_held_is_read_once_when_it_changes(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, both = make_run(tmp_path / "run"), tmp_path / "both"
+    for name in ("a", "b"):
+        run("build", tmp_path / name, texts / "one.txt", "--model", model)
+    run("merge", both, tmp_path / "a", tmp_path / "b")
+    (texts / "one.txt").write_text("something else")
+    assert told(capsys, "build", both, texts / "one.txt", "--model", model)["changed"] == 1
+    assert told(capsys, "build", both, texts / "one.txt", "--model", model)["known"] == 1
+    assert names(both) == ["one.txt"]
+
+
+def test_documents_whose_entries_have_made_room_can_be_forgotten_too(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = tmp_path / "memory"
+    files = texts / "one.txt", texts / "zlong.txt"
+    run("build", memory, *files, "--model", make_run(tmp_path / "run"), "--max-memories", 3_000)
+    assert told(capsys, "forget", memory, "--document", texts / "one.txt") == {"documents": 1, "entries": 0}
+    assert b"one.txt" not in (memory / NAME).read_bytes()

@@ -455,3 +455,18 @@ def _names(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _names(each) for name, each in value.items()}
     return [_names(each) for each in value] if isinstance(value, list) else None
+
+
+@pytest.mark.parametrize("extra", [{"set": {1}}, {"nan": float("nan")}, {"long": "a" * 2**28}])
+def test_what_could_not_be_read_again_is_not_saved(tmp_path: Path, extra: dict[str, Any]) -> None:
+    memory = memories()
+    add(memory, 3)
+    memory.save(tmp_path / "memory")
+    before = sizes(tmp_path / "memory")
+    memory.extra = extra
+    with pytest.raises(ValueError, match="expected documents and extra that can be read again"):
+        memory.save(tmp_path / "memory")
+    assert sizes(tmp_path / "memory") == before
+    memory.extra = {"numbers as names": {9: 1, 10: 2}}
+    memory.save(tmp_path / "memory")
+    assert KNNMemoryList.load(tmp_path / "memory").extra == {"numbers as names": {"9": 1, "10": 2}}

@@ -106,3 +106,24 @@ def test_merged_memories_hold_both_and_other_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="expected a memory written by weights"):
         one.merge(other)
     assert one[0].num_entries == before
+
+
+def test_a_document_is_forgotten_in_all_rows_whatever_the_scope() -> None:
+    made = library()
+    with made.at_batch_indices([0]):
+        made.forget("two")
+    assert [each.num_entries for each in made] == [(7, 7), (7, 7)]
+
+
+def test_what_was_merged_keeps_fingerprints_and_gives_no_number_twice() -> None:
+    one, other = KNNMemoryList([KNNMemory(4, 10)]), KNNMemoryList([KNNMemory(4, 10)])
+    other.add([torch.randn(1, 2, 2, 4)], origins=torch.tensor([[[7, 0, 1], [7, 1, 1]]]))
+    other.fingerprint = "theirs"
+    one.merge(other)
+    assert one.fingerprint == "theirs"
+    assert one.ledger.begin("new", 0, 0) > max(each.number for each in one.documents() if each.tokens == 2)
+    with pytest.raises(ValueError, match=r"expected another memory, .*got itself"):
+        one.merge(one)
+    other.extra = {"arranged": []}
+    with pytest.raises(ValueError, match=r"AttachedMemory\.merge"):
+        one.merge(other)

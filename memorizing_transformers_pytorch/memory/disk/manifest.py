@@ -110,17 +110,32 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Make this the state of the folder. Raises OSError if it cannot be written; the old state is then intact."""
-    body = asdict(manifest)
-    whole = {"format": FORMAT, "version": VERSION, "sha256": checksum_of(body), "memory": body}
+    """Make this the state of the folder. Raises OSError if it cannot be written, and ValueError for what could not be
+    read again; the old state is then intact."""
+    text = _readable_text(manifest)
     with replacing(folder / NAME) as aside:
-        aside.write_text(json.dumps(whole, indent=1, allow_nan=False), encoding="utf-8")
+        aside.write_bytes(text)
+
+
+def _readable_text(manifest: Manifest) -> bytes:
+    try:
+        body = json.loads(json.dumps(asdict(manifest), allow_nan=False))  # so that names of fields are text
+        whole = {"format": FORMAT, "version": VERSION, "sha256": checksum_of(body), "memory": body}
+        text = json.dumps(whole, indent=1, allow_nan=False).encode()
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"{len(text):,} bytes of manifest, and at most {MOST_BYTES:,} are read")
+        _parsed(json.loads(text))
+    except (ValueError, TypeError, RecursionError, dacite.DaciteError) as error:
+        raise ValueError(f"expected documents and extra that can be read again, got {error}") from error
+    return text
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The state of a folder. Raises FileNotFoundError where there is none, and ValueError for one that is damaged,
     foreign, newer, or cannot be."""
     path = folder / NAME
+    if path.is_dir():
+        raise ValueError(f"expected the manifest of a memory in {str(path)!r}, got a folder")
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ValueError(f"expected a manifest of at most {MOST_BYTES:,} bytes, got {size:,} in {str(path)!r}")
     try:
