@@ -250,7 +250,7 @@ def test_memories_of_one_process_may_be_empty(folder: Path) -> None:
 def test_each_process_keeps_rows_and_random_numbers_of_its_own(folder: Path) -> None:
     last = last_of(folder / "dropout")
     assert last is not None
-    parts = [checkpoint.load_file(last / f"process-{rank}.safetensors") for rank in (0, 1)]
+    parts = [checkpoint.read_weights(last / f"process-{rank}.safetensors") for rank in (0, 1)]
     for name in ("memories.0.origins", "random.cpu"):
         assert parts[0][name].tolist() != parts[1][name].tolist()
 
