@@ -40,6 +40,7 @@ class Ledger:
         self._documents = {each.number: each for each in documents}
         self.next_number = max((number + 1 for number in self._documents), default=0)
         self.next_number = max(self.next_number, next_number)
+        self._broken_off: set[int] = set()  # rows whose last document was forgotten: none goes on there
 
     def __bool__(self) -> bool:
         return any(each.tokens for each in self._documents.values())
@@ -53,6 +54,7 @@ class Ledger:
     def begin(self, title: str | None, row: int, start: int, about: Mapping[str, str] | None = None) -> int:
         """Enter a document -> its number. Until it grows it is not listed."""
         number, self.next_number = self.next_number, self.next_number + 1
+        self._broken_off.discard(row)
         added = datetime.now(UTC).isoformat(timespec="seconds")
         self._documents[number] = Document(number, title or f"document {number}", row, 0, start, added, about or {})
         return number
@@ -83,10 +85,16 @@ class Ledger:
     def forget_documents(self, numbers: Iterable[int]) -> None:
         """Strike out these documents, where they are known."""
         for number in numbers:
-            self._documents.pop(number, None)
+            if number in self._documents:
+                row = self._documents[number].row
+                if number == self.latest(row):
+                    self._broken_off.add(row)
+                del self._documents[number]
 
     def latest(self, row: int) -> int | None:
-        """The number of the document of this row that was begun last."""
+        """The number of the document of this row that was begun last; None if it was forgotten."""
+        if row in self._broken_off:
+            return None
         numbers = [number for number, each in self._documents.items() if each.row == row]
         return numbers[-1] if numbers else None
 

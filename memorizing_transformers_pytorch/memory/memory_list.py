@@ -44,7 +44,7 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
     def save(self, path: str | Path, *, overwrite: bool = False, compact: bool = False) -> None:
         """Write the memories to a folder (docs/format.md), which then holds this state; if anything fails, the old one.
 
-        Where the folder holds what these memories were loaded from, or saved as before, only what was added since is
+        Where the folder is that which these memories were loaded from, or saved to last, only what was added since is
         written (unless compact): it costs about as much as has changed. After `compact` nothing is left on disk of what
         was forgotten or overwritten.
 

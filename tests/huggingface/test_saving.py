@@ -192,3 +192,13 @@ def test_a_merge_with_what_other_weights_have_read_is_refused(tmp_path: Path) ->
     new.save(tmp_path / "new")
     with pytest.raises(ValueError, match="expected the weights that have read what is remembered"):
         memory.merge(tmp_path / "new")
+
+
+def test_what_is_written_after_the_last_document_was_forgotten_is_another_one() -> None:
+    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    for title in ("a", "b"):
+        memory.read(tokens(1, 20), document=title, progress=False)
+    memory.forget("b")
+    with memory.writing("c"):
+        logits(memory.model, tokens(1, 16))
+    assert [(each.title, each.tokens) for each in memory.documents()] == [("a", 20), ("c", 16)]
