@@ -18,9 +18,9 @@ from memorizing_transformers_pytorch.explorer.page import write_page
 from memorizing_transformers_pytorch.library.build import files_below
 from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader
 from memorizing_transformers_pytorch.progress import bar
-from memorizing_transformers_pytorch.training.run import newest_run
+from memorizing_transformers_pytorch.training.run import RUNS, newest_run
 
-RUNS, REPORT = Path("runs"), Path("report.html")
+REPORT = Path("report.html")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,7 @@ from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_a
 from memorizing_transformers_pytorch.library.readers import OF_RUN, open_reader
 from memorizing_transformers_pytorch.memory.disk.load import state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
-from memorizing_transformers_pytorch.training.checkpoint import last_of
-from memorizing_transformers_pytorch.training.run import CONFIG
-
-RUNS = Path("runs")
+from memorizing_transformers_pytorch.training.run import CONFIG, RUNS, newest_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +59,7 @@ def chosen(options: Explore) -> tuple[str, Path | None]:
     """The model, and the folder of a memory if one was given. Raises ValueError for what is neither."""
     what = options.what
     if what is None:
-        return (str(newest_run()) if options.model is None else options.model), None
+        return (str(newest_run(RUNS)) if options.model is None else options.model), None
     if (what / CONFIG).is_file():
         if options.model is not None:
             raise ValueError(f"expected a run or --model, got {str(what)!r} and {options.model!r}")
@@ -73,13 +70,4 @@ def chosen(options: Explore) -> tuple[str, Path | None]:
         return options.model, what
     if state_of(what).extra.get("kind") != OF_RUN:
         raise ValueError("expected --model, for a memory of a model of transformers, got none")
-    return str(newest_run()), what
-
-
-def newest_run() -> Path:
-    """Raises ValueError if there is none."""
-    runs = {path.parent: last_of(path.parent) for path in RUNS.glob(f"*/{CONFIG}")}
-    times = {run: checkpoint.stat().st_mtime for run, checkpoint in runs.items() if checkpoint is not None}
-    if not times:
-        raise ValueError("expected a run below ./runs, got none (memorizing-transformers train makes one)")
-    return max(times, key=lambda run: times[run])
+    return str(newest_run(RUNS)), what

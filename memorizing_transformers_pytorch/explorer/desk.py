@@ -17,12 +17,7 @@ import torch
 from memorizing_transformers_pytorch.explorer.explain import explain
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
 from memorizing_transformers_pytorch.generation import sample
-from memorizing_transformers_pytorch.library.readers import (
-    DocumentReader,
-    HubReader,
-    RunReader,
-    load_memories,
-)
+from memorizing_transformers_pytorch.library.readers import DocumentReader, HubReader, RunReader
 from memorizing_transformers_pytorch.session import Session
 
 PASSAGE = 32  # tokens of a source that are shown together
@@ -82,7 +77,7 @@ class RunDesk(Desk):
         self._run = shared.run
         self.reader = self._own = RunReader(shared.run, None)
         if folder is not None:
-            self._own.memories = load_memories(shared.run, folder, mmap=shared.run.model.device.type == "cpu")
+            self._own.load(folder, mmap=True)
 
     @property
     def longest(self) -> int:

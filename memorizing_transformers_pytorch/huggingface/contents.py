@@ -93,9 +93,12 @@ class Contents:
 
     def memories(self) -> KNNMemoryList:
         """Those of all layers, one after the other, with the ledger."""
-        memories = KNNMemoryList((memory for site in self.sites for memory in site.memories), self.ledger)
+        memories = self._bare_memories()
         memories.extra = {"offsets": self.reading.offsets.tolist(), **self._arrangement()}
         return memories
+
+    def _bare_memories(self) -> KNNMemoryList:
+        return KNNMemoryList((memory for site in self.sites for memory in site.memories), self.ledger)
 
     def forget(self, document: int | str | Iterable[int | str] | None, where: Callable[[Document], bool] | None) -> int:
         """As `KNNMemoryList.forget`."""
@@ -173,7 +176,7 @@ class Contents:
         for site, pair, mask, origin in zip(self.sites, pairs, masks, origins, strict=True):
             if pair is not None and bool(mask.any()):
                 staged.append((site, site.stage(*pair, mask, origin)))
-        with self.memories().locked():
+        with self._bare_memories().locked():
             for site, entries in staged:
                 site.commit(entries)
 

@@ -47,8 +47,7 @@ class MemoryLayer(Extension, Site):
     """The memory of one layer, taking part in its attention.
 
     context: the longest that the model was made for, if it says.
-    recent: of how many entries the keys are turned to where they stand; older ones lie in a memory of their own, turned
-    back to position 0. None where all are alike.
+    Entries that are older than `recent` ones lie in a memory of their own, turned back to position 0.
     """
 
     def __init__(self, layer: Layer, options: Options, reading: Reading, context: int | None) -> None:
@@ -58,7 +57,7 @@ class MemoryLayer(Extension, Site):
         self.context = context
         recent = options.recent or (None if context is None else max(context // 2, 1))
         parted = true_places and recent is not None and recent < options.max_memories
-        self.recent = self._recent_of_new = recent if parted else None
+        self._recent_of_new = recent if parted else None
         shape = Shape(layer.kv_heads, layer.width, device_of(layer.module), weight.dtype)
         super().__init__(layer.index, shape, options, reading)
         self._position_embeddings: Any = None
@@ -86,9 +85,10 @@ class MemoryLayer(Extension, Site):
             self.new_memory(rows, older, self.options.index, self.options.policy),
         ]
 
-    def use_memories(self, memories: list[KNNMemory]) -> None:
-        super().use_memories(memories)
-        self.recent = memories[0].max_memories if len(memories) > 1 else None
+    @property
+    def recent(self) -> int | None:
+        """Of how many entries the keys are turned to where they stand; None where all are alike."""
+        return self.memories[0].max_memories if len(self.memories) > 1 else None
 
     @property
     def arrangement(self) -> str:

@@ -64,13 +64,12 @@ class RunReader(DocumentReader):
 
     def __init__(self, run: LoadedRun, max_memories: int | None) -> None:
         self.run = run
-        self.fingerprint = Weights(run.model).fingerprint()
         self.memories = run.model.create_knn_memories(batch_size=1, max_memories=max_memories or MAX_MEMORIES)
-        self.memories.fingerprint = self.fingerprint
+        self.memories.fingerprint = Weights(run.model).fingerprint()
         self.memories.extra = {"kind": OF_RUN, "layers": list(run.model.config.layers_with_memory)}
 
     def load(self, folder: Path, *, mmap: bool = False) -> None:
-        self.memories = load_memories(self.run, folder, mmap=mmap and self.run.model.device.type == "cpu")
+        self.memories = load_memories(self.run, folder, mmap=mmap)
 
     def merge(self, folder: Path) -> None:
         self.memories.merge(load_memories(self.run, folder))
@@ -106,9 +105,11 @@ class RunReader(DocumentReader):
 
 
 def load_memories(run: LoadedRun, folder: Path, *, mmap: bool = False) -> KNNMemoryList:
-    """The memory that the model of a run has built. Raises ValueError for that of another model."""
+    """The memory that the model of a run has built; with mmap (on a CPU) where it lies. Raises ValueError for that of
+    another model."""
+    device = run.model.device
     memories = KNNMemoryList.load(
-        folder, mmap=mmap, fingerprint=Weights(run.model).fingerprint(), device="cpu" if mmap else run.model.device
+        folder, mmap=mmap and device.type == "cpu", fingerprint=Weights(run.model).fingerprint(), device=device
     )
     own = run.model.create_knn_memories(batch_size=1, max_memories=1)
     expected, got = ([(m.num_indices, m.num_kv_heads, m.dim) for m in each] for each in (own, memories))

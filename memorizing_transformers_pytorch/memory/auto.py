@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.approximate import TARGET_RECALL, ApproximateIndex
@@ -99,6 +100,11 @@ def _fastest(search: Callable[[], Best]) -> tuple[float, Best]:
 def number_of_lists(entries: int) -> int:
     """A power of two near 2 * sqrt(entries), of which each gets 64 entries or more."""
     return int(2 ** max(min(round(math.log2(2 * math.sqrt(entries))), math.floor(math.log2(entries / 64))), 0))
+
+
+def index_on(device: torch.device, name: str) -> str:
+    """The name of an index that was made elsewhere, where structures of faiss need a CPU: "exact" instead of one."""
+    return name if device.type == "cpu" or name == "auto" else "exact"
 
 
 def make_index(name: str, dim: int) -> Index:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.auto import index_on
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.store import Store
 
@@ -35,7 +36,7 @@ def _empty_copy(memory: KNNMemory, device: torch.device) -> KNNMemory:
         num_kv_heads=memory.num_kv_heads,
         dtype=memory.dtype,
         device=device,
-        index=memory.index if device.type == "cpu" or memory.index == "auto" else "exact",
+        index=index_on(device, memory.index),
         policy=memory.policy,
     )
     new.store.clock = memory.store.clock

@@ -25,6 +25,7 @@ from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, 
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.settings import differences, from_plain, read_yaml, write_yaml
 
+RUNS = Path("runs")  # where runs are, unless told
 CONFIG, TOKENIZER, METRICS = "config.yaml", "tokenizer.json", "metrics.jsonl"
 
 # What may change when a run goes on: it says how much more is done or written down, not what is done.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.auto import index_on
 from memorizing_transformers_pytorch.memory.checks import NonFiniteError
 from memorizing_transformers_pytorch.memory.disk.manifest import (
     MOST_COUNTED,
@@ -78,7 +79,6 @@ def _load(folder: Path, manifest: Manifest, how: How) -> Loaded:
                 base_marks[part.memory][part.row] = LOST, 0
     memories = []
     for base, store in zip(manifest.memories, stores, strict=True):
-        on_device = base.index if how.device.type == "cpu" or base.index == "auto" else "exact"
         memory = KNNMemory(
             base.dim,
             1,
@@ -86,7 +86,7 @@ def _load(folder: Path, manifest: Manifest, how: How) -> Loaded:
             num_kv_heads=base.kv_heads,
             dtype=store.sizes.dtype,
             device=how.device,
-            index=on_device,
+            index=index_on(how.device, base.index),
             policy=base.policy,
         )
         memory.replace_store(store)

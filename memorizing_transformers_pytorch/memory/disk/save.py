@@ -57,8 +57,8 @@ class Belongings(NamedTuple):
     """What is saved with memories: see `Manifest`."""
 
     ledger: Ledger
-    fingerprint: str | None = None
-    extra: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    fingerprint: str | None
+    extra: dict[str, Any]
 
 
 def save(
