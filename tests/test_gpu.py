@@ -77,6 +77,20 @@ def test_autocast_gives_losses_close_to_float32(dtype: torch.dtype, memory_dtype
     torch.testing.assert_close(loss, expected, atol=0.2, rtol=0.05)
 
 
+@pytest.mark.parametrize(("writer", "reader"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_memories_move_between_devices_with_all_they_hold(writer: str, reader: str, tmp_path: Path) -> None:
+    model = make_model().to(writer)
+    written = model.create_knn_memories(batch_size=2)
+    three_segments(model, written, torch.randint(1, 31, (2, 27), device=writer))
+    written.save(tmp_path / "memory")
+    for read in (written.to(reader), KNNMemoryList.load(tmp_path / "memory", device=reader)):
+        for one, other in zip(written, read, strict=True):
+            assert other.device.type == reader
+            for row in range(2):
+                before, after = (each.store.picked(row, each.store.places_in_order(row)) for each in (one, other))
+                assert all(torch.equal(table.cpu(), after[name].cpu()) for name, table in before.items())
+
+
 def test_a_seeded_text_is_that_of_a_cpu() -> None:
     texts = []
     for device in ("cpu", "cuda"):

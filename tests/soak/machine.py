@@ -38,10 +38,12 @@ class Difference(AssertionError):
 class Machine:
     """Memories of two layers and of one kind, drawn from a seed, and a folder for them."""
 
-    def __init__(self, seed: int, folder: Path) -> None:
+    def __init__(self, seed: int, folder: Path, device: str = "cpu") -> None:
         self.random, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.device = device
         draw = self.random.choice
-        self.dtype, self.index, self.policy = draw(DTYPES), draw(INDICES), draw(POLICIES)
+        indices = INDICES if device == "cpu" else INDICES[:3]  # those of faiss are for CPUs
+        self.dtype, self.index, self.policy = draw(DTYPES), draw(indices), draw(POLICIES)
         self.num_rows, self.heads, capacity = draw((1, 1, 3)), draw((1, 2)), draw((1, 5, 17, 70))
         self.folder, self.serial = folder / f"memory-{seed}", 0
         self.plain = PlainMemory(capacity, self.policy, [[] for _ in range(self.num_rows)])
@@ -50,11 +52,12 @@ class Machine:
 
     def __repr__(self) -> str:
         kind = f"{self.dtype}, {self.index}, {self.policy}"
-        return f"{self.num_rows} rows, {self.heads} heads, {self.plain.capacity} entries, {kind}"
+        return f"{self.num_rows} rows, {self.heads} heads, {self.plain.capacity} entries, {kind}, {self.device}"
 
     def _new(self, capacity: int) -> KNNMemoryList:
         options = {"dtype": self.dtype, "index": self.index, "policy": self.policy, "num_kv_heads": self.heads}
-        return KNNMemoryList([KNNMemory(DIM, capacity, self.num_rows, **options) for _ in range(2)])
+        rows = self.num_rows
+        return KNNMemoryList([KNNMemory(DIM, capacity, rows, device=self.device, **options) for _ in range(2)])
 
     def close(self) -> None:
         self.memories.cleanup()
@@ -156,7 +159,8 @@ class Machine:
     def load(self) -> None:
         if self.saved is not None:
             self.memories.cleanup()
-            self.memories = KNNMemoryList.load(self.folder, mmap=self.random.random() < 0.5, verify=True)
+            mapped = self.random.random() < 0.5 and self.device == "cpu"
+            self.memories = KNNMemoryList.load(self.folder, mmap=mapped, verify=True, device=self.device)
             self.plain = self.saved.copy()
 
     def break_off(self) -> None:
@@ -167,7 +171,7 @@ class Machine:
                 self.memories.save(self.folder, compact=self.random.random() < 0.5)
             except SaveError:
                 before = self.saved
-                found = None if before is None else KNNMemoryList.load(self.folder)
+                found = None if before is None else KNNMemoryList.load(self.folder, device=self.device)
                 if found is not None and before is not None:
                     same = _both_same(found, before)
                     found.cleanup()
@@ -194,7 +198,7 @@ def _same(memory: KNNMemory, plain: PlainMemory, sign: int) -> bool:
             return False
         for name, which in (("keys", 0), ("values", 1)):
             wanted = [each.pairs[:, which] for each in entries]
-            kept = Vectors(held[name], held.get(f"{name[:-1]}_scales")).floats()
+            kept = Vectors(held[name], held.get(f"{name[:-1]}_scales")).floats().cpu()
             if entries and not torch.equal(kept, sign * torch.stack(wanted, dim=1)):
                 return False
         if plain.policy == "least-attended" and held["usage"].tolist() != [each.usage for each in entries]:

@@ -19,6 +19,17 @@ def test_memories_equal_plain_lists_whatever_is_done_to_them(seed: int, tmp_path
             machine.close()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(1_000, 1_024, 8))
+def test_memories_on_a_gpu_equal_plain_lists(seed: int, tmp_path: Path) -> None:
+    for each in range(seed, seed + 8):
+        machine = Machine(each, tmp_path, "cuda")
+        try:
+            assert sum(1 for _ in machine.run(100)) == 100
+        finally:
+            machine.close()
+
+
 def test_a_difference_is_noticed(tmp_path: Path) -> None:
     machine = Machine(0, tmp_path)
     with pytest.raises(Difference, match="expected the plain lists"):  # noqa: PT012 (which operation does it is random)
