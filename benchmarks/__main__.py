@@ -32,6 +32,8 @@ class Options:
     """Measure only these: step, space, parts, look_up, sweep, writing, growth, scale."""
     measure: bool = True
     """With --no-measure the page is written anew from the results that there are."""
+    largest: int = 1_000_000
+    """Entries of the largest memory that is looked up in and written with."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model and its memory lie. On a GPU: step, space, look_up, writing."""
     results: Path = ROOT / "docs"
@@ -57,9 +59,9 @@ def measure(options: Options, names: tuple[str, ...], file: Path) -> None:
     original = options.folder / "original"
     subprocess.run([ROOT / "scripts" / "original_environment.sh", original], check=True)
     steps, count = (200, 80_000) if options.quick else (500, 1_100_000)
-    vectors = trained_vectors(options.folder, count, steps)
+    vectors = trained_vectors(options.folder, count, steps, options.device)
     python = str(original / "bin" / "python")
-    setting = Setting(options.quick, python, str(vectors), options.folder, options.device)
+    setting = Setting(options.quick, python, str(vectors), options.folder, options.device, options.largest)
     options.results.mkdir(parents=True, exist_ok=True)
     results = read(file)
     for name in names:

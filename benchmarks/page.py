@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,19 +18,26 @@ COLORS = dict(zip(PARTS, ("tab:gray", "silver", "tab:blue", "tab:orange", "tab:g
 
 def write_page(results: Results, path: Path, on_gpu: Results, notes: str) -> None:
     """Write the page and, beside it, the plots. notes: on the targets, by hand."""
-    sections = [INTRODUCTION, targets(results, on_gpu), notes]
-    for name, section in SECTIONS.items():
-        if name in results:
-            where = origin(results[name]).replace("; ", ", ")
-            quick = " **The quick form: fewer rounds, smaller memories.**" if results[name]["quick"] else ""
-            sections += [section(results[name]["found"]), f"({where}.{quick})\n"]
-    path.write_text("\n".join(sections), encoding="utf-8")
+    parts = [INTRODUCTION, targets(results, on_gpu), notes, *sections(results)]
+    if on_gpu:
+        parts += [ON_GPU, *(part.replace("## ", "### ", 1) for part in sections(on_gpu))]
+    path.write_text("\n".join(parts), encoding="utf-8")
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
     if "parts" in results:
         draw_parts(results["parts"]["found"], folder / "step.png")
     if "sweep" in results:
         draw_sweep(results["sweep"]["found"], folder / "recall.png")
+
+
+def sections(results: Results) -> Iterator[str]:
+    """What was measured, each with where it comes from."""
+    for name, section in SECTIONS.items():
+        if name in results:
+            where = origin(results[name]).replace("; ", ", ")
+            quick = " **The quick form: fewer rounds, smaller memories.**" if results[name]["quick"] else ""
+            yield section(results[name]["found"])
+            yield f"({where}.{quick})\n"
 
 
 INTRODUCTION = """# Performance
@@ -46,6 +53,12 @@ Rivals run in processes of their own, all built first and then asked in turn, ro
 brackets the range. Ratios are of medians within one run; the machine is named under each table. Beside this package
 runs the original, memorizing-transformers-pytorch 0.4.1, in an environment of its own. "Trained" keys and queries are
 those of a small model trained for the purpose (`benchmarks/vectors.py`), "random" ones are unit vectors.
+"""
+
+ON_GPU = """## On a GPU
+
+The same there: model and memory on the GPU, searched exactly, memory counted as PyTorch allocates it. The original's
+model runs on the GPU, its index on the CPU.
 """
 
 
@@ -174,7 +187,12 @@ SECTIONS = {
 
 
 def spread(value: Mapping[str, float]) -> str:
-    return f"{value['median']:.3f} [{value['least']:.3f}, {value['most']:.3f}]"
+    """Median and range in seconds, to three digits."""
+    return f"{rounded(value['median'])} [{rounded(value['least'])}, {rounded(value['most'])}]"
+
+
+def rounded(seconds: float) -> str:
+    return f"{seconds:.3f}" if seconds >= 0.1 else f"{seconds:.3g}"
 
 
 # Plots

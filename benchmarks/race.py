@@ -38,7 +38,10 @@ class Running:
         command = [contestant.python, str(HERE / contestant.script), contestant.action, json.dumps(contestant.options)]
         pipe, variables = subprocess.PIPE, os.environ | (RETURNED if contestant.returns_memory else {})
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=variables)
-        self.built = self._answer()
+
+    def wait(self) -> None:
+        """Until it is built."""
+        self._answer()
 
     def go(self) -> Record:
         assert self._process.stdin is not None
@@ -59,13 +62,23 @@ class Running:
         self._process.communicate()
 
 
-def race(contestants: Mapping[str, Contestant], rounds: int, warm_up: int = 1) -> dict[str, list[Record]]:
-    """What each answered in each round. The order turns, so that nobody always follows the same one."""
-    running = {}
+def race(
+    contestants: Mapping[str, Contestant], rounds: int, warm_up: int = 1, together: bool = False
+) -> dict[str, list[Record]]:
+    """What each answered in each round. The order turns, so that nobody always follows the same one.
+
+    together: build all at the same time, where how long that takes is not measured and there are cores enough.
+    """
+    running: dict[str, Running] = {}
     try:
         for name, contestant in contestants.items():
             print(f"  building {name}", flush=True)
             running[name] = Running(contestant)
+            if not together:
+                running[name].wait()
+        if together:
+            for each in running.values():
+                each.wait()
         found: dict[str, list[Record]] = {name: [] for name in contestants}
         for number in range(-warm_up, rounds):
             names = list(contestants)

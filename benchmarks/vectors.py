@@ -20,26 +20,26 @@ from memorizing_transformers_pytorch.training.settings import from_plain, merged
 SEGMENT, HEADS, DIM_HEAD = 512, 8, 64
 
 
-def trained_vectors(folder: Path, count: int, steps: int) -> Path:
+def trained_vectors(folder: Path, count: int, steps: int, device: str) -> Path:
     """A file with keys (count, D) in the order of the text and the queries (H, T, D) that come after the last of them.
 
     The model is that of the preset `small` with heads of width 64, trained for so many steps on Python's standard
-    library; the text is that of its longest training documents, one after the other. Made once.
+    library; the text is that of its longest training documents, one after the other. Made once, on the device.
     """
     file = folder / f"vectors-{steps}-{count}.pt"
     if not file.is_file():
-        config = trained_config(steps)
+        config = trained_config(steps, device)
         run = folder / f"model-{steps}"
         if not (run / "done").is_file():
             train(config, run, resume=run.exists())
             (run / "done").touch()
-        keys, queries = read(load_run(run).model, text_of(config, count), count)
+        keys, queries = read(load_run(run, device=device).model, text_of(config, count), count)
         torch.save({"keys": keys, "queries": queries}, file)
     return file
 
 
-def trained_config(steps: int) -> RunConfig:
-    changes = {"model": {"dim_head": DIM_HEAD, "heads": HEADS // 2}, "training": {"steps": steps}, "device": "cpu"}
+def trained_config(steps: int, device: str) -> RunConfig:
+    changes = {"model": {"dim_head": DIM_HEAD, "heads": HEADS // 2}, "training": {"steps": steps}, "device": device}
     return from_plain(merged(run_preset("small"), changes))
 
 
@@ -62,10 +62,10 @@ def read(model: MemorizingTransformer, tokens: Tensor, count: int) -> tuple[Tens
     keys, queries = [], []
     with model.knn_memories_context(batch_size=1, max_memories=SEGMENT) as memories:
         for segment in torch.split(tokens, SEGMENT):
-            model(segment[None], memories)
-            keys.append(memories[0].store.keys[0, 0, : len(segment)].clone().numbers)
+            model(segment[None].to(model.device), memories)
+            keys.append(memories[0].store.keys[0, 0, : len(segment)].clone().numbers.cpu())
             if seen["reading"] is not None:
-                queries = [*queries[-1:], seen["reading"].queries[0]]
+                queries = [*queries[-1:], seen["reading"].queries[0].cpu()]
     handle.remove()
     return torch.cat(keys)[:count], torch.cat(queries)
 
