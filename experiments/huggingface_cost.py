@@ -41,6 +41,9 @@ class Options:
     cached: tuple[int, ...] = (4_096, 16_384, 65_536)
     """Sizes at which all of the text is held as context too."""
     rounds: int = 5
+    device: str = "cpu"
+    dtype: str = "float32"
+    """Of weights and caches; entries of the memory are in bfloat16."""
 
 
 def fill(memory: AttachedMemory, text: Tensor, size: int) -> None:
@@ -52,7 +55,7 @@ def fill(memory: AttachedMemory, text: Tensor, size: int) -> None:
         known = part.store.oldest(0, part.num_entries[0])
         while (missing := size - part.num_entries[0]) > 0:
             keys = known.keys[:, :, :missing].floats(torch.float32)
-            noise = NOISE * keys.norm(dim=-1, keepdim=True) * torch.randn(keys.shape) / keys.shape[-1] ** 0.5
+            noise = NOISE * keys.norm(dim=-1, keepdim=True) * torch.randn_like(keys) / keys.shape[-1] ** 0.5
             values, origins = known.values[:, :, :missing], known.origins[:, :missing]
             part.commit(StagedEntries([0], Vectors.of(keys + noise, part.dtype), values, origins, None))
 
@@ -62,7 +65,8 @@ def cache_of(model: Any, size: int) -> DynamicCache:
     config, cache = model.config, DynamicCache()
     shape = (1, config.num_key_value_heads, size, config.hidden_size // config.num_attention_heads)
     for layer in range(config.num_hidden_layers):
-        cache.update(torch.randn(shape), torch.randn(shape), layer)
+        keys, values = torch.randn(2, *shape, device=model.device, dtype=model.dtype)
+        cache.update(keys, values, layer)
     return cache
 
 
@@ -70,15 +74,21 @@ def cache_of(model: Any, size: int) -> DynamicCache:
 def seconds(model: Any, tokens: Tensor, cache: DynamicCache | None, place: int) -> float:
     """For a call with these tokens, after those in the cache; the cache is afterwards what it was."""
     held = 0 if cache is None else cache.get_seq_length()
+    places = torch.arange(place, place + tokens.shape[1], device=model.device)[None]
+    wait_for(model.device)
     start = time.perf_counter()
-    positions = torch.arange(place, place + tokens.shape[1])[None]
-    model(
-        input_ids=tokens, past_key_values=cache, position_ids=positions, logits_to_keep=1, use_cache=cache is not None
-    )
+    model(input_ids=tokens, past_key_values=cache, position_ids=places, logits_to_keep=1, use_cache=cache is not None)
+    wait_for(model.device)
     taken = time.perf_counter() - start
     if cache is not None:
         cache.crop(held - cache.get_seq_length())
     return taken
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def contestants(model: Any, memory: AttachedMemory, chunk: Tensor, size: int, options: Options) -> dict[str, Callable]:
@@ -103,10 +113,10 @@ def contestants(model: Any, memory: AttachedMemory, chunk: Tensor, size: int, op
 
 
 def main(options: Options) -> None:
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, options.device, options.dtype)
     text = tokenizer(options.text.read_text(), return_tensors="pt").input_ids
     memory = attach_memory(model, max_memories=max(options.sizes), positions="constant", dtype=torch.bfloat16)
-    chunk, results = text[:, SEED_TOKENS : SEED_TOKENS + CHUNK], []
+    chunk, results = text[:, SEED_TOKENS : SEED_TOKENS + CHUNK].to(model.device), []
     for size in options.sizes:
         fill(memory, text, size)
         named = contestants(model, memory, chunk, size, options)
@@ -117,13 +127,13 @@ def main(options: Options) -> None:
                 if number:  # the first warms up
                     times[name].append(taken)
         config = model.config
-        per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        per_token = 2 * model.dtype.itemsize * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         entry = {"entries": size, "bytes of the memory": memory.num_bytes, "bytes of a cache": size * per_token}
         results.append(entry | {name: statistics.median(each) for name, each in times.items()})
         print(results[-1], [layer.memories[-1].index_in_use for layer in memory.layers.values()], flush=True)
-        options.output.write_text(json.dumps({"results": results, **provenance(torch.device("cpu"))}, indent=1))
+        options.output.write_text(json.dumps({"results": results, **provenance(model.device)}, indent=1))
     print(table(results))
-    print(f"({origin(provenance(torch.device('cpu')))}; layers {list(memory.layers)})")
+    print(f"({origin(provenance(model.device))}; layers {list(memory.layers)})")
 
 
 def table(results: list[dict[str, float]]) -> str:

@@ -62,6 +62,7 @@ class Options:
     """Tokens of the text after what was read that come before each question."""
     tuned: Path | None = None
     """What experiments/huggingface_tuning.py has written."""
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,13 @@ def with_sentences(text: list[int], sentences: list[Planted], tokenizer: Any) ->
 def answered(memory: AttachedMemory, tokenizer: Any, before: list[int], each: Planted) -> bool:
     """Whether what is written after these tokens and the question holds the answer."""
     question = tokenizer(f"\n{each.question}", add_special_tokens=False).input_ids
-    ids = torch.tensor([before + question])
+    ids = torch.tensor([before + question], device=memory.model.device)
     written = memory.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     return each.answer in tokenizer.decode(written[0, ids.shape[1] :])
 
 
 def main(options: Options) -> None:
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, options.device)
     whole = tokenizer(options.text.read_text()).input_ids
     text, local = whole[: options.tokens], whole[options.tokens : options.tokens + options.local]
     sentences = planted()
@@ -133,7 +134,7 @@ def main(options: Options) -> None:
                 entry[f"top {topk}, bias {bias:+.1f}"] = answered(memory, tokenizer, local, each)
             print(f"{(time.monotonic() - start) / len(sentences):.1f} s for an answer")
             print(table(results["answers"]), flush=True)
-            results.update(provenance(torch.device("cpu")))
+            results.update(provenance(model.device))
             options.output.write_text(json.dumps(results, indent=1))
     print(f"({origin(results)}; {len(tokens):,} tokens of {options.text.name})")
 

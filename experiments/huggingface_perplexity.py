@@ -49,14 +49,15 @@ class Options:
     """Length of a passage that is all context, beside the 4,096."""
     tuned: Path | None = None
     """What experiments/huggingface_tuning.py has written."""
+    device: str = "cpu"
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer."""
+def load(folder: Path, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
+    """Model, on the device, and tokenizer."""
     files = list(folder.glob("*.gguf"))
     where = {"gguf_file": files[0].name} if files else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **where)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, **where)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **where)
+    return model.eval().to(device), AutoTokenizer.from_pretrained(folder, **where)
 
 
 def starts(length: int, passages: int, before: int) -> list[int]:
@@ -67,6 +68,7 @@ def starts(length: int, passages: int, before: int) -> list[int]:
 @torch.no_grad()
 def with_all(model: Any, tokens: Tensor) -> float:
     """The loss of the last 2,048 tokens but the first of them, with everything before as context."""
+    tokens = tokens.to(model.device)
     logits = model(input_ids=tokens[None], logits_to_keep=HALF, use_cache=False).logits[0, :-1]
     return float(torch.nn.functional.cross_entropy(logits.float(), tokens[1 - HALF :]))
 
@@ -112,7 +114,7 @@ def modes(
                 random = torch.Generator().manual_seed(place)
                 count = part.num_entries[0]
                 values = part.store.values[0, :, :count]
-                values.copy_(values[:, torch.randperm(count, generator=random)].clone())
+                values.copy_(values[:, torch.randperm(count, generator=random).to(values.device)].clone())
         return loss(memory, text[place : place + HALF])
 
     found: dict[str, Callable[[int], float]] = {
@@ -142,7 +144,7 @@ def attached(model: Any, tuned: Path | None, **options: Any) -> AttachedMemory:
 
 
 def main(options: Options) -> None:
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, options.device)
     print({index: round(score, 2) for index, score in list(suggest_layers(model).items())[:10]}, flush=True)
     chosen: Any = options.layers or "auto"
     memory = attached(model, options.tuned, layers=chosen, topk=options.topk, index="exact", max_memories=131_072)
@@ -156,7 +158,7 @@ def main(options: Options) -> None:
             for name, measure in modes(model, memory, text, texts[i - 1], options).items():
                 if str(place) not in losses.setdefault(name, {}):
                     losses[name][str(place)] = measure(place)
-                    results.update(layers=list(memory.layers), topk=options.topk, **provenance(torch.device("cpu")))
+                    results.update(layers=list(memory.layers), topk=options.topk, **provenance(model.device))
                     options.output.write_text(json.dumps(results, indent=1))
         print(
             path.stem,

@@ -65,6 +65,14 @@ class Seen(Extension):
         self.out, self.query, self.local = out, query, local
         return out
 
+    def with_first_input(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """The same input at every offset, where only cosines and sines should tell them apart: what the layers before
+        have rounded would otherwise add up, and in half precision look like another position. None if it is not so."""
+        if not self.inputs or self.position_embeddings is None:
+            return None
+        first = self.inputs[0]
+        return ((first, *inputs[1:]), options) if inputs else (inputs, options | {"hidden_states": first})
+
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The attention modules by number of the layer: what has `layer_idx`, a configuration and projections of its own.
@@ -159,9 +167,10 @@ def watching(model: nn.Module, modules: dict[int, nn.Module]) -> Iterator[dict[i
         for index, module in modules.items():
             use(module, seen[index])
 
-            def remember(_module: nn.Module, inputs: Any, options: dict[str, Any], layer: Seen = seen[index]) -> None:
+            def remember(_module: nn.Module, inputs: Any, options: dict[str, Any], layer: Seen = seen[index]) -> Any:
                 layer.hidden = inputs[0] if inputs else options.get("hidden_states")
                 layer.position_embeddings = options.get("position_embeddings")
+                return layer.with_first_input(inputs, options)
 
             hooks.append(module.register_forward_pre_hook(remember, with_kwargs=True))
         with evaluating(model):

@@ -230,6 +230,15 @@ def test_half_precision_is_close_to_float32(dtype: torch.dtype) -> None:
     assert float((found[1].float() - found[0]).norm() / found[0].norm()) < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen2"])
+def test_every_layer_of_a_deep_model_is_served_in_half_precision(family: str, dtype: torch.dtype) -> None:
+    """Rounding adds up from layer to layer: it must not look as if positions could not be undone."""
+    model = tiny(family, "sdpa", num_hidden_layers=24).to(dtype)
+    memory = attach_memory(model, **{**EVERYTHING, "dtype": None})
+    assert list(memory.layers) == list(range(24))
+
+
 @by_family
 def test_codes_are_close_to_float32_at_little_more_than_a_quarter(family: str) -> None:
     ids, found, sizes = tokens(1, 30), [], []
