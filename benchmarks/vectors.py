@@ -39,7 +39,11 @@ def trained_vectors(folder: Path, count: int, steps: int, device: str) -> Path:
 
 
 def trained_config(steps: int, device: str) -> RunConfig:
-    changes = {"model": {"dim_head": DIM_HEAD, "heads": HEADS // 2}, "training": {"steps": steps}, "device": device}
+    changes = {
+        "model": {"dim_head": DIM_HEAD, "heads": HEADS // 2},
+        "training": {"steps": steps},
+        "device": "cpu" if device == "cpu" else "auto",
+    }
     return from_plain(merged(run_preset("small"), changes))
 
 

@@ -50,6 +50,7 @@ class Options:
     tuned: Path | None = None
     """What experiments/huggingface_tuning.py has written."""
     device: str = "cpu"
+    dtype: str = "float32"
 
 
 def load(folder: Path, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
@@ -144,7 +145,7 @@ def attached(model: Any, tuned: Path | None, **options: Any) -> AttachedMemory:
 
 
 def main(options: Options) -> None:
-    model, tokenizer = load(options.model, options.device)
+    model, tokenizer = load(options.model, options.device, options.dtype)
     print({index: round(score, 2) for index, score in list(suggest_layers(model).items())[:10]}, flush=True)
     chosen: Any = options.layers or "auto"
     memory = attached(model, options.tuned, layers=chosen, topk=options.topk, index="exact", max_memories=131_072)

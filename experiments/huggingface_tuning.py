@@ -47,6 +47,7 @@ class Options:
     bias_rate: float = 0.05
     rate: float = 1e-3
     seed: int = 0
+    device: str = "cpu"
 
 
 def attached(model: Any, how: str, topk: int) -> AttachedMemory:
@@ -78,8 +79,8 @@ def passages(texts: list[Tensor], size: int, seed: int) -> Any:
 
 
 def main(options: Options) -> None:
-    model, tokenizer = load(options.model)
-    texts = [tokenizer(path.read_text(), return_tensors="pt").input_ids[0] for path in options.texts]
+    model, tokenizer = load(options.model, options.device)
+    texts = [tokenizer(path.read_text(), return_tensors="pt").input_ids[0].to(model.device) for path in options.texts]
     size = SEGMENT * options.segments + options.before
     texts = [text for text in texts if len(text) > size]
     print(f"{len(texts)} texts, {sum(map(len, texts)):,} tokens", flush=True)
@@ -101,7 +102,7 @@ def main(options: Options) -> None:
         tuned.save_pretrained(options.output)
     memory.save_parameters(options.output / "memory.safetensors")
     said = {key: str(value) for key, value in asdict(options).items()}
-    report = {"options": said, "log": log, **provenance(torch.device("cpu"))}
+    report = {"options": said, "log": log, **provenance(memory.model.device)}
     (options.output / "tuning.json").write_text(json.dumps(report, indent=1))
 
 

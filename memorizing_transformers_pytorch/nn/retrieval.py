@@ -146,6 +146,8 @@ def sampled_inner_products(vectors: Tensor, table: Tensor, slots: Tensor) -> Ten
 
         flat = vectors.to(table.device).reshape(-1, vectors.shape[-1])
         return bag_products(flat, table, slots.reshape(-1, slots.shape[-1])).view(slots.shape).to(vectors)
+    if table.is_cuda and table.dtype == torch.bfloat16:  # PyTorch has no such function for them there
+        table, slots = _occurring(table, slots, torch.float32)
     scaled, total = _fit_dtype(vectors, table)
     num_bags, bag_size = slots.shape[:-1].numel(), slots.shape[-1]
     offsets = torch.arange(num_bags, device=table.device) * bag_size
@@ -158,11 +160,16 @@ def sampled_inner_products(vectors: Tensor, table: Tensor, slots: Tensor) -> Ten
 
 
 def _at_precision(table: Tensor, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """For float64 numbers, the entries that occur (each once) in float64, and the slots within them."""
+    """For float64 numbers, the entries that occur in float64, and the slots within them."""
     if dtype != torch.float64 or table.dtype == torch.float64:
         return table, slots
+    return _occurring(table, slots, torch.float64)
+
+
+def _occurring(table: Tensor, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The entries that occur (each once) in this dtype, and the slots within them."""
     used, slots = slots.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    return table[used].double(), slots
+    return table[used].to(dtype), slots
 
 
 def _fit_dtype(numbers: Tensor, table: Tensor) -> tuple[Tensor, Tensor | float]:

@@ -10,13 +10,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import memorizing_transformers_pytorch
 from memorizing_transformers_pytorch.durable import sync
 from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked, make_folder, sweep
 from memorizing_transformers_pytorch.memory.disk.manifest import (
@@ -113,7 +113,7 @@ def _save(
         manifest = Manifest("", "", None, bases)
     manifest = replace(
         manifest,
-        package=version("memorizing_transformers_pytorch"),
+        package=memorizing_transformers_pytorch.__version__,
         saved=datetime.now(UTC).isoformat(timespec="seconds"),
         fingerprint=belongings.fingerprint,
         documents=tuple(belongings.ledger.documents()),
