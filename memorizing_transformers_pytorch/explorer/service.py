@@ -41,6 +41,7 @@ class Service:
         self.read_only = read_only
         self._reader, self._memory = reader, memory
         self._desks: dict[str, Desk] = {}
+        self._gone = set[str]()
         self._lock = threading.Lock()
         self._made()  # says now what is wrong with the folder
 
@@ -56,15 +57,20 @@ class Service:
             if session not in self._desks:
                 self._desks[session] = self._made()
             desk = self._desks[session]
-            with desk.at_work():
-                yield desk
+            try:
+                with desk.at_work():
+                    yield desk
+            finally:
+                if session in self._gone:
+                    self._desks.pop(session, None)
 
     @property
     def sessions(self) -> list[str]:
         return list(self._desks)
 
     def let_go(self, session: str) -> None:
-        """Forget a session and all that only it remembers."""
+        """Forget a session and all that only it remembers, at once or when what it waits for is done."""
+        self._gone.add(session)
         self._desks.pop(session, None)
 
     def documents(self, session: str) -> DocumentTable:
@@ -89,7 +95,7 @@ class Service:
             try:
                 for part in desk.reader.read(title, text, {"file": title, DIGEST: digest}, None):
                     progress(part)
-                    if session not in self._desks:
+                    if session in self._gone:
                         raise ValueError("expected somebody who waits for what is read, got a closed session")
             except BaseException:
                 for each in [each for each in ledger.documents() if each.number not in before]:
