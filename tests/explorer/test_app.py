@@ -55,7 +55,8 @@ def opened(driver: Any, address: str) -> None:
 def write_few_tokens(driver: Any) -> None:
     """The tiny model takes no more than 32 with the prompt."""
     driver.find_element(By.XPATH, "//button[contains(., 'How to continue')]").click()
-    field = driver.find_element(By.CSS_SELECTOR, "input[type=number][aria-label*='Tokens to write']")
+    wanted = (By.CSS_SELECTOR, "input[type=number][aria-label*='Tokens to write']")
+    field = screenshot.WebDriverWait(driver, 10).until(lambda _: driver.find_element(*wanted))
     field.clear()
     field.send_keys("5\t")
 
@@ -64,6 +65,26 @@ def choose_first(driver: Any, name: str) -> None:
     driver.find_element(By.CSS_SELECTOR, f"#{name} input").click()
     screenshot.WebDriverWait(driver, 10).until(lambda _: driver.find_elements(By.CSS_SELECTOR, f"#{name} li, ul li"))
     driver.find_element(By.CSS_SELECTOR, f"#{name} li, ul li").click()
+
+
+def test_more_tabs_than_a_browser_has_connections_are_served_and_let_go(service: Service, address: str) -> None:
+    with screenshot.browser() as driver:
+        opened(driver, address)
+        for number in range(2, 8):
+            driver.switch_to.new_window("tab")
+            opened(driver, address)
+            assert len(service.sessions) == number
+        first, *others = driver.window_handles
+        for each in others[1:]:
+            driver.switch_to.window(each)
+            driver.close()
+        driver.switch_to.window(others[0])
+        opened(driver, address)  # anew
+        screenshot.WebDriverWait(driver, 30).until(lambda _: len(service.sessions) == 2)
+        driver.switch_to.window(first)
+        write_few_tokens(driver)
+        screenshot.ask(driver, "the sea")
+        screenshot.wait_for(driver, "sources", "Nothing was looked up")
 
 
 def test_a_session_in_the_browser(service: Service, address: str, tmp_path: Path) -> None:
