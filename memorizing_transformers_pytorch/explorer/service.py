@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from memorizing_transformers_pytorch.explorer.chosen import chosen
 from memorizing_transformers_pytorch.explorer.desk import PASSAGE, Desk, HubDesk, RunDesk, Sampling
@@ -83,7 +83,7 @@ class Service:
         Raises ValueError, with the memory as it was, for what is too large, binary, empty, not UTF-8, or known already.
         """
         self._expect_changes()
-        title = PurePath(name.replace("\\", "/")).name or "text"
+        title = name.strip() or "text"
         if len(data) > MAX_BYTES:
             raise ValueError(f"expected at most {MAX_BYTES:,} bytes in {title!r}, got {len(data):,}")
         text, digest = text_of(data, title), hashlib.sha256(data).hexdigest()
