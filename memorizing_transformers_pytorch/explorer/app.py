@@ -24,6 +24,7 @@ from memorizing_transformers_pytorch.explorer.service import MAX_BYTES, Service
 HOST = "127.0.0.1"
 PORTS = 100  # that are tried
 ATTEMPTS = 5  # to take one that others may want too
+MAX_UPLOAD = 50 * MAX_BYTES  # beyond it the browser refuses all files that were chosen; below, we only the large ones
 ALL = -1  # layers or heads
 CSS, SCRIPT = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("app.css", "app.js"))
 TITLE = "Memory explorer"
@@ -230,7 +231,7 @@ def _launched(blocks: gr.Blocks, port: int) -> Any:
         enable_monitoring=False,
         footer_links=[],
         run_history=False,
-        max_file_size=MAX_BYTES,
+        max_file_size=MAX_UPLOAD,
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
         prevent_thread_lock=True,

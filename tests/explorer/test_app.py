@@ -16,7 +16,7 @@ pytest.importorskip("selenium")
 from selenium.webdriver.common.by import By
 
 from memorizing_transformers_pytorch.explorer.app import HOST, launch
-from memorizing_transformers_pytorch.explorer.service import Service
+from memorizing_transformers_pytorch.explorer.service import MAX_BYTES, Service
 from memorizing_transformers_pytorch.library.readers import open_reader
 from scripts import screenshot
 from tests.library.conftest import make_run
@@ -89,7 +89,7 @@ def test_more_tabs_than_a_browser_has_connections_are_served_and_let_go(service:
 
 def test_a_session_in_the_browser(service: Service, address: str, tmp_path: Path) -> None:
     """Read, ask, see the source, forget it; a second tab knows nothing of it; nobody else is asked for anything."""
-    book, picture = tmp_path / "book.txt", tmp_path / "picture.png"
+    book, picture, large = (tmp_path / name for name in ("book.txt", "picture.png", "large.txt"))
     book.write_text(HOSTILE)
     picture.write_bytes(b"\x89PNG\0\0")
     with screenshot.browser() as driver:
@@ -97,7 +97,9 @@ def test_a_session_in_the_browser(service: Service, address: str, tmp_path: Path
         write_few_tokens(driver)
         screenshot.read_file(driver, picture)
         assert "got a binary file" in screenshot.text_of(driver, "told")
-        screenshot.read_file(driver, book)
+        large.write_bytes(b"x" * (MAX_BYTES + 1))
+        driver.find_element(By.CSS_SELECTOR, "#files input[type=file]").send_keys(f"{large}\n{book}")
+        screenshot.wait_for(driver, "told", "in 'large.txt'")
         screenshot.wait_for(driver, "documents", "book.txt")
         screenshot.ask(driver, "the sea")
         screenshot.wait_for(driver, "sources", "book.txt")
