@@ -232,11 +232,21 @@ def _launched(blocks: gr.Blocks, port: int) -> Any:
         footer_links=[],
         run_history=False,
         max_file_size=MAX_UPLOAD,
-        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=_theme(),
         css=CSS,
         prevent_thread_lock=True,
     )
     return app
+
+
+def _theme() -> gr.themes.Base:
+    """The fonts of the system, and no text too pale to read (WCAG 2, AA)."""
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+    )
 
 
 def _is_own(blocks: gr.Blocks, port: int) -> bool:

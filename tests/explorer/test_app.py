@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,41 @@ def test_more_tabs_than_a_browser_has_connections_are_served_and_let_go(service:
         write_few_tokens(driver)
         screenshot.ask(driver, "the sea")
         screenshot.wait_for(driver, "sources", "Nothing was looked up")
+
+
+def luminance(colour: str) -> float:
+    parts = [int(each) / 255 for each in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(part * weight for part, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
+
+
+def contrast(driver: Any, selector: str, on: str) -> float:
+    """WCAG 2: of the text of one element on the background of another."""
+    text = driver.find_element(By.CSS_SELECTOR, selector).value_of_css_property("color")
+    back = driver.find_element(By.CSS_SELECTOR, on).value_of_css_property("background-color")
+    low, high = sorted(luminance(each) for each in (text, back))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_narrow_page_can_be_read_and_cuts_nothing_off_and_shows_what_has_the_focus(
+    address: str, tmp_path: Path
+) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(HOSTILE)
+    with screenshot.browser(width=335) as driver:  # 320 without the scroll bar
+        opened(driver, address)
+        write_few_tokens(driver)
+        screenshot.read_file(driver, book)
+        screenshot.ask(driver, "the sea")
+        screenshot.wait_for(driver, "sources", "book.txt")
+        assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        assert contrast(driver, "#ask", "#ask") >= 4.5
+        assert contrast(driver, "#files .or", "body") >= 4.5
+        field = driver.find_element(By.CSS_SELECTOR, "#prompt textarea")
+        field.send_keys("\t")
+        assert driver.switch_to.active_element.value_of_css_property("outline-style") != "none"
+        field.click()
+        assert field.value_of_css_property("outline-style") == "solid"
 
 
 def test_a_session_in_the_browser(service: Service, address: str, tmp_path: Path) -> None:
