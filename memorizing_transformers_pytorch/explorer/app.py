@@ -15,10 +15,12 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from memorizing_transformers_pytorch.explorer import shown
 from memorizing_transformers_pytorch.explorer.desk import Sampling
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
+from memorizing_transformers_pytorch.explorer.joining import LaterJoins
 from memorizing_transformers_pytorch.explorer.service import MAX_BYTES, Service
 
 HOST = "127.0.0.1"
@@ -232,6 +234,7 @@ def _launched(blocks: gr.Blocks, port: int) -> Any:
         footer_links=[],
         run_history=False,
         max_file_size=MAX_UPLOAD,
+        app_kwargs={"middleware": [Middleware(LaterJoins)]},
         theme=_theme(),
         css=CSS,
         prevent_thread_lock=True,

@@ -123,6 +123,29 @@ def test_a_narrow_page_can_be_read_and_cuts_nothing_off_and_shows_what_has_the_f
         assert field.value_of_css_property("outline-style") == "solid"
 
 
+SLOW_TO_HEAR_OF_A_CLOSE = """
+const real = window.fetch, later = () => new Promise((done) => setTimeout(done, 60));
+const slow = {async transform(chunk, to) {
+  if (new TextDecoder().decode(chunk).includes("close_stream")) await later();
+  to.enqueue(chunk);
+}};
+window.fetch = async (...asked) => {
+  const found = await real(...asked);
+  if (!String(asked[0].url ?? asked[0]).includes("/queue/data")) return found;
+  return new Response(found.body.pipeThrough(new TransformStream(slow)), {headers: found.headers});
+};"""
+
+
+def test_what_is_asked_while_a_stream_closes_is_answered(address: str) -> None:
+    ways = (("save", "expected a folder"), ("forget", "expected documents")) * 2
+    with screenshot.browser() as driver:
+        opened(driver, address)
+        driver.execute_script(SLOW_TO_HEAR_OF_A_CLOSE)
+        for name, answer in ways:
+            driver.execute_script("document.getElementById(arguments[0]).click()", name)
+            screenshot.wait_for(driver, "told", answer)
+
+
 def test_a_session_in_the_browser(service: Service, address: str, tmp_path: Path) -> None:
     """Read, ask, see the source, forget it; a second tab knows nothing of it; nobody else is asked for anything."""
     book, picture, large = (tmp_path / name for name in ("book.txt", "picture.png", "large.txt"))
