@@ -153,6 +153,7 @@ def test_a_session_in_the_browser(service: Service, address: str, tmp_path: Path
     picture.write_bytes(b"\x89PNG\0\0")
     with screenshot.browser() as driver:
         opened(driver, address)
+        assert driver.find_element(By.TAG_NAME, "main").size["width"] > 1_100  # of 1,280, also while nothing is there
         write_few_tokens(driver)
         screenshot.read_file(driver, picture)
         assert "got a binary file" in screenshot.text_of(driver, "told")
