@@ -24,6 +24,8 @@ with model.knn_memories_context(batch_size=1) as memories:
 import memorizing_transformers_pytorch.cli
 from memorizing_transformers_pytorch.explorer.markup import whole_page
 assert "<main>" in whole_page("title", "<main></main>")
+from importlib.resources import files
+assert all((files("memorizing_transformers_pytorch.explorer") / name).is_file() for name in ("app.css", "app.js"))
 assert loss.isfinite()
 print("stepped")
 """

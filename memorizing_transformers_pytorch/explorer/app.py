@@ -15,17 +15,20 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from memorizing_transformers_pytorch.explorer import shown
 from memorizing_transformers_pytorch.explorer.desk import Sampling
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
+from memorizing_transformers_pytorch.explorer.joining import LaterJoins
 from memorizing_transformers_pytorch.explorer.service import MAX_BYTES, Service
 
 HOST = "127.0.0.1"
 PORTS = 100  # that are tried
 ATTEMPTS = 5  # to take one that others may want too
+MAX_UPLOAD = 50 * MAX_BYTES  # beyond it the browser refuses all files that were chosen; below, we only the large ones
 ALL = -1  # layers or heads
-CSS = (Path(__file__).parent / "app.css").read_text(encoding="utf-8")
+CSS, SCRIPT = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("app.css", "app.js"))
 TITLE = "Memory explorer"
 ASKS: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
 
@@ -57,6 +60,7 @@ class Page:
                     self._memory()
                 with gr.Column(scale=3, min_width=320):
                     self._question()
+            self.session = gr.HTML("", html_template="", js_on_load=SCRIPT, visible="hidden")
             self._wire()
 
     def _memory(self) -> None:
@@ -105,8 +109,7 @@ class Page:
         table = [self.documents, self.chosen]
         after_change = [self.told, *table, self.tokens, self.sources]
         answer = [self.failed, getattr(self, "with"), self.without, self.layer, self.head, self.tokens, self.sources]  # type: ignore[attr-defined]
-        self.blocks.load(self._on_load, None, table, **ASKS)
-        self.blocks.unload(self._on_unload)
+        self.blocks.load(self._on_load, None, [self.session, *table], **ASKS)
         asked = [self.prompt, self.count, self.temperature, self.seed, self.measure]
         self.ask.click(self._on_ask, asked, answer, **ASKS)
         chosen = [self.layer, self.head]
@@ -125,10 +128,7 @@ class Page:
         return [shown.documents(found), gr.update(choices=choices, value=[])]
 
     def _on_load(self, request: gr.Request) -> list[Any]:
-        return self._table(_session(request))
-
-    def _on_unload(self, request: gr.Request) -> None:
-        self._service.let_go(_session(request))
+        return [_session(request), *self._table(_session(request))]
 
     def _on_files(self, files: Sequence[str] | None, request: gr.Request, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008 (so does Gradio want it)
         told = []
@@ -212,7 +212,8 @@ def launch(service: Service, name: str, port: int) -> tuple[gr.Blocks, str]:
         port = free_port(port)
         blocks = Page(service, name).blocks
         with suppress(OSError):  # another program was quicker
-            _launched(blocks, port)
+            app = _launched(blocks, port)
+            app.add_api_route("/closed/{session}", service.let_go, methods=["POST"], status_code=204)
             if _is_own(blocks, port):
                 return blocks, f"http://{HOST}:{port}"
         blocks.close(verbose=False)
@@ -220,8 +221,8 @@ def launch(service: Service, name: str, port: int) -> tuple[gr.Blocks, str]:
     raise ValueError(f"expected a free port, got none in {ATTEMPTS} attempts")
 
 
-def _launched(blocks: gr.Blocks, port: int) -> None:
-    blocks.launch(
+def _launched(blocks: gr.Blocks, port: int) -> Any:
+    app, *_ = blocks.launch(
         server_name=HOST,
         server_port=port,
         share=False,
@@ -232,10 +233,22 @@ def _launched(blocks: gr.Blocks, port: int) -> None:
         enable_monitoring=False,
         footer_links=[],
         run_history=False,
-        max_file_size=MAX_BYTES,
-        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        max_file_size=MAX_UPLOAD,
+        app_kwargs={"middleware": [Middleware(LaterJoins)]},
+        theme=_theme(),
         css=CSS,
         prevent_thread_lock=True,
+    )
+    return app
+
+
+def _theme() -> gr.themes.Base:
+    """The fonts of the system, and no text too pale to read (WCAG 2, AA)."""
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
     )
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from memorizing_transformers_pytorch.explorer.chosen import chosen
 from memorizing_transformers_pytorch.explorer.desk import PASSAGE, Desk, HubDesk, RunDesk, Sampling
@@ -41,6 +41,7 @@ class Service:
         self.read_only = read_only
         self._reader, self._memory = reader, memory
         self._desks: dict[str, Desk] = {}
+        self._gone = set[str]()
         self._lock = threading.Lock()
         self._made()  # says now what is wrong with the folder
 
@@ -56,15 +57,20 @@ class Service:
             if session not in self._desks:
                 self._desks[session] = self._made()
             desk = self._desks[session]
-            with desk.at_work():
-                yield desk
+            try:
+                with desk.at_work():
+                    yield desk
+            finally:
+                if session in self._gone:
+                    self._desks.pop(session, None)
 
     @property
     def sessions(self) -> list[str]:
         return list(self._desks)
 
     def let_go(self, session: str) -> None:
-        """Forget a session and all that only it remembers."""
+        """Forget a session and all that only it remembers, at once or when what it waits for is done."""
+        self._gone.add(session)
         self._desks.pop(session, None)
 
     def documents(self, session: str) -> DocumentTable:
@@ -77,7 +83,7 @@ class Service:
         Raises ValueError, with the memory as it was, for what is too large, binary, empty, not UTF-8, or known already.
         """
         self._expect_changes()
-        title = PurePath(name.replace("\\", "/")).name or "text"
+        title = name.strip() or "text"
         if len(data) > MAX_BYTES:
             raise ValueError(f"expected at most {MAX_BYTES:,} bytes in {title!r}, got {len(data):,}")
         text, digest = text_of(data, title), hashlib.sha256(data).hexdigest()
@@ -89,7 +95,7 @@ class Service:
             try:
                 for part in desk.reader.read(title, text, {"file": title, DIGEST: digest}, None):
                     progress(part)
-                    if session not in self._desks:
+                    if session in self._gone:
                         raise ValueError("expected somebody who waits for what is read, got a closed session")
             except BaseException:
                 for each in [each for each in ledger.documents() if each.number not in before]:

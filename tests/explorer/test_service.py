@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_read_is_looked_up_until_it_is_forgotten(model: str) -> None:
     service, parts = serving(model), list[float]()
-    assert "Read whale.txt" in service.read("me", "/some/where/whale.txt", TEXT, parts.append)
+    assert "Read whale.txt" in service.read("me", "whale.txt", TEXT, parts.append)
     assert parts == sorted(parts)
     assert parts[-1] == 1
     answer = service.ask("me", "the whale", FEW, measure=True)
@@ -57,6 +57,13 @@ def test_what_is_read_is_looked_up_until_it_is_forgotten(model: str) -> None:
     after = service.ask("me", "the whale", FEW)
     assert len(after.found) == 0
     assert after.with_memory == after.without_memory == answer.without_memory
+
+
+def test_a_title_stays_as_it_was_given(model: str) -> None:
+    service = serving(model)
+    for title, text in ((" TCP/IP, part 1/2 ", b"one"), ("a\\b", b"two"), (" ", b"three")):
+        service.read("me", title, text * 20)
+    assert titles(service, "me") == ["TCP/IP, part 1/2", "a\\b", "text"]
 
 
 def test_asking_is_not_remembered_and_the_same_seed_writes_the_same(model: str) -> None:
@@ -158,8 +165,18 @@ def test_reading_that_is_broken_off_leaves_the_memory_as_it_was(model: str) -> N
         service.read("me", "long.txt", b"a long text " * 300, fail)
     with pytest.raises(ValueError, match="closed session"):
         service.read("me", "long.txt", b"a long text " * 300, lambda _: service.let_go("me"))
-    service.read("me", "whale.txt", TEXT)
-    assert titles(service, "me") == ["whale.txt"]
+    service.read("other", "whale.txt", TEXT)
+    assert titles(service, "other") == ["whale.txt"]
+
+
+def test_a_session_that_was_let_go_leaves_nothing_behind_whatever_it_still_asked_for(model: str) -> None:
+    service = serving(model)
+    with pytest.raises(ValueError, match="closed session"):
+        service.read("me", "whale.txt", TEXT, lambda _: service.let_go("me"))
+    assert service.sessions == []
+    assert titles(service, "me") == []
+    service.ask("me", "the whale", FEW)
+    assert service.sessions == []
 
 
 def test_bad_questions_are_refused(model: str) -> None:
