@@ -26,7 +26,7 @@ def on(device: str, family: str = "llama") -> Any:
 
 
 def close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one.cpu(), other.cpu(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(one.cpu(), other.cpu(), atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("place", [None, "cpu"])
