@@ -170,21 +170,35 @@ def main(options: Options) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Perplexities with 95% intervals over passages, and the share of the way from local to full context."""
+    """Perplexities, and the share of the way from local to full context. In brackets 95% intervals over passages; those
+    of the change against local context are paired."""
     lines = ["| text | " + " | ".join(next(iter(results["losses"].values()))) + " | share of the way |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for name, losses in results["losses"].items():
         sums = np.array([list(each.values()) for each in losses.values()])
         draws = drawn_means(sums, np.ones(sums.shape[1]))
+        changes = changes_against_first(sums, draws) if next(iter(losses)) == "local" else {}
         cells = []
         for row, mean in enumerate(sums.mean(axis=1)):
             low, high = np.exp(np.percentile(draws[row], [2.5, 97.5])) if draws is not None else (np.nan, np.nan)
-            cells.append(f"{np.exp(mean):.2f} [{low:.1f}, {high:.1f}]")
+            cells.append(f"{np.exp(mean):.2f} [{low:.1f}, {high:.1f}]{changes.get(row, '')}")
         means = dict(zip(losses, np.exp(sums.mean(axis=1)), strict=True))
         whole = {"local", "memory", "full context"} <= set(means)
         share = (means["local"] - means["memory"]) / (means["local"] - means["full context"]) if whole else np.nan
         lines.append(f"| {name} | {' | '.join(cells)} | {share:.0%} |")
     return "\n".join(lines) + f"\n\n({origin(results)}; layers {results['layers']}, top {results['topk']})"
+
+
+def changes_against_first(losses: np.ndarray, draws: np.ndarray | None) -> dict[int, str]:
+    """Of perplexity, in each row of losses (modes, passages) but the first; draws: means of as many (modes, draws)."""
+    found = {}
+    for row in range(1, len(losses)):
+        change = np.expm1(losses[row].mean() - losses[0].mean())
+        found[row] = f", {change:+.1%}"
+        if draws is not None:
+            low, high = np.expm1(np.percentile(draws[row] - draws[0], [2.5, 97.5]))
+            found[row] += f" [{low:+.1%}, {high:+.1%}]"
+    return found
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 PNG = Path(__file__).parent.parent / "docs" / "explorer.png"
+PATIENCE = 120  # seconds, on a busy machine
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TEXT = "".join(
     f"def {verb}_{noun}({noun}, limit={len(verb + noun)}):\n    return {noun}.{verb}(limit)\n\n"
@@ -74,7 +75,7 @@ def text_of(driver: Any, name: str) -> str:
 
 def wait_for(driver: Any, name: str, text: str, *, gone: bool = False) -> None:
     """Until a part of the page says this, or no longer does."""
-    WebDriverWait(driver, 30).until(
+    WebDriverWait(driver, PATIENCE).until(
         lambda _: (text in text_of(driver, name)) != gone, f"{text!r} in {name}: {text_of(driver, name)[:300]!r}"
     )
 
@@ -121,7 +122,7 @@ def shoot(run: Path, output: Path, width: int, height: int, *, dark: bool) -> No
             ask(driver, PROMPT)
             wait_for(driver, "sources", path.name)
             driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
-            WebDriverWait(driver, 10).until(
+            WebDriverWait(driver, PATIENCE).until(
                 lambda _: not driver.find_elements(By.CSS_SELECTOR, ".generating, .eta-bar")
             )
             output.write_bytes(driver.get_screenshot_as_png())

@@ -10,6 +10,7 @@ K retrieved, D head width.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.interface import LEAST, Extension, Local
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.probe import Layer
+from memorizing_transformers_pytorch.huggingface.rotary import CosSin
 from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site, parameters_in_use
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
@@ -61,6 +63,7 @@ class MemoryLayer(Extension, Site):
         shape = Shape(layer.kv_heads, layer.width, device_of(layer.module), weight.dtype)
         super().__init__(layer.index, shape, options, reading)
         self._position_embeddings: Any = None
+        self._far: CosSin | None = None  # the table that turns by `distance`
         self._hook: Any = None
 
     def attach(self) -> None:
@@ -149,8 +152,10 @@ class MemoryLayer(Extension, Site):
         found = self.look_up(self._queries(query))
         mask = torch.cat([part.mask for part in found], dim=-1)
         products = torch.cat([retrieved_logits(part.query, part) for part in found], dim=-1)
-        crowds = [self._crowd(memory, len(query)) for memory in self.memories if self._holds_something(memory)]
-        logits = local.logits(products) - torch.cat(crowds, dim=-1).to(products)
+        logits = local.logits(products)
+        crowds = [self._crowd(memory) for memory in self.memories if self._holds_something(memory)]
+        if any(map(any, crowds)):
+            logits = logits - self._of_each(crowds, len(query)).to(products)
         logits = logits.masked_fill(~mask, LEAST)
         weights = logits.softmax(dim=-1) * mask
         if self.options.combine == "softmax":
@@ -159,15 +164,23 @@ class MemoryLayer(Extension, Site):
         if self.keeps_weights:
             self.last_weights = (weights * share.transpose(1, 2)).detach()
         parts = zip(torch.split(weights, self.options.topk, dim=-1), found, strict=True)
-        of_memory = torch.stack([retrieved_values(some, part) for some, part in parts]).sum(dim=0).transpose(1, 2)
+        first, *others = [retrieved_values(some, part) for some, part in parts]
+        of_memory = sum(others, start=first).transpose(1, 2)
         return (out + share * (of_memory - out.float())).to(out.dtype)
 
-    def _crowd(self, memory: KNNMemory, batch: int) -> Tensor:
-        """log(N / context), or 0, for each of K found among N entries (B, 1, 1, K): of more tokens than the model has
-        ever seen at once, more fit a query by chance, and all together should weigh as much as those of one context."""
-        entries = torch.tensor([memory.num_entries[row] for row in self.reading.rows])
-        excess = (entries / (self.context or torch.inf)).clamp_min(1).log()
-        return self.of_rows(excess, batch).view(-1, 1, 1, 1).expand(-1, 1, 1, self.options.topk)
+    def _crowd(self, memory: KNNMemory) -> list[float]:
+        """log(N / context), or 0, for each row with N entries.
+
+        Of more tokens than the model has ever seen at once, more fit a query by chance; all together should weigh as
+        much as those of one context.
+        """
+        counts = [memory.num_entries[row] for row in self.reading.rows]
+        return [math.log(max(count / (self.context or math.inf), 1.0)) for count in counts]
+
+    def _of_each(self, numbers: list[list[float]], batch: int) -> Tensor:
+        """A number for each memory and row -> one for each entry that is found there (B, 1, 1, n K)."""
+        by_row = torch.stack([self.of_rows(torch.tensor(of_rows), batch) for of_rows in numbers], dim=1)
+        return by_row.repeat_interleave(self.options.topk, dim=1).view(batch, 1, 1, -1)
 
     def _queries(self, query: Tensor) -> list[Tensor]:
         """Queries (B, H, T, D) for each of the memories: turned to where they stand, or to one distance."""
@@ -179,7 +192,9 @@ class MemoryLayer(Extension, Site):
         if self.recent is None and here:
             return here
         bare = rotary.unturned(query, self._position_embeddings)
-        return [*here, rotary.turned(bare, torch.full((1, 1), self.options.distance))]
+        if self._far is None:
+            self._far = rotary.table(torch.full((1, 1), self.options.distance, device=query.device))
+        return [*here, rotary.turned_as(bare, self._far)]
 
     def _placed(self, keys: Tensor) -> Tensor:
         """Keys (B, G, T, D), turned to where they stand in the document, or to position 0."""

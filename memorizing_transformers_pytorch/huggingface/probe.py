@@ -240,7 +240,7 @@ def _rotary(module: nn.Module, seen: Seen) -> Rotary | None:
     first, *others = seen.keys
     if all(_same(first, other) for other in others):
         return None
-    rotary = rotary_of(module, _first_two(seen.cos_sin[0]))
+    rotary = rotary_of(module, _first_two(seen.cos_sin[0]), first.shape[-1])
     if rotary is not None:
         keys = [rotary.unturned(key, cos_sin) for key, cos_sin in zip(seen.keys, seen.cos_sin, strict=True)]
         on = rotary.turned(seen.keys[0], torch.tensor([[OFFSETS[-1]]]))

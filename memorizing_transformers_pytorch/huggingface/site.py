@@ -235,6 +235,8 @@ class Site:
     def _grouped(self, x: Tensor) -> Tensor:
         """(B, H, T, D) -> (R, H, B / R * T, D)."""
         rows, (batch, heads, count, size) = len(self.reading.rows), x.shape
+        if rows == batch:
+            return x
         return x.view(rows, batch // rows, heads, count, size).transpose(1, 2).reshape(rows, heads, -1, size)
 
 
@@ -257,6 +259,8 @@ class OfBatch:
         """(R, H, B / R * T, K) -> (B, H, T, K)."""
         batch, heads, count, _ = self._shape
         rows = len(x)
+        if rows == batch:
+            return x
         return x.view(rows, heads, batch // rows, count, -1).transpose(1, 2).reshape(batch, heads, count, -1)
 
 

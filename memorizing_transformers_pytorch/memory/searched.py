@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from memorizing_transformers_pytorch.memory import checks
 from memorizing_transformers_pytorch.memory.index import Index
@@ -53,26 +54,36 @@ class Searched(Scoped):
         checks.check_queries(queries, topk, len(self.scoped_indices), self.num_kv_heads, self.dim)
         grouped = queries.detach().to(self.device).reshape(queries.shape[0], self.num_kv_heads, -1, self.dim)
         score_dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-        shape = (*grouped.shape[:3], topk)
-        slots = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        scores = torch.zeros(shape, dtype=score_dtype, device=self.device)
-        mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
         with self.lock:
-            for i, row in enumerate(self.scoped_indices):
-                self._search_row(row, grouped[i], topk, slots[i], scores[i], mask[i])
+            found = [
+                self._search_row(row, own, topk, score_dtype)
+                for row, own in zip(self.scoped_indices, grouped, strict=True)
+            ]
+        parts = (part[0] if len(part) == 1 else torch.stack(part) for part in zip(*found, strict=True))
         shape = (*queries.shape[:-1], topk)
-        return Retrieved(*(part.view(shape).to(queries.device) for part in (slots, scores, mask)))
+        return Retrieved(*(part.view(shape).to(queries.device) for part in parts))
 
-    def _search_row(self, row: int, queries: Tensor, topk: int, slots: Tensor, scores: Tensor, mask: Tensor) -> None:
-        """Search one row with queries (G, Q, D), and fill in its slots, scores and mask, each (G, Q, topk)."""
-        found = min(topk, self.store.filled[row])
-        if found == 0 or queries.shape[1] == 0:
-            return
+    def _search_row(self, row: int, queries: Tensor, topk: int, score_dtype: torch.dtype) -> Retrieved:
+        """Search one row with queries (G, Q, D): slots, scores and mask, each (G, Q, topk)."""
+        (heads, count, _), found = queries.shape, min(topk, self.store.filled[row])
+        mask = queries.new_ones((heads, count, topk), dtype=torch.bool)
+        if found == 0 or count == 0:
+            nothing = queries.new_zeros(mask.shape, dtype=score_dtype)
+            return Retrieved(nothing.long(), nothing, mask.logical_not_())
         best = self.searcher.search(self.store.ring(row), queries, topk)
-        bases = torch.tensor([self.store.slot_base(row, head) for head in range(self.num_kv_heads)], device=self.device)
-        slots[..., :found] = best.places + bases[:, None, None]
-        scores[..., :found] = best.scores
-        mask[..., :found] = True
+        slots, scores = self._slots(row, best.places), best.scores.to(score_dtype)
+        if found < topk:
+            slots, scores = pad(slots, (0, topk - found)), pad(scores, (0, topk - found))
+            mask[..., found:] = False
+        return Retrieved(slots, scores, mask)
+
+    def _slots(self, row: int, places: Tensor) -> Tensor:
+        """Places (G, Q, K) in a row -> slots of the memory."""
+        first, step = self.store.slot_base(row, 0), self.store.slot_base(0, 1)
+        if len(places) == 1:
+            return places + first
+        bases = torch.arange(first, first + len(places) * step, step, device=places.device)
+        return places + bases.view(-1, 1, 1)
 
     def look_up(self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None) -> Lookup:
         """`retrieve`, with the keys and values behind it: what an attention layer needs, and its backward pass later.

@@ -57,14 +57,16 @@ def write_few_tokens(driver: Any) -> None:
     """The tiny model takes no more than 32 with the prompt."""
     driver.find_element(By.XPATH, "//button[contains(., 'How to continue')]").click()
     wanted = (By.CSS_SELECTOR, "input[type=number][aria-label*='Tokens to write']")
-    field = screenshot.WebDriverWait(driver, 10).until(lambda _: driver.find_element(*wanted))
+    field = screenshot.WebDriverWait(driver, screenshot.PATIENCE).until(lambda _: driver.find_element(*wanted))
     field.clear()
     field.send_keys("5\t")
 
 
 def choose_first(driver: Any, name: str) -> None:
     driver.find_element(By.CSS_SELECTOR, f"#{name} input").click()
-    screenshot.WebDriverWait(driver, 10).until(lambda _: driver.find_elements(By.CSS_SELECTOR, f"#{name} li, ul li"))
+    screenshot.WebDriverWait(driver, screenshot.PATIENCE).until(
+        lambda _: driver.find_elements(By.CSS_SELECTOR, f"#{name} li, ul li")
+    )
     driver.find_element(By.CSS_SELECTOR, f"#{name} li, ul li").click()
 
 
@@ -81,7 +83,7 @@ def test_more_tabs_than_a_browser_has_connections_are_served_and_let_go(service:
             driver.close()
         driver.switch_to.window(others[0])
         opened(driver, address)  # anew
-        screenshot.WebDriverWait(driver, 30).until(lambda _: len(service.sessions) == 2)
+        screenshot.WebDriverWait(driver, screenshot.PATIENCE).until(lambda _: len(service.sessions) == 2)
         driver.switch_to.window(first)
         write_few_tokens(driver)
         screenshot.ask(driver, "the sea")
@@ -176,7 +178,7 @@ def test_a_session_in_the_browser(service: Service, address: str, tmp_path: Path
         assert len(service.sessions) == 2
         driver.close()
         driver.switch_to.window(first)
-        screenshot.WebDriverWait(driver, 30).until(lambda _: len(service.sessions) == 1)
+        screenshot.WebDriverWait(driver, screenshot.PATIENCE).until(lambda _: len(service.sessions) == 1)
 
         assert "book.txt" in screenshot.text_of(driver, "documents")
         choose_first(driver, "chosen")
