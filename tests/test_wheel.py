@@ -52,3 +52,8 @@ def test_the_wheel_works_in_a_clean_environment(tmp_path: Path) -> None:
     assert stepped.stdout.startswith("stepped"), stepped.stderr
     helped = run(tmp_path / "env" / "bin" / "memorizing-transformers", "--help", cwd=tmp_path)
     assert helped.returncode == 0, helped.stderr
+    (tmp_path / "some.py").write_text("def collect_parcels(harbour):\n    return harbour.parcels\n" * 9)
+    explain = ("explain", "--read", "some.py", "--prompt", "def collect_parcels(harbour):", "-o", "page.html")
+    explained = run(tmp_path / "env" / "bin" / "memorizing-transformers", *explain, cwd=tmp_path)
+    assert explained.returncode == 0, explained.stderr
+    assert "collect_parcels" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import tyro
+
+from memorizing_transformers_pytorch.training.run import RUNS, SHIPPED, newest_run
 
 Options = TypeVar("Options")
 
@@ -37,6 +40,16 @@ def chosen_device(name: str | None) -> str:
     except (AssertionError, NotImplementedError, RuntimeError):
         raise ValueError(f"expected a device of this machine, such as cpu or cuda, got {name!r}") from None
     return name
+
+
+def default_model() -> str:
+    """The newest run below ./runs, or else the model that comes with the package, which is then said."""
+    run = newest_run(RUNS)
+    if run is not None:
+        return str(run)
+    said = "the model that comes with the package is used; memorizing-transformers train makes one of your own"
+    print(f"no run below {str(RUNS)!r}: {said}", file=sys.stderr)
+    return SHIPPED.name
 
 
 def _first_paragraph(box: str) -> str:

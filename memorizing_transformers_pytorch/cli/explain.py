@@ -11,14 +11,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import chosen_device, default_model, parse_arguments
 from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import write_page
 from memorizing_transformers_pytorch.library.build import files_below
 from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader
 from memorizing_transformers_pytorch.progress import bar
-from memorizing_transformers_pytorch.training.run import RUNS, newest_run
 
 REPORT = Path("report.html")
 
@@ -31,7 +30,7 @@ class Explain:
     """The text to explain; - reads it from standard input. It is read as one segment and not remembered."""
     model: str | None = None
     """Folder of a run, or name or folder of a causal language model of transformers; unless given, the newest run below
-    runs/."""
+    runs/, or else "shipped", the small model that comes with the package."""
     memory: Path | None = None
     """Look up in what this folder holds, built by `memory build` with this model; it stays as it is."""
     read: tuple[str, ...] = ()
@@ -66,7 +65,7 @@ def explain_text(options: Explain) -> None:
     output = checked(options, prompt)
     files = files_below(options.read, options.pattern) if options.read else []
     texts = {str(path): read_text(str(path)) for path in files}
-    model = str(newest_run(RUNS)) if options.model is None else options.model
+    model = default_model() if options.model is None else options.model
     reader = opened(options, model)
     read_all(reader, texts)
     network, tokenizer, memory = reader.parts()

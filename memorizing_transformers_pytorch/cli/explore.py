@@ -9,11 +9,11 @@ from pathlib import Path
 
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import chosen_device, default_model, parse_arguments
 from memorizing_transformers_pytorch.library.readers import OF_RUN, open_reader
 from memorizing_transformers_pytorch.memory.disk.load import state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
-from memorizing_transformers_pytorch.training.run import CONFIG, RUNS, newest_run
+from memorizing_transformers_pytorch.training.run import CONFIG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,11 @@ class Explore:
     """Read texts into a memory, ask, see what is looked up, and forget, on a page of this machine alone."""
 
     what: tyro.conf.Positional[Path | None] = None
-    """Folder of a run, or of a memory, which stays as it is unless it is saved; else the newest run below ./runs."""
+    """Folder of a run, or of a memory, which stays as it is unless it is saved; else the newest run below ./runs,
+    or the small model that comes with the package."""
     model: str | None = None
-    """The model for a memory: folder of a run, or name or folder of a causal language model of transformers."""
+    """The model for a memory: folder of a run, or name or folder of a causal language model of transformers, or
+    "shipped"."""
     port: int = 7860
     """Where to show it; the next free one, if it is taken."""
     read_only: bool = False
@@ -59,7 +61,7 @@ def chosen(options: Explore) -> tuple[str, Path | None]:
     """The model, and the folder of a memory if one was given. Raises ValueError for what is neither."""
     what = options.what
     if what is None:
-        return (str(newest_run(RUNS)) if options.model is None else options.model), None
+        return (default_model() if options.model is None else options.model), None
     if (what / CONFIG).is_file():
         if options.model is not None:
             raise ValueError(f"expected a run or --model, got {str(what)!r} and {options.model!r}")
@@ -70,4 +72,4 @@ def chosen(options: Explore) -> tuple[str, Path | None]:
         return options.model, what
     if state_of(what).extra.get("kind") != OF_RUN:
         raise ValueError("expected --model, for a memory of a model of transformers, got none")
-    return str(newest_run(RUNS)), what
+    return default_model(), what

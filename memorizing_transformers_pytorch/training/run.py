@@ -26,6 +26,7 @@ from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.settings import differences, from_plain, read_yaml, write_yaml
 
 RUNS = Path("runs")  # where runs are, unless told
+SHIPPED = Path(__file__).parent.parent / "shipped"  # a small run that comes with the package
 CONFIG, TOKENIZER, METRICS = "config.yaml", "tokenizer.json", "metrics.jsonl"
 
 # What may change when a run goes on: it says how much more is done or written down, not what is done.
@@ -79,15 +80,11 @@ def checkpoint_of(folder: Path, which: str = "last") -> Path:
     return found[step]
 
 
-def newest_run(below: Path) -> Path:
-    """The run below a folder whose checkpoint was written last. Raises ValueError if there is none."""
+def newest_run(below: Path) -> Path | None:
+    """The run below a folder whose checkpoint was written last; None if there is none."""
     written = {path.parent: last_of(path.parent) for path in below.rglob(CONFIG)}
     ages = {run: checkpoint.stat().st_mtime for run, checkpoint in written.items() if checkpoint is not None}
-    if not ages:
-        raise ValueError(
-            f"expected a run with a checkpoint below {str(below)!r}, got none: memorizing-transformers train makes one"
-        )
-    return max(ages, key=lambda run: ages[run])
+    return max(ages, key=lambda run: ages[run], default=None)
 
 
 def load_run(

@@ -192,7 +192,6 @@ def test_standard_input_can_be_read(
         (["train", "--resume", "--output", "nowhere"], "expected the folder of a run, got 'nowhere'"),
         (["evaluate", "nowhere"], "expected the folder of a run, got 'nowhere'"),
         (["evaluate", "nowhere", "--memory", "many"], "expected memory sizes such as 0,512,2048, got 'many'"),
-        (["explore"], "expected a run with a checkpoint below 'runs', got none"),
         (["explore", "nowhere"], "expected the folder of a run or a memory, got 'nowhere'"),
         (["explore", "--port", "0"], "expected a port from 1 to 65535, got 0"),
         (["generate", "nowhere", "--prompt", "x"], "expected the folder of a run, got 'nowhere'"),

@@ -27,6 +27,7 @@ def memory_of(model: Path, folder: Path) -> Path:
 
 def test_the_newest_run_is_taken_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    assert chosen(Explore()) == ("shipped", None)
     for i, name in enumerate(("new", "old")):
         (checkpoint,) = (make_run(tmp_path / "runs" / name) / "checkpoints").iterdir()
         os.utime(checkpoint, (2_000_000_000 - i, 2_000_000_000 - i))
