@@ -2,7 +2,7 @@
 
     python scripts/screenshot.py [RUN] [--output PNG] [--width 1280] [--dark]
 
-Without a run a small one is trained first, for some minutes. Needs the extra 'explorer', selenium, and Chromium with
+Without a run the model that comes with the package is shown. Needs the extra 'explorer', selenium, and Chromium with
 its driver.
 """
 
@@ -105,13 +105,13 @@ def requests(driver: Any) -> list[str]:
     return [str(event["params"]["request"]["url"]) for event in sent]
 
 
-def shoot(run: Path, output: Path, width: int, height: int, *, dark: bool) -> None:
+def shoot(run: str, output: Path, width: int, height: int, *, dark: bool) -> None:
     from memorizing_transformers_pytorch.explorer.app import launch
     from memorizing_transformers_pytorch.explorer.service import Service
     from memorizing_transformers_pytorch.library.readers import open_reader
 
-    reader = open_reader(str(run), "cpu", max_memories=None, dtype=None, index=None)
-    blocks, address = launch(Service(reader), run.name, 7860)
+    reader = open_reader(run, "cpu", max_memories=None, dtype=None, index=None)
+    blocks, address = launch(Service(reader), run, 7860)
     try:
         with tempfile.TemporaryDirectory() as folder, browser(width, height, dark=dark) as driver:
             path = Path(folder, "parcels.py")
@@ -133,20 +133,13 @@ def shoot(run: Path, output: Path, width: int, height: int, *, dark: bool) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=Path)
+    parser.add_argument("run", nargs="?", default="shipped")
     parser.add_argument("--output", type=Path, default=PNG)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--height", type=int, default=1000)
     parser.add_argument("--dark", action="store_true")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run = given.run
-        if run is None:
-            from memorizing_transformers_pytorch.cli import main as command
-
-            run = Path(folder, "small")
-            command(["train", "--output", str(run), "--no-evaluate", "--sample-tokens", "0", "--training.steps", "500"])
-        shoot(run, given.output, given.width, given.height, dark=given.dark)
+    shoot(given.run, given.output, given.width, given.height, dark=given.dark)
 
 
 if __name__ == "__main__":
