@@ -69,6 +69,7 @@ class Contents:
         sites = self.sites[:1] if policy == OLDEST else self.sites  # other policies choose for each layer
         held = set().union(*(memory.documents_in(row) for site in sites for memory in site.memories))
         self.ledger.strike_out(row, held)
+        self._let_grow_old([row])
         return self.ledger.begin(title, row, int(self.reading.offsets[row]))
 
     def rows_to_clear(self, rows: int | Iterable[int] | None) -> list[int]:
@@ -94,7 +95,8 @@ class Contents:
     def memories(self) -> KNNMemoryList:
         """Those of all layers, one after the other, with the ledger."""
         memories = self._bare_memories()
-        memories.extra = {"offsets": self.reading.offsets.tolist(), **self._arrangement()}
+        sizes = [len(site.memories) for site in self.sites]
+        memories.extra = {"offsets": self.reading.offsets.tolist(), "memories": sizes, **self._arrangement()}
         return memories
 
     def _bare_memories(self) -> KNNMemoryList:
@@ -105,7 +107,14 @@ class Contents:
         count = self.memories().forget(document, where=where)
         for site in self.sites:
             site.forget_last()
+        self._let_grow_old(range(self.num_rows))
         return count
+
+    def _let_grow_old(self, rows: Iterable[int]) -> None:
+        """What stands too far behind where these rows are now."""
+        for row in rows:
+            for site in self.sites:
+                site.let_grow_old(row, int(self.reading.offsets[row]))
 
     def save(self, path: str | Path, fingerprint: str | None, *, overwrite: bool, compact: bool) -> None:
         """As `KNNMemoryList.save`."""
@@ -169,6 +178,7 @@ class Contents:
                 site.memories[-1].commit(site.carried_over(others, row, numbers, places))
         self.ledger.merge(loaded.ledger, offsets)
         self.reading.stand_at(self.reading.offsets + torch.tensor(loaded.extra["offsets"]))
+        self._let_grow_old(range(self.num_rows))
 
     def store(self, pairs: list[Pairs | None], masks: list[Tensor], origins: list[Tensor]) -> None:
         """Remember, in each layer, pairs of the rows being read, where its mask (R, N) is True; origins (R, N, 3)."""

@@ -116,14 +116,27 @@ class MemoryLayer(Extension, Site):
             return
         for some in entries.portions(self.recent):
             for row, count in zip(some.rows, some.counts(), strict=True):
-                self._let_grow_old(row, count)
+                recent = self.memories[0]
+                self._copy_to_older(row, recent.num_entries[row] + count - recent.max_memories)
             super().commit(some)
 
-    def _let_grow_old(self, row: int, arriving: int) -> None:
+    def let_grow_old(self, row: int, place: int) -> None:
+        """Entries more than `recent` places before this one are old, however few there are. Where documents in between
+        were forgotten, or others merged, they would else stand at distances that the model has never seen."""
+        if self.recent is None:
+            return
+        recent = self.memories[0]
+        positions = recent.store.origins[row, recent.store.places_in_order(row), POSITION]
+        too_far = int((place - positions > recent.max_memories).sum())
+        if too_far:
+            self._copy_to_older(row, too_far)
+            recent.drop_oldest(row, too_far)
+
+    def _copy_to_older(self, row: int, count: int) -> None:
+        """The oldest of the recent entries, so many, turned back to position 0."""
         recent, older = self.memories
-        too_many = recent.num_entries[row] + arriving - recent.max_memories
-        if too_many > 0 and self.layer.rotary is not None:
-            leaving = recent.store.oldest(row, too_many)
+        if count > 0 and self.layer.rotary is not None:
+            leaving = recent.store.oldest(row, count)
             bare = self.layer.rotary.turned(leaving.keys.floats(), -leaving.origins[..., POSITION])
             older.commit(leaving._replace(keys=Vectors.of(bare, older.dtype)))
 

@@ -146,6 +146,9 @@ class Site:
         """Entries of one of the memories, as they lie in the last one when they stand so many places later."""
         return entries
 
+    def let_grow_old(self, row: int, place: int) -> None:
+        """Entries that stand too far before this place for what the layer does with recent ones."""
+
     def close(self) -> None:
         for memory in self.memories:
             memory.cleanup()

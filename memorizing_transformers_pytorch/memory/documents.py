@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -68,15 +69,16 @@ def _range(counts: tuple[int, ...]) -> str:
     return f"{most:,}" if least == most else f"{least:,}-{most:,}"
 
 
-def by_layer(numbers: Sequence[int], per_layer: int) -> tuple[int, ...]:
-    """Numbers of memories, added up where a layer has several, one after the other."""
-    return tuple(sum(numbers[i : i + per_layer]) for i in range(0, len(numbers), per_layer))
+def by_layer(numbers: Sequence[int], of_layers: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of memories, added up for each layer, which has so many of them, one after the other."""
+    left = iter(numbers)
+    return tuple(sum(islice(left, size)) for size in of_layers)
 
 
-def document_table(memories: Sequence[KNNMemory], ledger: Ledger, per_layer: int = 1) -> DocumentTable:
+def document_table(memories: Sequence[KNNMemory], ledger: Ledger, of_layers: Sequence[int]) -> DocumentTable:
     """The documents that the ledger knows, and those that only entries tell of (with as many tokens as entries).
 
-    per_layer: how many memories each layer has.
+    of_layers: how many of the memories each layer has.
     """
     counts = [_counts(memory) for memory in memories]
     known = {each.number: each for each in ledger.documents()}
@@ -88,7 +90,7 @@ def document_table(memories: Sequence[KNNMemory], ledger: Ledger, per_layer: int
     for each in known.values():
         entries = tuple(sum(n for (number, _), n in count.items() if number == each.number) for count in counts)
         size = sum(n * memory.store.sizes.bytes_per_entry for n, memory in zip(entries, memories, strict=True))
-        table.append(Remembered(**vars(each), entries=by_layer(entries, per_layer), bytes=size))
+        table.append(Remembered(**vars(each), entries=by_layer(entries, of_layers), bytes=size))
     return table
 
 

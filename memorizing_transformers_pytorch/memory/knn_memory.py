@@ -140,6 +140,13 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
                 count += self._remove(row, gone)
         return count
 
+    def drop_oldest(self, row: int, count: int) -> None:
+        """Remove so many of the oldest entries of a row."""
+        with self.lock:
+            gone = torch.zeros(self.store.filled[row], dtype=torch.bool, device=self.device)
+            gone[self.store.places_in_order(row)[:count]] = True
+            self._remove(row, gone)
+
     def _remove(self, row: int, gone: Tensor) -> int:
         count = int(gone.sum())
         if count:

@@ -91,14 +91,16 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         return memories
 
     @property
-    def per_layer(self) -> int:
-        """How many memories a layer has, one after the other: one, unless `extra` names fewer layers than memories."""
-        layers = self.extra.get("layers")
-        return len(self) // len(layers) if isinstance(layers, list) and layers and len(self) > len(layers) else 1
+    def of_layers(self) -> list[int]:
+        """How many memories each layer has, one after the other: one, unless `extra` says otherwise."""
+        sizes = self.extra.get("memories")
+        if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
+            return [1] * len(self)
+        return sizes if sum(sizes) == len(self) else [1] * len(self)
 
     def documents(self) -> DocumentTable:
         """What is held of each document: number, title, row, tokens, entries in each layer, when added, bytes."""
-        return document_table(self, self.ledger, self.per_layer)
+        return document_table(self, self.ledger, self.of_layers)
 
     def forget(
         self,

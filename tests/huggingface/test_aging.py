@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,3 +162,37 @@ def test_more_entries_than_the_longest_context_weigh_as_much_as_those_of_one_con
         for _ in range(2):
             part.commit(known)
     torch.testing.assert_close(logits(model, query), once, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["merge", "forget", "too short to be remembered"])
+def test_what_is_far_behind_is_old_however_few_entries_are_there(how: str, tmp_path: Path) -> None:
+    """Then all of it is, and the memory is that of one which knows no other distance."""
+    found = []
+    for options in ({"recent": 64}, {"positions": "constant"}):
+        memory = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": 4}, **options)
+        if how == "merge":
+            memory.read(tokens(1, 300, seed=3), document="long", progress=False)
+            memory.save(tmp_path / memory.options.positions)
+            memory.clear()
+        memory.read(tokens(1, 40), document="short", progress=False)
+        if how == "merge":
+            memory.merge(tmp_path / memory.options.positions)
+        for i in range(20):
+            if how == "forget":
+                memory.read(tokens(1, 60, seed=i), document="other", progress=False)
+                memory.forget("other")
+            elif how == "too short to be remembered":
+                memory.read(tokens(1, 4, seed=i), document="tiny", progress=False)
+        recent = memory.layers[0].memories[0]
+        if memory.options.positions == "true":
+            assert recent.num_entries == (0,)
+        found.append(logits(memory.model, tokens(1, 9, seed=1)))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)  # turned and turned back
+
+
+def test_documents_tell_the_entries_of_each_layer_where_some_have_no_positions() -> None:
+    model = tiny("smollm3", num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0], layer_types=["full_attention"] * 4)
+    memory = attach_memory(model, layers="all", skip_first=4, recent=64)
+    memory.read(tokens(1, 300), document="a book", progress=False)
+    (document,) = memory.documents()
+    assert document.entries == (296,) * 4
