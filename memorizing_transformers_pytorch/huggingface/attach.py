@@ -51,6 +51,8 @@ def attach_memory(
     Raises ValueError, with the model untouched, for a model or layers that cannot have a memory, and says why.
     """
     checked = Options(**options)
+    if not isinstance(added, bool | Added):
+        raise ValueError(f"expected added to be True, False or an Added, got {added!r}")
     served, refused = probe(model)
     _check_chunk(model, served, checked.chunk)
     numbers = _numbers(model, layers, served, refused)
@@ -93,7 +95,7 @@ def _numbers(model: Any, layers: str | Iterable[int], served: dict[int, Layer], 
         return chosen_layers(model, served)
     if layers == "all":
         return sorted(served)
-    if isinstance(layers, str):
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise ValueError(f"expected layers to be numbers, 'all' or 'auto', got {layers!r}")
     numbers = sorted(set(layers))
     for number in numbers:

@@ -61,7 +61,9 @@ class AttachedMemory(Keeping):
         """Read documents into the memory, a chunk at a time.
 
         input_ids: (N,), (1, N), or (R, N) for a batch of documents, each into its own row. A memory of one row serves
-            all rows of a batch later. The first read decides on R; `clear()` lets the next one decide again.
+            all rows of a batch later; one of several is for as many prompts, or a multiple. (The beams of fewer prompts
+            cannot be told from them, and would each see another document.) The first read decides on R; `clear()` lets
+            the next one decide again.
         attention_mask: (R, N), 0 for padding, which may be anywhere and is not remembered.
         document: a title, or one for each row.
         look_up: whether each chunk sees what was read before. What is remembered then is a little nearer to what the
@@ -227,15 +229,18 @@ class AttachedMemory(Keeping):
 
     def parameters(self) -> list[nn.Parameter]:
         """What was added to the model: the bias of each head of each layer with a memory, or the added layer."""
+        self._expect_attached()
         return [parameter for site in self.layers.values() for parameter in site.parameters()]
 
     def save_parameters(self, path: str | Path) -> None:
         """Write `parameters()` to a safetensors file: all that has been trained, if the model itself was frozen."""
+        self._expect_attached()
         save_parameters(self.layers, path)
 
     def load_parameters(self, path: str | Path) -> None:
         """Take them from such a file. Raises ValueError, changing nothing, for those of another attachment, and for a
         file that is missing or damaged."""
+        self._expect_attached()
         load_parameters(self.layers, path)
 
     def detach(self) -> None:

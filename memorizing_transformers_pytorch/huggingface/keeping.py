@@ -5,7 +5,8 @@ Shapes: R rows of the memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from memorizing_transformers_pytorch.fingerprint import Weights
@@ -15,6 +16,7 @@ from memorizing_transformers_pytorch.huggingface.window import Window
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.memory.retrieved import Origin
 
 
 class Keeping:
@@ -42,11 +44,22 @@ class Keeping:
     @property
     def num_bytes(self) -> int:
         """What the entries take: keys, values, origins and ages."""
+        self._expect_attached()
         return sum(site.num_bytes for site in self._contents.sites)
 
     def documents(self) -> DocumentTable:
         """What was read since the rows were last cleared, and what is held of each document."""
+        self._expect_attached()
         return self._contents.memories().documents()
+
+    def entries(self, row: int, layer: int) -> Iterator[Origin]:
+        """Where each entry of a row comes from, in the layer of this number, the oldest first: document number, place
+        in the row and token id. Raises ValueError for a row or a layer that there is not."""
+        self._expect_attached()
+        sites = {site.index: site for site in self._contents.sites}
+        if layer not in sites:
+            raise ValueError(f"expected a layer with a memory among {list(sites)}, got {layer}")
+        return chain.from_iterable(memory.entries(row) for memory in reversed(sites[layer].memories))
 
     def forget(
         self,

@@ -9,6 +9,8 @@ import torch
 
 from memorizing_transformers_pytorch.memory.policy import OLDEST, POLICIES
 
+LEAST = {"topk": 1, "distance": 0, "recent": 1, "max_memories": 1, "chunk": 1, "skip_first": 0, "window": 0}
+OPTIONAL = ("recent", "window")
 CHOICES = {
     "combine": ("softmax", "gate"),
     "positions": ("true", "constant"),
@@ -38,11 +40,14 @@ class Options:
     directory: str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name, least in {"topk": 1, "distance": 0, "max_memories": 1, "chunk": 1, "skip_first": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"expected {name} to be at least {least}, got {getattr(self, name)}")
-        if self.recent is not None and self.recent < 1:
-            raise ValueError(f"expected recent to be at least 1, got {self.recent}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL:
+                continue
+            if type(value) is not int:
+                raise ValueError(f"expected {name} to be a whole number, got {value!r}")
+            if value < least:
+                raise ValueError(f"expected {name} to be at least {least}, got {value}")
         if self.skip_first >= self.chunk:
             raise ValueError(f"expected skip_first to be below chunk={self.chunk}, got {self.skip_first}")
         for name, choices in CHOICES.items():

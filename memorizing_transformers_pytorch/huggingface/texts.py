@@ -29,8 +29,8 @@ def checked_titles(titles: Titles, rows: int) -> list[str | None]:
     """A title for each of the documents. Raises ValueError for another number."""
     if titles is None or isinstance(titles, str):
         return [titles] * rows
-    if not all(title is None or isinstance(title, str) for title in titles):
-        raise ValueError(f"expected titles as text, got {list(titles)}")
+    if not isinstance(titles, Sequence) or not all(title is None or isinstance(title, str) for title in titles):
+        raise ValueError(f"expected titles as text, got {titles!r}")
     if len(titles) != rows:
         raise ValueError(f"expected a title for each of {rows} documents, got {len(titles)}")
     return list(titles)
@@ -45,9 +45,9 @@ def checked_texts(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: 
         raise ValueError(
             f"expected at least one token in each document, got input_ids of shape {tuple(input_ids.shape)}"
         )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        shapes = f"{tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
-        raise ValueError(f"expected an attention_mask of shape {shapes}")
+    if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:
+        given = str(tuple(attention_mask.shape)) if isinstance(attention_mask, Tensor) else repr(type(attention_mask))
+        raise ValueError(f"expected an attention_mask of shape {tuple(input_ids.shape)}, got {given}")
     rows = input_ids.cpu().reshape(-1, input_ids.shape[-1])
     mask = torch.ones_like(rows) if attention_mask is None else attention_mask.cpu().reshape(rows.shape)
     texts = [row[kept] for row, kept in zip(rows, mask.bool(), strict=True)]

@@ -81,7 +81,8 @@ class Window:
             let_old_tokens_leave(call.cache, self._window, [site.index for site in self._contents.sites])
             self._begin(call)
         elif not self.goes_on_with(call.cache):
-            raise ValueError("expected the cache of the last conversation or an empty one, got another one")
+            expected = "expected the cache of the last conversation, or an empty one to begin another"
+            raise ValueError(f"{expected} (past_key_values=DynamicCache()), got one that was filled unseen")
         self._call, self._contents.reading.staging = self._without_rest(call), True
 
     def goes_on_with(self, cache: Any) -> bool:

@@ -37,6 +37,10 @@ def check_options(
     if dtype not in STORAGE_DTYPES:
         raise ValueError(f"expected dtype to be one of {STORAGE_DTYPES}, got {dtype}")
     if device.type != "cpu":
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"expected a device of this machine, got {str(device)!r}: {error}") from None
         if mapped:
             raise ValueError(f"expected device 'cpu' for a memory-mapped memory, got {str(device)!r}")
         if index not in ("exact", "auto"):

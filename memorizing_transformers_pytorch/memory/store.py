@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.files import fresh_folder, map_file, remove_folder, zeros
 from memorizing_transformers_pytorch.memory.index import Ring
 from memorizing_transformers_pytorch.memory.retrieved import Lookup
 from memorizing_transformers_pytorch.memory.vectors import Vectors
@@ -33,8 +31,6 @@ COPIED_AT_ONCE = 4_096  # entries, that stay in cache on their way
 PER_HEAD = {"keys", "values", "key_scales", "value_scales"}  # tables (R, G, C, ...); the others are (R, C, ...)
 
 _lives = itertools.count(1)  # see `Ring.life`
-
-_BYTES_AS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 class StagedEntries(NamedTuple):
@@ -121,13 +117,13 @@ class Store:
         self.written_to = [0] * sizes.rows
         self.lives = [next(_lives) for _ in range(sizes.rows)]
         self._directory = directory
-        folder = None if directory is None or tables is not None else _fresh_folder(directory)
-        self._remove_files = weakref.finalize(self, _remove_folder, folder)
+        folder = None if directory is None or tables is not None else fresh_folder(directory)
+        self._remove_files = weakref.finalize(self, remove_folder, folder)
 
         def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             # Outside inference mode, so that a memory made inside it can still be written outside.
             with torch.inference_mode(False):
-                return _zeros(shape, dtype, device) if folder is None else _map_file(folder / name, shape, dtype)
+                return zeros(shape, dtype, device) if folder is None else map_file(folder / name, shape, dtype)
 
         if tables is None:
             tables = {name: allocate(name, *each) for name, each in sizes.tables(sizes.capacity).items()}
@@ -275,24 +271,3 @@ class Store:
     def close(self) -> None:
         """Remove the files. Tensors that are still in use elsewhere stay readable until they are let go."""
         self._remove_files()
-
-
-def _fresh_folder(directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="knn-memory-", dir=directory))
-
-
-def _remove_folder(folder: Path | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # NumPy asks the system for zeroed pages, which cost nothing until they are written; torch.zeros touches them all.
-    return torch.from_numpy(np.zeros(shape, dtype=_BYTES_AS[dtype.itemsize])).view(dtype)

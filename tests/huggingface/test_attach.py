@@ -421,6 +421,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"positions": "none"}, "expected positions to be one of"),
     ({"skip_first": 512}, "expected skip_first to be below chunk=512, got 512"),
     ({"index": "nonsense"}, "expected index to be"),
+    ({"layers": 1}, "expected layers to be numbers, 'all' or 'auto', got 1"),
+    ({"topk": 2.5}, "expected topk to be a whole number, got 2.5"),
+    ({"max_memories": "many"}, "expected max_memories to be a whole number, got 'many'"),
+    ({"recent": 1.5}, "expected recent to be a whole number, got 1.5"),
+    ({"added": 3}, "expected added to be True, False or an Added, got 3"),
+    ({"device": "cuda:99"}, "expected a device of this machine, got 'cuda:99'"),
+    ({"directory": "/dev/null/folder"}, "expected a directory for files, got '/dev/null/folder'"),
 ]
 
 
@@ -444,13 +451,46 @@ def test_bad_options_are_refused_and_the_model_is_untouched(options: dict[str, A
         (torch.zeros(1, 0).long(), None, "expected at least one token in each document"),
         (torch.ones(1, 3).long(), torch.zeros(1, 3), "expected at least one token in each document"),
         (torch.tensor([[3, 99]]), None, "expected token ids of the model, 0 to 98, got 3 to 99"),
+        (torch.ones(1, 3).long(), [1, 1, 1], "expected an attention_mask of shape .1, 3., got <class 'list'>"),
     ],
 )
-def test_texts_that_cannot_be_read_are_refused(ids: Tensor, mask: Tensor | None, message: str) -> None:
+def test_texts_that_cannot_be_read_are_refused(ids: Tensor, mask: Any, message: str) -> None:
     memory = attach_memory(tiny("llama"), layers=[1])
     with pytest.raises(ValueError, match=message):
         memory.read(ids, mask, progress=False)
     assert memory.documents() == []
+
+
+def test_titles_that_are_no_text_are_refused() -> None:
+    memory, titles = attach_memory(tiny("llama"), layers=[1]), [3, [3], {"a": "book"}.values()]
+    for title in titles:
+        with pytest.raises(ValueError, match="expected titles as text, got"):
+            memory.read(tokens(1, 9), document=title, progress=False)
+    assert memory.documents() == []
+
+
+def test_what_was_taken_away_says_so_whatever_it_is_asked(tmp_path: Path) -> None:
+    memory = attach_memory(tiny("llama"), layers=[1])
+    memory.detach()
+    asked = [
+        memory.parameters,
+        memory.documents,
+        lambda: memory.num_bytes,
+        lambda: memory.entries(0, 1),
+        lambda: memory.save_parameters(tmp_path / "biases.safetensors"),
+        lambda: memory.load_parameters(tmp_path / "biases.safetensors"),
+    ]
+    for ask in asked:
+        with pytest.raises(ValueError, match=r"expected an attached memory, got one that detach\(\) has taken away"):
+            ask()
+
+
+def test_entries_of_a_layer_come_the_oldest_first_from_all_its_memories() -> None:
+    memory, ids = attach_memory(tiny("llama"), layers=[1], skip_first=0, recent=8), tokens(1, 30)
+    memory.read(ids, document="a book", progress=False)
+    assert [tuple(entry) for entry in memory.entries(0, 1)] == [(0, i, int(ids[0, i])) for i in range(30)]
+    with pytest.raises(ValueError, match=r"expected a layer with a memory among \[1\], got 0"):
+        memory.entries(0, 0)
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -138,7 +138,7 @@ def test_a_chat_goes_on_with_its_cache_and_the_next_one_remembers_it() -> None:
     assert [each.tokens for each in memory.documents()] == [13, 3]
     assert entries(memory)[1][:, 1].tolist() == list(range(13))
     assert memory._contents.reading.offsets.tolist() == [13]
-    with pytest.raises(ValueError, match="expected the cache of the last conversation or an empty one"):
+    with pytest.raises(ValueError, match="expected the cache of the last conversation, or an empty one"):
         model.generate(more, past_key_values=first.past_key_values, max_new_tokens=1, **WRITING)
 
 
@@ -218,7 +218,7 @@ def test_a_call_that_fails_ends_the_conversation_but_not_the_memory() -> None:
     with pytest.raises(KeyboardInterrupt):
         model.generate(ids, past_key_values=cache, max_new_tokens=9, **WRITING)
     hook.remove()
-    with pytest.raises(ValueError, match="expected the cache of the last conversation or an empty one"):
+    with pytest.raises(ValueError, match="expected the cache of the last conversation, or an empty one"):
         logits(model, ids[:, :1], past_key_values=cache)
     assert [each.tokens for each in memory.documents()] == [11]
     assert entries(memory)[1][:, 1].tolist() == list(range(11))
