@@ -56,7 +56,7 @@ def explain(
         losses=_losses(seen, ids),
         without_memory=_losses(_alone(eye, ids), ids),
         layers=[each.layer for each in seen.layers],
-        mass=np.stack([each.weights.sum(-1).numpy() for each in seen.layers]) if seen.layers else np.zeros((0, 0, 0)),
+        mass=_mass(seen.layers, len(ids)),
         titles={each.number: each.title for each in eye.ledger.documents()},
         columns=columns,
         passages=[],
@@ -85,6 +85,11 @@ def _alone(eye: Watched, ids: Tensor) -> Seen:
     """A run that finds nothing."""
     with eye.blind():
         return eye.run(ids)
+
+
+def _mass(layers: list[LookedUp], count: int) -> np.ndarray:
+    """(L, H, T), also where nothing was looked up."""
+    return np.stack([each.weights.sum(-1).numpy() for each in layers]) if layers else np.zeros((0, 0, count))
 
 
 def _columns(layers: list[LookedUp], eye: Watched) -> Columns:

@@ -136,7 +136,7 @@ class Explanation:
         """A pandas.DataFrame with a row for each entry, if pandas is installed."""
         import pandas as pd  # type: ignore[import-untyped, unused-ignore]
 
-        return pd.DataFrame(self.to_dicts())
+        return pd.DataFrame(self.to_dicts(), columns=LookedUpEntry._fields)
 
     def __str__(self) -> str:
         heard = f"{len(self.texts)} tokens, {len(self):,} entries looked up in layers {self.layers}"

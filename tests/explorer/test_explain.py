@@ -12,10 +12,13 @@ import torch
 from memorizing_transformers_pytorch import MemorizingTransformer
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
 from memorizing_transformers_pytorch.explorer import Explanation, explain
+from memorizing_transformers_pytorch.explorer.page import page
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.session import Session
 
 TEXTS = {"one": "It was the best of times, it was the worst of times.", "two": "Call me Ishmael. Some years ago."}
+
+COLUMNS = ["token", "layer", "head", "score", "weight", "document", "title", "position", "text", "age"]
 
 
 def ours(**options: Any) -> tuple[MemorizingTransformer, KNNMemoryList]:
@@ -166,7 +169,7 @@ def test_tables_have_a_row_for_each_entry() -> None:
     frame = found.to_pandas()
     assert isinstance(frame, pandas.DataFrame)
     assert len(frame) == len(found) == len(found.to_dicts()) == 11 * 2 * 3 * 5
-    assert list(frame) == ["token", "layer", "head", "score", "weight", "document", "title", "position", "text", "age"]
+    assert list(frame) == COLUMNS
     assert "tokens" in str(found)
     assert "<table>" in found._repr_html_()
 
@@ -195,9 +198,9 @@ def test_hostile_sources_are_escaped() -> None:
         session.read([ByteTokenizer().encode("<img src=x onerror=alert(1)>")])
         session.close()
     memories.ledger.grow(number, 28)
-    page = explain(model, "<img", memories, tokenizer=ByteTokenizer(), row=1)._repr_html_()
-    assert "<script>" not in page
-    assert "<img" not in page
+    shown = explain(model, "<img", memories, tokenizer=ByteTokenizer(), row=1)._repr_html_()
+    assert "<script>" not in shown
+    assert "<img" not in shown
 
 
 def test_an_explanation_stays_when_its_memory_is_gone() -> None:
@@ -218,6 +221,26 @@ def test_an_empty_memory_explains_that_there_is_nothing() -> None:
     assert len(found) == 0
     assert found.passages == []
     assert "0 entries" in str(found)
+
+
+@pytest.mark.parametrize("nothing", ["cleared", "forgotten", "disabled", "cleared row", "added"])
+def test_where_nothing_is_found_there_is_still_a_page_and_a_table(nothing: str) -> None:
+    pytest.importorskip("pandas")
+    model, memory = attached(**({"layers": [0], "added": True} if nothing == "added" else {}))
+    if nothing == "cleared row":
+        memory.clear()
+        memory.read(torch.randint(256, (2, 20)), progress=False)
+        memory.clear(rows=0)
+    elif nothing in ("cleared", "added"):
+        memory.clear()
+    elif nothing == "forgotten":
+        memory.forget(where=lambda document: True)
+    with memory.enabled(nothing != "disabled"):
+        found = explain(model, "best", memory, tokenizer=ByteTokenizer())
+    assert len(found) == 0
+    assert found.mass.shape[2] == 4
+    assert "Nothing was looked up." in page(found)
+    assert list(found.to_pandas()) == COLUMNS
 
 
 def test_bad_input_is_refused() -> None:
