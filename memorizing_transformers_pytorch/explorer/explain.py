@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing_transformers_pytorch.explorer.explanation import Columns, Explanation, Passage
-from memorizing_transformers_pytorch.explorer.sources import Sources, decoder, encoded
+from memorizing_transformers_pytorch.explorer.sources import Sources, decoder, encoded, is_known
 from memorizing_transformers_pytorch.explorer.watching import LookedUp, Seen, Watched, watched
 
 CONTRIBUTIONS = (None, "ablate")
+COLUMNS = ("token", "layer", "head", "score", "weight", "document", "position", "source_token", "age")
 
 
 def explain(
@@ -97,7 +98,7 @@ def _columns(layers: list[LookedUp], eye: Watched) -> Columns:
     for each in layers:
         heads, tokens, places = (index.numpy() for index in each.mask.nonzero(as_tuple=True))
         at = heads, tokens, places
-        documents, positions = each.origins[at][:, 0].numpy(), each.origins[at][:, 1].numpy()
+        documents, positions, own_tokens = each.origins[at].numpy().T
         shift = np.array([eye.start_of(number) for number in np.unique(documents).tolist()] or [0])
         own = np.searchsorted(np.unique(documents), documents)
         columns = {
@@ -108,12 +109,12 @@ def _columns(layers: list[LookedUp], eye: Watched) -> Columns:
             "weight": each.weights[at].numpy(),
             "document": documents,
             "position": positions - shift[own] if len(own) else positions,
+            "source_token": own_tokens,
             "age": each.ages[at].numpy(),
         }
         for name, column in columns.items():
             parts.setdefault(name, []).append(column)
-    names = ("token", "layer", "head", "score", "weight", "document", "position", "age")
-    return {name: np.concatenate(parts[name]) if name in parts else np.zeros(0, dtype=np.int64) for name in names}
+    return {name: np.concatenate(parts[name]) if name in parts else np.zeros(0, dtype=np.int64) for name in COLUMNS}
 
 
 def _starts(layers: list[LookedUp], eye: Watched) -> dict[int, int]:
@@ -122,9 +123,9 @@ def _starts(layers: list[LookedUp], eye: Watched) -> dict[int, int]:
 
 
 def passages_of(found: Explanation, size: int) -> list[Passage]:
-    """The pieces of sources that were looked up, those with the most attention first."""
+    """The pieces of known sources that were looked up, those with the most attention first."""
     columns = found.columns
-    known = columns["position"] >= 0
+    known = is_known(columns["document"], columns["position"])
     keys = np.stack((columns["document"][known], columns["position"][known] // size), axis=1)
     pieces, own = np.unique(keys, axis=0, return_inverse=True)
     weights = np.bincount(own.reshape(-1), columns["weight"][known], minlength=len(pieces))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memorizing_transformers_pytorch.explorer.sources import Sources
+from memorizing_transformers_pytorch.explorer.sources import Sources, is_known
 
 Columns = Mapping[str, np.ndarray]
 
@@ -21,8 +21,9 @@ class LookedUpEntry(NamedTuple):
     """One entry that one head of one layer found for one token.
 
     token: which of the explained ones. weight: the attention on it, of 1. score: the inner product of query and key.
-    document: the number of its source, -1 where unknown; title: its title. position: in that document. text: what
-    stands around it. age: how many tokens or entries lie between.
+    document: the number of its source, -1 where unknown; title: its title. position: in that document.
+    source_token: the id of the token that it was made of, -1 where unknown. text: what stands around it; of an unknown
+    source, that token alone. age: how many tokens or entries lie between.
     """
 
     token: int
@@ -33,6 +34,7 @@ class LookedUpEntry(NamedTuple):
     document: int
     title: str
     position: int
+    source_token: int
     text: str
     age: int
 
@@ -58,7 +60,8 @@ class Explanation:
 
     texts: each explained token as text. losses: (T,) in nats, the first NaN. without_memory: the same with an empty
     memory. mass: (L, H, T), the share of attention on the memory. layers: their numbers (L,). titles: of documents.
-    columns: the table: token, layer, head, score, weight, document, position, age (N,). passages: the sources, the most
+    columns: the table: token, layer, head, score, weight, document, position, source_token,
+    age (N,). passages: the sources, the most
     important first. around: how many tokens of the source the text of an entry shows on either side.
     """
 
@@ -83,10 +86,18 @@ class Explanation:
     def entry(self, i: int) -> LookedUpEntry:
         """Row i of the table."""
         row = {name: column[i].item() for name, column in self.columns.items()}
+        return LookedUpEntry(**row, title=self.title(row["document"]), text=self._text_of(row))
+
+    def _text_of(self, row: Mapping[str, Any]) -> str:
         document, position = row["document"], row["position"]
-        return LookedUpEntry(
-            **row, title=self.title(document), text=self.text(document, position, position, self.around)
-        )
+        if not is_known(document, position):
+            return self.sources.alone(row["source_token"])
+        return self.text(document, position, position, self.around)
+
+    @property
+    def no_passages(self) -> str:
+        """Why there are none, in words."""
+        return "What was looked up is of no known document." if len(self) else "Nothing was looked up."
 
     def title(self, document: int) -> str:
         return self.titles.get(document, f"document {document}" if document >= 0 else "unknown")

@@ -13,12 +13,15 @@ from memorizing_transformers_pytorch import MemorizingTransformer
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import page
+from memorizing_transformers_pytorch.generation import generate
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.session import Session
 
 TEXTS = {"one": "It was the best of times, it was the worst of times.", "two": "Call me Ishmael. Some years ago."}
 
-COLUMNS = ["token", "layer", "head", "score", "weight", "document", "title", "position", "text", "age"]
+COLUMNS = [
+    "token", "layer", "head", "score", "weight", "document", "title", "position", "source_token", "text", "age"
+]  # fmt: skip
 
 
 def ours(**options: Any) -> tuple[MemorizingTransformer, KNNMemoryList]:
@@ -213,6 +216,27 @@ def test_an_explanation_stays_when_its_memory_is_gone() -> None:
         model(torch.tensor([list(range(20))]), untitled)
         found = explain(model, [1, 2], untitled)
     assert len(found) == len(list(found)) > 0
+
+
+def test_entries_of_unknown_documents_show_their_own_token_alone() -> None:
+    """What `generate` reads counts from 0, whichever text it is: neighbours in number are none in any text."""
+    torch.manual_seed(0)
+    model = MemorizingTransformer(num_tokens=256, dim=24, depth=1, dim_head=8, heads=1, memorizing_layers=1).eval()
+    memories = model.create_knn_memories(batch_size=1)
+    for letter in b"ab":
+        generate(model, [[letter] * 20], memories, max_new_tokens=1, temperature=0)
+    found = explain(model, "ab", memories, tokenizer=ByteTokenizer(), contribution="ablate")
+    assert {"a", "b"} <= {each.text for each in found}
+    assert all(each.text == ByteTokenizer().decode([each.source_token]) for each in found)
+    assert found.passages == []
+    assert [each["title"] for each in found.by_document()] == ["unknown"]
+    written = page(found)
+    assert '<bdi class="quote">a</bdi>' in written
+    assert '<bdi class="quote">b</bdi>' in written
+    with model.knn_memories_context(batch_size=1) as placeless:
+        model(torch.tensor([list(b"xyz")]), placeless)
+        found = explain(model, "ab", placeless, tokenizer=ByteTokenizer())
+    assert {each.text for each in found} == {"x", "y", "z"}
 
 
 def test_an_empty_memory_explains_that_there_is_nothing() -> None:
