@@ -134,6 +134,16 @@ def test_a_folder_stays_as_it_is_until_it_is_saved(model: str, tmp_path: Path) -
             service.save("a", wrong)
 
 
+def test_a_memory_is_not_saved_among_other_things(model: str) -> None:
+    """Such as into the folder of its own model."""
+    service = serving(model)
+    service.read("me", "one.txt", TEXT)
+    before = sorted(Path(model).rglob("*"))
+    with pytest.raises(ValueError, match="expected a new folder, an empty one or that of a memory"):
+        service.save("me", model)
+    assert sorted(Path(model).rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
