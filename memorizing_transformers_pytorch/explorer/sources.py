@@ -92,13 +92,17 @@ def decoder(tokenizer: object) -> Decode | None:
 
 
 def encoded(text: object, tokenizer: object, vocabulary: int) -> torch.Tensor:
-    """Token ids (T,) of a text, or those that were given. Raises ValueError for what is neither, or empty."""
+    """Token ids (T,) of a text, or those that were given. Raises ValueError for what is neither, empty, or
+    several texts."""
     if isinstance(text, str):
         encode = getattr(tokenizer, "encode", None)
         if encode is None:
             raise ValueError("expected a tokenizer with encode(), to explain a text, got none")
         text = encode(text)
-    tokens = torch.as_tensor(text).flatten()
+    tokens = torch.as_tensor(text)
+    if tokens.ndim > 1 and tokens.numel() != tokens.shape[-1]:
+        raise ValueError(f"expected tokens (T,) or (1, T) of one text, got {tuple(tokens.shape)}")
+    tokens = tokens.flatten()
     if tokens.is_floating_point() or tokens.numel() == 0:
         raise ValueError(f"expected at least one token as integers, got {tokens.dtype} {tuple(tokens.shape)}")
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:

@@ -271,6 +271,9 @@ def test_bad_input_is_refused() -> None:
     model, memories = ours()
     for arguments, message in [
         (((), memories), "expected at least one token"),
+        (([[]], memories), "expected at least one token"),
+        (([[1, 2], [3, 4]], memories), r"expected tokens \(T,\) or \(1, T\) of one text, got \(2, 2\)"),
+        (([[1], [2]], memories), r"got \(2, 1\)"),
         (([999], memories), "expected tokens from 0 to 255"),
         (("text", memories), r"expected a tokenizer with encode\(\)"),
         (([1], None), "expected the memories of this model"),
