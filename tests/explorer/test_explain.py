@@ -177,6 +177,31 @@ def test_tables_have_a_row_for_each_entry() -> None:
     assert "<table>" in found._repr_html_()
 
 
+@KINDS
+def test_a_frame_says_what_the_entries_say_and_each_place_is_decoded_once(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pandas")
+    found, asked = explained(kind), list[tuple[int, ...]]()
+    text = found.sources.text
+    monkeypatch.setattr(found.sources, "text", lambda *place: asked.append(place) or text(*place))
+    frame = found.to_pandas()
+    assert frame.to_dict("records") == found.to_dicts() == [each._asdict() for each in found]
+    assert len(asked) == len(set(asked)) < len(found)
+
+
+def test_the_best_entries_of_each_token_are_those_with_the_largest_weights() -> None:
+    found = explained("ours")
+    best = found.to_dicts(of_each_token=3)
+    assert len(best) == 3 * len(found.texts)
+    assert best == sorted(best, key=lambda each: -each["weight"])
+    for token in range(len(found.texts)):
+        own = [each for each in best if each["token"] == token]
+        assert own == [each._asdict() for each in found.of_token(token, 3)]
+    assert found.to_dicts(5, of_each_token=3) == best[:5]
+    assert found.to_dicts(of_each_token=10_000) == found.to_dicts()
+
+
 @pytest.mark.parametrize(
     "text", ["a b", "où שלום 👩\u200d👧 \N{REPLACEMENT CHARACTER}x", "\N{REPLACEMENT CHARACTER}" * 3]
 )
