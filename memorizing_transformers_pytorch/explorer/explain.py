@@ -43,10 +43,13 @@ def explain(
     passage: how many tokens of a source count as one passage.
     around: how many tokens of the source to show on either side of an entry.
 
-    Raises ValueError for tokens that the model does not have, a row that there is not, or an unknown contribution.
+    Raises ValueError for tokens that the model does not have, a model or row that has no memory, an unknown
+    contribution, or sizes below 0.
     """
     if contribution not in CONTRIBUTIONS or passage < 1:
         raise ValueError(f"expected contribution {CONTRIBUTIONS} and passage >= 1, got {contribution!r}, {passage}")
+    if most_passages < 0 or around < 0:
+        raise ValueError(f"expected most_passages and around of at least 0, got {most_passages}, {around}")
     eye, decode = watched(model, memories, row), decoder(tokenizer)
     ids = encoded(tokens, tokenizer, _vocabulary(model))
     seen = eye.run(ids)

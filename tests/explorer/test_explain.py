@@ -307,6 +307,13 @@ def test_bad_input_is_refused() -> None:
             explain(model, *arguments)
     with pytest.raises(ValueError, match="expected a row from 0 to 1, got 2"):
         explain(model, [1], memories, row=2)
+    for sizes in ({"most_passages": -3}, {"around": -5}):
+        with pytest.raises(ValueError, match="expected most_passages and around of at least 0"):
+            explain(model, [1], memories, **sizes)
+    explain(model, [1], memories, row=1, most_passages=0, around=0, contribution="ablate")
+    bare = MemorizingTransformer(num_tokens=256, dim=24, depth=1, dim_head=8, heads=1, memorizing_layers=())
+    with pytest.raises(ValueError, match="has no layers with a memory"):
+        explain(bare, [1], bare.create_knn_memories(batch_size=1))
     with pytest.raises(ValueError, match="expected contribution"):
         explain(model, [1], memories, contribution="guess")
     other, memory = attached()
