@@ -14,7 +14,7 @@ import tyro
 from memorizing_transformers_pytorch.cli.arguments import chosen_device, default_model, parse_arguments
 from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
 from memorizing_transformers_pytorch.explorer import Explanation, explain
-from memorizing_transformers_pytorch.explorer.page import write_page
+from memorizing_transformers_pytorch.explorer.page import ENTRIES, write_page
 from memorizing_transformers_pytorch.library.build import files_below
 from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader
 from memorizing_transformers_pytorch.progress import bar
@@ -40,7 +40,9 @@ class Explain:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The page to write; report.html unless given."""
     json: bool = False
-    """Instead, print everything as JSON."""
+    """Instead, print what there is as JSON, with the 8 entries of each token that have the largest weights."""
+    all_entries: bool = False
+    """With --json: all of them, one for each token, layer, head and place of what was retrieved."""
     contribution: Literal["none", "ablate"] = "none"
     """What each passage is worth: ablate runs the text again without each of those that were looked up most."""
     row: int = 0
@@ -72,7 +74,7 @@ def explain_text(options: Explain) -> None:
     contribution = None if options.contribution == "none" else options.contribution
     found = explain(network, prompt, memory, tokenizer=tokenizer, row=options.row, contribution=contribution)
     if options.json:
-        print(json.dumps(as_json(found), indent=1))
+        print(json.dumps(as_json(found, all_entries=options.all_entries), indent=1))
         return
     write_page(found, output, f"What {Path(model).name} looked up")
     print(f"{found}\n\n{output}")
@@ -88,6 +90,8 @@ def checked(options: Explain, prompt: str) -> Path:
         raise ValueError("expected --max-memories or --memory, got both")
     if options.json and options.output is not None:
         raise ValueError("expected --json or --output, got both")
+    if options.all_entries and not options.json:
+        raise ValueError("expected --all-entries with --json, got it without")
     output = REPORT if options.output is None else options.output
     if not options.json:
         check_writable(output)
@@ -126,8 +130,8 @@ def read_all(reader: DocumentReader, texts: dict[str, str]) -> None:
                 done = part
 
 
-def as_json(found: Explanation) -> dict[str, Any]:
-    """Everything that an explanation says, with values that JSON can hold."""
+def as_json(found: Explanation, *, all_entries: bool) -> dict[str, Any]:
+    """What an explanation says, with values that JSON can hold. all_entries: or of each token those of a page."""
     losses, alone = (
         [None if loss != loss else loss for loss in each.tolist()] for each in (found.losses, found.without_memory)
     )
@@ -139,5 +143,6 @@ def as_json(found: Explanation) -> dict[str, Any]:
         "layers": found.by_layer(),
         "documents": found.by_document(),
         "passages": [asdict(each) for each in found.passages],
-        "entries": found.to_dicts(),
+        "looked_up": len(found),
+        "entries": found.to_dicts(of_each_token=None if all_entries else ENTRIES),
     }

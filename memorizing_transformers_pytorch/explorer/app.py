@@ -16,6 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from memorizing_transformers_pytorch.explorer import shown
 from memorizing_transformers_pytorch.explorer.desk import Sampling
@@ -24,6 +25,7 @@ from memorizing_transformers_pytorch.explorer.joining import LaterJoins
 from memorizing_transformers_pytorch.explorer.service import MAX_BYTES, Service
 
 HOST = "127.0.0.1"
+NAMES = (HOST, "localhost")  # by which it is asked; a page of another may have its own name lead here (DNS rebinding)
 PORTS = 100  # that are tried
 ATTEMPTS = 5  # to take one that others may want too
 MAX_UPLOAD = 50 * MAX_BYTES  # beyond it the browser refuses all files that were chosen; below, we only the large ones
@@ -234,7 +236,7 @@ def _launched(blocks: gr.Blocks, port: int) -> Any:
         footer_links=[],
         run_history=False,
         max_file_size=MAX_UPLOAD,
-        app_kwargs={"middleware": [Middleware(LaterJoins)]},
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=NAMES), Middleware(LaterJoins)]},
         theme=_theme(),
         css=CSS,
         prevent_thread_lock=True,

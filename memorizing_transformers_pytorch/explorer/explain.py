@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing_transformers_pytorch.explorer.explanation import Columns, Explanation, Passage
-from memorizing_transformers_pytorch.explorer.sources import Sources, decoder, encoded
+from memorizing_transformers_pytorch.explorer.sources import Sources, decoder, encoded, is_known
 from memorizing_transformers_pytorch.explorer.watching import LookedUp, Seen, Watched, watched
 
 CONTRIBUTIONS = (None, "ablate")
+COLUMNS = ("token", "layer", "head", "score", "weight", "document", "position", "source_token", "age")
 
 
 def explain(
@@ -42,10 +43,13 @@ def explain(
     passage: how many tokens of a source count as one passage.
     around: how many tokens of the source to show on either side of an entry.
 
-    Raises ValueError for tokens that the model does not have, a row that there is not, or an unknown contribution.
+    Raises ValueError for tokens that the model does not have, a model or row that has no memory, an unknown
+    contribution, or sizes below 0.
     """
     if contribution not in CONTRIBUTIONS or passage < 1:
         raise ValueError(f"expected contribution {CONTRIBUTIONS} and passage >= 1, got {contribution!r}, {passage}")
+    if most_passages < 0 or around < 0:
+        raise ValueError(f"expected most_passages and around of at least 0, got {most_passages}, {around}")
     eye, decode = watched(model, memories, row), decoder(tokenizer)
     ids = encoded(tokens, tokenizer, _vocabulary(model))
     seen = eye.run(ids)
@@ -56,7 +60,7 @@ def explain(
         losses=_losses(seen, ids),
         without_memory=_losses(_alone(eye, ids), ids),
         layers=[each.layer for each in seen.layers],
-        mass=np.stack([each.weights.sum(-1).numpy() for each in seen.layers]) if seen.layers else np.zeros((0, 0, 0)),
+        mass=_mass(seen.layers, len(ids)),
         titles={each.number: each.title for each in eye.ledger.documents()},
         columns=columns,
         passages=[],
@@ -87,12 +91,17 @@ def _alone(eye: Watched, ids: Tensor) -> Seen:
         return eye.run(ids)
 
 
+def _mass(layers: list[LookedUp], count: int) -> np.ndarray:
+    """(L, H, T), also where nothing was looked up."""
+    return np.stack([each.weights.sum(-1).numpy() for each in layers]) if layers else np.zeros((0, 0, count))
+
+
 def _columns(layers: list[LookedUp], eye: Watched) -> Columns:
     parts: dict[str, list[np.ndarray]] = {}
     for each in layers:
         heads, tokens, places = (index.numpy() for index in each.mask.nonzero(as_tuple=True))
         at = heads, tokens, places
-        documents, positions = each.origins[at][:, 0].numpy(), each.origins[at][:, 1].numpy()
+        documents, positions, own_tokens = each.origins[at].numpy().T
         shift = np.array([eye.start_of(number) for number in np.unique(documents).tolist()] or [0])
         own = np.searchsorted(np.unique(documents), documents)
         columns = {
@@ -103,12 +112,12 @@ def _columns(layers: list[LookedUp], eye: Watched) -> Columns:
             "weight": each.weights[at].numpy(),
             "document": documents,
             "position": positions - shift[own] if len(own) else positions,
+            "source_token": own_tokens,
             "age": each.ages[at].numpy(),
         }
         for name, column in columns.items():
             parts.setdefault(name, []).append(column)
-    names = ("token", "layer", "head", "score", "weight", "document", "position", "age")
-    return {name: np.concatenate(parts[name]) if name in parts else np.zeros(0, dtype=np.int64) for name in names}
+    return {name: np.concatenate(parts[name]) if name in parts else np.zeros(0, dtype=np.int64) for name in COLUMNS}
 
 
 def _starts(layers: list[LookedUp], eye: Watched) -> dict[int, int]:
@@ -117,9 +126,9 @@ def _starts(layers: list[LookedUp], eye: Watched) -> dict[int, int]:
 
 
 def passages_of(found: Explanation, size: int) -> list[Passage]:
-    """The pieces of sources that were looked up, those with the most attention first."""
+    """The pieces of known sources that were looked up, those with the most attention first."""
     columns = found.columns
-    known = columns["position"] >= 0
+    known = is_known(columns["document"], columns["position"])
     keys = np.stack((columns["document"][known], columns["position"][known] // size), axis=1)
     pieces, own = np.unique(keys, axis=0, return_inverse=True)
     weights = np.bincount(own.reshape(-1), columns["weight"][known], minlength=len(pieces))

@@ -8,11 +8,12 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from memorizing_transformers_pytorch.explorer.sources import Sources
+from memorizing_transformers_pytorch.explorer.sources import Sources, is_known
 
 Columns = Mapping[str, np.ndarray]
 
@@ -21,8 +22,9 @@ class LookedUpEntry(NamedTuple):
     """One entry that one head of one layer found for one token.
 
     token: which of the explained ones. weight: the attention on it, of 1. score: the inner product of query and key.
-    document: the number of its source, -1 where unknown; title: its title. position: in that document. text: what
-    stands around it. age: how many tokens or entries lie between.
+    document: the number of its source, -1 where unknown; title: its title. position: in that document.
+    source_token: the id of the token that it was made of, -1 where unknown. text: what stands around it; of an unknown
+    source, that token alone. age: how many tokens or entries lie between.
     """
 
     token: int
@@ -33,6 +35,7 @@ class LookedUpEntry(NamedTuple):
     document: int
     title: str
     position: int
+    source_token: int
     text: str
     age: int
 
@@ -58,7 +61,8 @@ class Explanation:
 
     texts: each explained token as text. losses: (T,) in nats, the first NaN. without_memory: the same with an empty
     memory. mass: (L, H, T), the share of attention on the memory. layers: their numbers (L,). titles: of documents.
-    columns: the table: token, layer, head, score, weight, document, position, age (N,). passages: the sources, the most
+    columns: the table: token, layer, head, score, weight, document, position, source_token,
+    age (N,). passages: the sources, the most
     important first. around: how many tokens of the source the text of an entry shows on either side.
     """
 
@@ -73,20 +77,46 @@ class Explanation:
     sources: Sources = field(repr=False)
     starts: Mapping[int, int] = field(repr=False)
     around: int = 12
+    _texts: dict[tuple[int, int, int], str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.columns["token"])
 
     def __iter__(self) -> Iterator[LookedUpEntry]:
-        return (self.entry(int(i)) for i in np.argsort(-self.columns["weight"], kind="stable"))
+        return (self.entry(int(i)) for i in self._best())
 
     def entry(self, i: int) -> LookedUpEntry:
         """Row i of the table."""
         row = {name: column[i].item() for name, column in self.columns.items()}
-        document, position = row["document"], row["position"]
-        return LookedUpEntry(
-            **row, title=self.title(document), text=self.text(document, position, position, self.around)
-        )
+        text = self._text_of(row["document"], row["position"], row["source_token"])
+        return LookedUpEntry(**row, title=self.title(row["document"]), text=text)
+
+    def _text_of(self, document: int, position: int, source_token: int) -> str:
+        """Of an entry. Many tokens and heads find the same ones: each is decoded once."""
+        key = document, position, source_token
+        if key not in self._texts:
+            is_there = is_known(document, position)
+            around = (
+                self.text(document, position, position, self.around) if is_there else self.sources.alone(source_token)
+            )
+            self._texts[key] = around
+        return self._texts[key]
+
+    def _best(self, of_each_token: int | None = None) -> np.ndarray:
+        """Rows of the table, the largest weight first; of each token at most so many."""
+        order = np.argsort(-self.columns["weight"], kind="stable")
+        if of_each_token is None:
+            return order
+        tokens = self.columns["token"][order]
+        by_token = np.argsort(tokens, kind="stable")
+        ranks = np.empty_like(order)
+        ranks[by_token] = np.arange(len(order)) - np.searchsorted(tokens[by_token], tokens[by_token])
+        return order[ranks < of_each_token]
+
+    @property
+    def no_passages(self) -> str:
+        """Why there are none, in words."""
+        return "What was looked up is of no known document." if len(self) else "Nothing was looked up."
 
     def title(self, document: int) -> str:
         return self.titles.get(document, f"document {document}" if document >= 0 else "unknown")
@@ -127,16 +157,20 @@ class Explanation:
         heads = self.mass.shape[0] * self.mass.shape[1]
         return float(total) / heads if heads else 0.0
 
-    def to_dicts(self, count: int | None = None) -> list[dict[str, Any]]:
-        """The entries with the largest weights, as for JSON; all unless told how many."""
-        entries = iter(self)
-        return [each._asdict() for each, _ in zip(entries, range(len(self) if count is None else count), strict=False)]
+    def to_dicts(self, count: int | None = None, *, of_each_token: int | None = None) -> list[dict[str, Any]]:
+        """The entries with the largest weights, as for JSON; all unless told how many, together or of each token."""
+        return [self.entry(int(i))._asdict() for i in islice(self._best(of_each_token), count)]
 
     def to_pandas(self) -> Any:
-        """A pandas.DataFrame with a row for each entry, if pandas is installed."""
+        """A pandas.DataFrame with a row for each entry, the largest weight first, if pandas is installed."""
         import pandas as pd  # type: ignore[import-untyped, unused-ignore]
 
-        return pd.DataFrame(self.to_dicts())
+        order = self._best()
+        columns: dict[str, Any] = {name: column[order] for name, column in self.columns.items()}
+        places = (columns[name].tolist() for name in ("document", "position", "source_token"))
+        columns["text"] = list(map(self._text_of, *places))
+        columns["title"] = list(map(self.title, columns["document"].tolist()))
+        return pd.DataFrame(columns, columns=LookedUpEntry._fields)
 
     def __str__(self) -> str:
         heard = f"{len(self.texts)} tokens, {len(self):,} entries looked up in layers {self.layers}"

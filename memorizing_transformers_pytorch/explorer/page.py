@@ -56,7 +56,7 @@ class _Parts:
         self._found = found
         self._masses = found.mass_of_tokens()
         self._of_token = _rows_by_token(found)
-        self._texts: dict[tuple[int, int], str] = {}
+        self._texts: dict[tuple[int, int, int], str] = {}
         self._passages = found.passages[:PASSAGES]
         self._size = self._passages[0].last - self._passages[0].first + 1 if self._passages else 1
         self._number_of = {(each.document, each.first // self._size): i for i, each in enumerate(self._passages)}
@@ -116,7 +116,7 @@ class _Parts:
 
     def passages(self) -> str:
         if not self._passages:
-            return "<p>Nothing was looked up.</p>"
+            return f"<p>{self._found.no_passages}</p>"
         left = len(self._found.passages) - len(self._passages)
         more = f"<p>{left:,} more passages with less of either are not written.</p>" if left > 0 else ""
         note = (
@@ -202,7 +202,7 @@ class _Parts:
 
     def _quoted(self, entry: LookedUpEntry) -> str:
         """The text around an entry, with the entry marked where its text is part of it."""
-        key = entry.document, entry.position
+        key = entry.document, entry.position, entry.source_token
         if key not in self._texts:
             found, around = self._found, self._found.around
             first = max(entry.position - around, 0)

@@ -46,7 +46,7 @@ def tokens(found: Explanation) -> str:
 def sources(found: Explanation, most: int = 20) -> str:
     """The passages that were looked up, the most important first."""
     if not found.passages:
-        return message("Nothing was looked up.")
+        return message(found.no_passages)
     measured = any(each.contribution is not None for each in found.passages)
     head = ["source", "tokens", "attention", *(["worth (nats)"] if measured else []), "passage"]
     rows = []

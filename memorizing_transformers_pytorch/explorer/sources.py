@@ -6,6 +6,7 @@ Nothing but the memory is needed, and what was forgotten or never stored is a ga
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +15,12 @@ from memorizing_transformers_pytorch.memory import KNNMemory
 GAP = " \N{HORIZONTAL ELLIPSIS} "
 LONGEST_CHARACTER = 4  # in bytes, and so in tokens
 Decode = Callable[[Sequence[int]], str]
+
+
+def is_known(document: Any, place: Any) -> Any:
+    """Whether an entry, or each of several, says where it stands. Those that do not may be of any number of texts, all
+    of which count from 0: they have no neighbours."""
+    return (document >= 0) & (place >= 0)
 
 
 class Sources:
@@ -25,7 +32,8 @@ class Sources:
         for memory in memories:
             origins = memory.store.origins[row, : memory.store.filled[row]]
             for document, place, token in origins.cpu().tolist():
-                self._tokens.setdefault(document, {})[place] = token
+                if is_known(document, place):
+                    self._tokens.setdefault(document, {})[place] = token
 
     def text(self, document: int, first: int, last: int) -> str:
         """What stands from place `first` to `last` (included), with an ellipsis where something is missing."""
@@ -38,6 +46,10 @@ class Sources:
             elif runs[-1]:
                 runs.append([])
         return GAP.join(self.decoded(run) for run in runs if run)
+
+    def alone(self, token: int) -> str:
+        """What is remembered of an unknown place: no more than its own token, if that."""
+        return self.decoded([token]) if token >= 0 else ""
 
     def decoded(self, tokens: Sequence[int]) -> str:
         """Tokens as text; without a tokenizer as numbers."""
@@ -80,13 +92,17 @@ def decoder(tokenizer: object) -> Decode | None:
 
 
 def encoded(text: object, tokenizer: object, vocabulary: int) -> torch.Tensor:
-    """Token ids (T,) of a text, or those that were given. Raises ValueError for what is neither, or empty."""
+    """Token ids (T,) of a text, or those that were given. Raises ValueError for what is neither, empty, or
+    several texts."""
     if isinstance(text, str):
         encode = getattr(tokenizer, "encode", None)
         if encode is None:
             raise ValueError("expected a tokenizer with encode(), to explain a text, got none")
         text = encode(text)
-    tokens = torch.as_tensor(text).flatten()
+    tokens = torch.as_tensor(text)
+    if tokens.ndim > 1 and tokens.numel() != tokens.shape[-1]:
+        raise ValueError(f"expected tokens (T,) or (1, T) of one text, got {tuple(tokens.shape)}")
+    tokens = tokens.flatten()
     if tokens.is_floating_point() or tokens.numel() == 0:
         raise ValueError(f"expected at least one token as integers, got {tokens.dtype} {tuple(tokens.shape)}")
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:

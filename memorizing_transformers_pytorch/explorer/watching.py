@@ -193,9 +193,10 @@ def watched(model: Any, memories: Any, row: int) -> Watched:
     if isinstance(model, MemorizingTransformer):
         if not isinstance(memories, KNNMemoryList) or len(memories) != len(model.config.layers_with_memory):
             raise ValueError(f"expected the memories of this model as a KNNMemoryList, got {type(memories).__name__}")
-        rows, found = (memories[0].num_indices if memories else 0), OurModel(model, memories, row)
-        check_row(row, rows)
-        return found
+        if not memories:
+            raise ValueError("expected a model with a memory, got one that has no layers with a memory")
+        check_row(row, memories[0].num_indices)
+        return OurModel(model, memories, row)
     if not hasattr(memories, "watched_row") or memories.model is not model:
         raise ValueError(f"expected the memory that is attached to this model, got {type(memories).__name__}")
     check_row(row, memories.num_rows)

@@ -48,7 +48,8 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         written (unless compact): it costs about as much as has changed. After `compact` nothing is left on disk of what
         was forgotten or overwritten.
 
-        Raises ValueError if the folder holds anything else (unless overwrite), SaveError if it cannot be written.
+        Raises ValueError, with nothing changed, if the folder holds another state or other things than a memory, unless
+        overwrite: then that state is replaced, and other files stay. Raises SaveError if it cannot be written.
         """
         with self.locked():
             belongings = Belongings(self.ledger, self.fingerprint, self.extra)

@@ -76,6 +76,22 @@ def test_a_memory_on_disk_is_looked_up_and_stays_as_it_is(
     assert found["entries"][0].keys() >= {"token", "layer", "head", "weight", "title", "position", "age"}
 
 
+def test_json_has_the_best_entries_of_each_token_unless_all_are_asked_for(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(make_run(tmp_path / "run")), "--read", str(notes), "--prompt", "the question", "--json"]
+    found = []
+    for more in ([], ["--all-entries"]):
+        capsys.readouterr()
+        main(["explain", *given, *more])
+        found.append(json.loads(capsys.readouterr().out))
+    few, everything = (each.pop("entries") for each in found)
+    assert found[0] == found[1]
+    assert len(everything) == found[0]["looked_up"] > len(few)
+    for token in range(len(found[0]["tokens"])):
+        assert [e for e in few if e["token"] == token] == [e for e in everything if e["token"] == token][:8]
+
+
 def test_without_any_run_the_model_that_comes_with_the_package_explains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +135,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(
         ([*read, "--prompt", "x", "-o", os.devnull], "which is a folder or a device"),
         ([*read, "--prompt", "x", "-o", str(tmp_path / "no" / "page.html")], "expected a file that can be written"),
         ([*read, "--prompt", "x", "-o", "page.html", "--json"], "expected --json or --output, got both"),
+        ([*read, "--prompt", "x", "--all-entries"], "expected --all-entries with --json, got it without"),
         (["--model", "nowhere", "--read", "nothing.txt", "--prompt", "x"], "got 'nothing.txt'"),
         ([*read], "--prompt"),
     ]:

@@ -12,10 +12,16 @@ import torch
 from memorizing_transformers_pytorch import MemorizingTransformer
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
 from memorizing_transformers_pytorch.explorer import Explanation, explain
+from memorizing_transformers_pytorch.explorer.page import page
+from memorizing_transformers_pytorch.generation import generate
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.session import Session
 
 TEXTS = {"one": "It was the best of times, it was the worst of times.", "two": "Call me Ishmael. Some years ago."}
+
+COLUMNS = [
+    "token", "layer", "head", "score", "weight", "document", "title", "position", "source_token", "text", "age"
+]  # fmt: skip
 
 
 def ours(**options: Any) -> tuple[MemorizingTransformer, KNNMemoryList]:
@@ -166,9 +172,34 @@ def test_tables_have_a_row_for_each_entry() -> None:
     frame = found.to_pandas()
     assert isinstance(frame, pandas.DataFrame)
     assert len(frame) == len(found) == len(found.to_dicts()) == 11 * 2 * 3 * 5
-    assert list(frame) == ["token", "layer", "head", "score", "weight", "document", "title", "position", "text", "age"]
+    assert list(frame) == COLUMNS
     assert "tokens" in str(found)
     assert "<table>" in found._repr_html_()
+
+
+@KINDS
+def test_a_frame_says_what_the_entries_say_and_each_place_is_decoded_once(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pandas")
+    found, asked = explained(kind), list[tuple[int, ...]]()
+    text = found.sources.text
+    monkeypatch.setattr(found.sources, "text", lambda *place: asked.append(place) or text(*place))
+    frame = found.to_pandas()
+    assert frame.to_dict("records") == found.to_dicts() == [each._asdict() for each in found]
+    assert len(asked) == len(set(asked)) < len(found)
+
+
+def test_the_best_entries_of_each_token_are_those_with_the_largest_weights() -> None:
+    found = explained("ours")
+    best = found.to_dicts(of_each_token=3)
+    assert len(best) == 3 * len(found.texts)
+    assert best == sorted(best, key=lambda each: -each["weight"])
+    for token in range(len(found.texts)):
+        own = [each for each in best if each["token"] == token]
+        assert own == [each._asdict() for each in found.of_token(token, 3)]
+    assert found.to_dicts(5, of_each_token=3) == best[:5]
+    assert found.to_dicts(of_each_token=10_000) == found.to_dicts()
 
 
 @pytest.mark.parametrize(
@@ -195,9 +226,9 @@ def test_hostile_sources_are_escaped() -> None:
         session.read([ByteTokenizer().encode("<img src=x onerror=alert(1)>")])
         session.close()
     memories.ledger.grow(number, 28)
-    page = explain(model, "<img", memories, tokenizer=ByteTokenizer(), row=1)._repr_html_()
-    assert "<script>" not in page
-    assert "<img" not in page
+    shown = explain(model, "<img", memories, tokenizer=ByteTokenizer(), row=1)._repr_html_()
+    assert "<script>" not in shown
+    assert "<img" not in shown
 
 
 def test_an_explanation_stays_when_its_memory_is_gone() -> None:
@@ -212,6 +243,27 @@ def test_an_explanation_stays_when_its_memory_is_gone() -> None:
     assert len(found) == len(list(found)) > 0
 
 
+def test_entries_of_unknown_documents_show_their_own_token_alone() -> None:
+    """What `generate` reads counts from 0, whichever text it is: neighbours in number are none in any text."""
+    torch.manual_seed(0)
+    model = MemorizingTransformer(num_tokens=256, dim=24, depth=1, dim_head=8, heads=1, memorizing_layers=1).eval()
+    memories = model.create_knn_memories(batch_size=1)
+    for letter in b"ab":
+        generate(model, [[letter] * 20], memories, max_new_tokens=1, temperature=0)
+    found = explain(model, "ab", memories, tokenizer=ByteTokenizer(), contribution="ablate")
+    assert {"a", "b"} <= {each.text for each in found}
+    assert all(each.text == ByteTokenizer().decode([each.source_token]) for each in found)
+    assert found.passages == []
+    assert [each["title"] for each in found.by_document()] == ["unknown"]
+    written = page(found)
+    assert '<bdi class="quote">a</bdi>' in written
+    assert '<bdi class="quote">b</bdi>' in written
+    with model.knn_memories_context(batch_size=1) as placeless:
+        model(torch.tensor([list(b"xyz")]), placeless)
+        found = explain(model, "ab", placeless, tokenizer=ByteTokenizer())
+    assert {each.text for each in found} == {"x", "y", "z"}
+
+
 def test_an_empty_memory_explains_that_there_is_nothing() -> None:
     model, memories = ours()
     found = explain(model, [1, 2, 3], memories, row=0)
@@ -220,10 +272,33 @@ def test_an_empty_memory_explains_that_there_is_nothing() -> None:
     assert "0 entries" in str(found)
 
 
+@pytest.mark.parametrize("nothing", ["cleared", "forgotten", "disabled", "cleared row", "added"])
+def test_where_nothing_is_found_there_is_still_a_page_and_a_table(nothing: str) -> None:
+    pytest.importorskip("pandas")
+    model, memory = attached(**({"layers": [0], "added": True} if nothing == "added" else {}))
+    if nothing == "cleared row":
+        memory.clear()
+        memory.read(torch.randint(256, (2, 20)), progress=False)
+        memory.clear(rows=0)
+    elif nothing in ("cleared", "added"):
+        memory.clear()
+    elif nothing == "forgotten":
+        memory.forget(where=lambda document: True)
+    with memory.enabled(nothing != "disabled"):
+        found = explain(model, "best", memory, tokenizer=ByteTokenizer())
+    assert len(found) == 0
+    assert found.mass.shape[2] == 4
+    assert "Nothing was looked up." in page(found)
+    assert list(found.to_pandas()) == COLUMNS
+
+
 def test_bad_input_is_refused() -> None:
     model, memories = ours()
     for arguments, message in [
         (((), memories), "expected at least one token"),
+        (([[]], memories), "expected at least one token"),
+        (([[1, 2], [3, 4]], memories), r"expected tokens \(T,\) or \(1, T\) of one text, got \(2, 2\)"),
+        (([[1], [2]], memories), r"got \(2, 1\)"),
         (([999], memories), "expected tokens from 0 to 255"),
         (("text", memories), r"expected a tokenizer with encode\(\)"),
         (([1], None), "expected the memories of this model"),
@@ -232,6 +307,13 @@ def test_bad_input_is_refused() -> None:
             explain(model, *arguments)
     with pytest.raises(ValueError, match="expected a row from 0 to 1, got 2"):
         explain(model, [1], memories, row=2)
+    for sizes in ({"most_passages": -3}, {"around": -5}):
+        with pytest.raises(ValueError, match="expected most_passages and around of at least 0"):
+            explain(model, [1], memories, **sizes)
+    explain(model, [1], memories, row=1, most_passages=0, around=0, contribution="ablate")
+    bare = MemorizingTransformer(num_tokens=256, dim=24, depth=1, dim_head=8, heads=1, memorizing_layers=())
+    with pytest.raises(ValueError, match="has no layers with a memory"):
+        explain(bare, [1], bare.create_knn_memories(batch_size=1))
     with pytest.raises(ValueError, match="expected contribution"):
         explain(model, [1], memories, contribution="guess")
     other, memory = attached()

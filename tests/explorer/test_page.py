@@ -86,7 +86,7 @@ def explanation(texts: list[str], title: str, source: str, heads: int = 3, retri
     mass = weights.reshape(2, heads, count, retrieved).sum(-1)
     columns = {
         "token": token, "layer": layer, "head": head, "score": weights, "weight": weights,
-        "document": place % 2, "position": 10 * place, "age": place + 1,
+        "document": place % 2, "position": 10 * place, "source_token": place, "age": place + 1,
     }  # fmt: skip
     losses = np.full(count, 1.5)
     losses[0] = np.nan
@@ -205,6 +205,7 @@ def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> 
 
 def test_a_page_of_nothing_looked_up_says_so() -> None:
     found = explanation(["a", ""], "title", "source", retrieved=0)
+    assert "What was looked up is of no known document." in page(replace(explanation(["a"], "", ""), passages=[]))
     text = page(replace(found, passages=[], mass=np.zeros((0, 0, 2)), layers=[]))
     assert "Nothing was looked up." in text
     assert ">·</a>" in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import http.client
 import socket
 import threading
 from pathlib import Path
@@ -132,6 +134,16 @@ def test_a_folder_stays_as_it_is_until_it_is_saved(model: str, tmp_path: Path) -
             service.save("a", wrong)
 
 
+def test_a_memory_is_not_saved_among_other_things(model: str) -> None:
+    """Such as into the folder of its own model."""
+    service = serving(model)
+    service.read("me", "one.txt", TEXT)
+    before = sorted(Path(model).rglob("*"))
+    with pytest.raises(ValueError, match="expected a new folder, an empty one or that of a memory"):
+        service.save("me", model)
+    assert sorted(Path(model).rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -254,3 +266,39 @@ def test_a_taken_port_gives_way_to_the_next() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert port < free_port(port) <= port + 100
+
+
+def _status(host: str, port: int, method: str, path: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path, b"{}", {"Host": host, "Origin": f"http://{host}"})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_who_asks_for_another_name_than_that_of_this_machine_gets_nothing(tmp_path: Path) -> None:
+    """A page of somebody else can have its own name lead to 127.0.0.1, and would then be of the same origin."""
+    pytest.importorskip("gradio")
+    from memorizing_transformers_pytorch.explorer.app import launch
+
+    service = serving(str(make_run(tmp_path / "run")))
+    service.read("me", "whale.txt", TEXT)
+    blocks, address = launch(service, "a run", 7_960)
+    port = int(address.rsplit(":", 1)[1])
+    try:
+        for host in (f"evil.example:{port}", "evil.example", f"127.0.0.1.evil.example:{port}", "127.0.0.2"):
+            assert _status(host, port, "GET", "/") == 400
+            assert _status(host, port, "POST", "/gradio_api/queue/join") == 400
+            assert _status(host, port, "POST", "/closed/me") == 400
+        assert service.sessions == ["me"]
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}"):
+            assert _status(host, port, "GET", "/") == 200
+        assert _status(f"localhost:{port}", port, "POST", "/closed/me") == 204
+        assert service.sessions == []
+    finally:
+        blocks.close(verbose=False)
+        del blocks
+        gc.collect()

@@ -340,6 +340,21 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
             memories().save(path)
 
 
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "base-1.safetensors", "checkpoints/step-1"])
+def test_a_folder_of_other_things_is_refused_and_stays_as_it_is(tmp_path: Path, name: str) -> None:
+    folder, memory = tmp_path / "folder", memories()
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("mine")
+    with pytest.raises(ValueError, match=r"expected a new folder, .* with '"):
+        memory.save(folder)
+    assert [path for path in folder.rglob("*") if path.is_file()] == [folder / name]
+    memory.save(folder, overwrite=True)
+    add(memory, 1)
+    memory.save(folder)  # it is that of the memory now
+    assert same(memory, KNNMemoryList.load(folder))
+    assert (folder / name).read_text() == "mine"
+
+
 # Processes
 
 
@@ -371,6 +386,29 @@ def test_killed_at_any_moment_a_folder_holds_one_state_or_the_next(tmp_path: Pat
         assert loaded[0].num_entries[0] >= found
         found = loaded[0].num_entries[0]
     assert found > 1
+
+
+def _killed_in_a_save(folder: Path, step: str) -> None:
+    memory = memories()
+    add(memory, 20)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(f"memorizing_transformers_pytorch.{step}", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        memory.save(folder)
+
+
+@pytest.mark.parametrize("step", ["memory.disk.shards._header", "memory.disk.save.sync", "durable.sync"])
+def test_killed_in_its_first_save_a_folder_can_be_saved_to(tmp_path: Path, step: str) -> None:
+    """With a file begun, with all of them, and with a manifest that has no name yet."""
+    folder, memory = tmp_path / "memory", memories()
+    process = multiprocessing.get_context("fork").Process(target=_killed_in_a_save, args=(folder, step))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    left = {path.name for path in folder.iterdir()}
+    assert len(left) > 1
+    memory.save(folder)
+    assert same(memory, KNNMemoryList.load(folder))
+    assert left.isdisjoint(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def _hold_the_lock(folder: Path, ready: Any) -> None:

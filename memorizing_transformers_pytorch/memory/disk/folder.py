@@ -19,6 +19,24 @@ class SaveError(OSError):
     """A memory could not be written to disk; what was there before is intact."""
 
 
+def refuse_others(folder: Path) -> None:
+    """Raises ValueError for a folder that holds no memory, but something else than a first save leaves that was broken
+    off: it is for something else."""
+    if not folder.is_dir() or (folder / NAME).exists():
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not _is_of_a_save(path.name))
+    if others:
+        raise ValueError(
+            f"expected a new folder, an empty one or that of a memory, got {str(folder)!r} with {others[0]!r}"
+            f"{f' and {len(others) - 1} more' if len(others) > 1 else ''}"
+        )
+
+
+def _is_of_a_save(name: str) -> bool:
+    unfinished = name.startswith(f".{NAME}.") and name.endswith(".incomplete")
+    return unfinished or FILE_NAME.fullmatch(name) is not None
+
+
 def make_folder(folder: Path) -> None:
     """Make it and those above it, so that they last."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -56,7 +74,6 @@ def sweep(folder: Path) -> None:
     except (OSError, ValueError):
         return  # somebody may want to mend it
     for path in folder.iterdir():
-        unfinished = path.name.startswith(f".{NAME}.") and path.name.endswith(".incomplete")
-        if unfinished or (FILE_NAME.fullmatch(path.name) and path.name not in kept):
+        if _is_of_a_save(path.name) and path.name not in kept:
             with suppress(OSError):  # it takes room, but does no harm
                 path.unlink()

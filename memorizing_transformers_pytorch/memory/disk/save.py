@@ -18,7 +18,7 @@ from torch import Tensor
 
 import memorizing_transformers_pytorch
 from memorizing_transformers_pytorch.durable import sync
-from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked, make_folder, sweep
+from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked, make_folder, refuse_others, sweep
 from memorizing_transformers_pytorch.memory.disk.manifest import (
     Base,
     Journal,
@@ -72,6 +72,8 @@ def save(
 ) -> Marks:
     """Make these memories the state of a folder, in one step; see `KNNMemoryList.save`."""
     try:
+        if not overwrite:
+            refuse_others(folder)
         make_folder(folder)
         with locked(folder):
             old = _old_state(folder, overwrite=overwrite)
