@@ -56,6 +56,21 @@ def test_files_are_read_and_the_page_names_them(
     assert "empty.txt" not in page.read_text()
 
 
+def test_what_is_no_text_is_left_out_of_a_folder_and_refused_by_name(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (notes / "latin.txt").write_bytes("Où".encode("latin-1"))
+    (notes / "picture.png").write_bytes(b"\x89PNG\0\0")
+    given = ["--model", str(make_run(tmp_path / "run")), "--prompt", "the question of", "--read"]
+    main(["explain", *given, str(notes), "--json"])
+    printed = capsys.readouterr()
+    left_out = [line.split(": ")[0] for line in printed.err.splitlines() if line.startswith("left out")]
+    assert left_out == [f"left out {notes / name}" for name in ("empty.txt", "latin.txt", "picture.png")]
+    assert {each["title"] for each in json.loads(printed.out)["documents"]} >= {str(notes / "fact.txt")}
+    for name, message in (("picture.png", "got a binary file"), ("empty.txt", "got an empty file")):
+        assert message in failed([*given, str(notes / name)], capsys)
+
+
 def test_a_memory_on_disk_is_looked_up_and_stays_as_it_is(
     model: str, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
