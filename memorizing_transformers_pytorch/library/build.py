@@ -11,6 +11,7 @@ from pathlib import Path
 
 from memorizing_transformers_pytorch.data.text import decode
 from memorizing_transformers_pytorch.library.readers import DocumentReader
+from memorizing_transformers_pytorch.library.room import Room
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
 
@@ -20,13 +21,15 @@ DIGEST = "sha256"
 
 @dataclass
 class Outcome:
-    """What has become of the files, by their names; left_out: why."""
+    """What has become of the files, by their names; left_out: why. too_short, made_room: of which nothing is held."""
 
     read: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
     gone_on: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    too_short: list[str] = field(default_factory=list)
+    made_room: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -64,6 +67,7 @@ class Builder:
     def __init__(self, reader: DocumentReader, save: Callable[[], None], seconds: float, wish: Wish) -> None:
         self._reader, self._save, self._seconds, self._wish = reader, save, seconds, wish
         self._saved_at = time.monotonic()
+        self._room = Room(reader)
 
     def build(self, files: Sequence[Path], progress: Callable[[str, float], None], *, prune: bool = False) -> Outcome:
         """Let the memory hold these files. progress: is told the name of a file and how many of its bytes were read.
@@ -78,6 +82,7 @@ class Builder:
         for name in sorted(known.keys() - set(map(str, files))) if prune else ():
             self._forget(known[name])
             outcome.removed.append(name)
+        outcome.too_short, outcome.made_room = self._room.too_short, self._room.made()
         self._save()
         return outcome
 
@@ -97,9 +102,10 @@ class Builder:
                 outcome.known.append(name)
                 progress(name, len(data))
                 return
+            self._room.note_forgotten(known.number)  # it may be read anew, under another number
             outcome.gone_on.append(name)
         elif known is not None:
-            self._reader.forget(known.number)
+            self._forget([known])
             known = None
             outcome.changed.append(name)
         else:
@@ -107,7 +113,7 @@ class Builder:
         done = 0.0
         for part in self._reader.read(name, text, about, known):
             if part == 1:
-                self._mark_complete(name)
+                self._finish()
             progress(name, (part - done) * len(data))
             done = part
             self._save_sometimes()
@@ -116,10 +122,12 @@ class Builder:
         for each in documents:
             if each is not None:
                 self._reader.forget(each.number)
+                self._room.note_forgotten(each.number)
 
-    def _mark_complete(self, name: str) -> None:
-        newest = _by_name(self._reader.ledger.documents())[name][-1]
+    def _finish(self) -> None:
+        newest = self._reader.ledger.documents()[-1]
         self._reader.ledger.note(newest.number, {COMPLETE: "yes"})
+        self._room.note_read(newest)
 
     def _save_sometimes(self) -> None:
         if wanted := self._wish.signal:

@@ -51,6 +51,10 @@ class DocumentReader(ABC):
         """Remove all of a document."""
 
     @abstractmethod
+    def remembers(self, tokens: int) -> bool:
+        """Whether anything is remembered of a document with so many tokens."""
+
+    @abstractmethod
     def parts(self) -> tuple[Any, Any, Any]:
         """The model, its tokenizer and its memory, as `explain` takes them."""
 
@@ -86,6 +90,11 @@ class RunReader(DocumentReader):
 
     def forget(self, document: int) -> None:
         self.memories.forget(document)
+
+    def remembers(self, tokens: int) -> bool:
+        config = self.run.model.config
+        with_xl = set(config.layers_with_memory) <= set(config.layers_with_xl)  # then it has the last tokens instead
+        return tokens > (config.xl_max_memories if with_xl else 0)
 
     def parts(self) -> tuple[Any, Any, Any]:
         return self.run.model, self.run.tokenizer, self.memories
@@ -156,6 +165,9 @@ class HubReader(DocumentReader):
 
     def forget(self, document: int) -> None:
         self.memory.forget(document)
+
+    def remembers(self, tokens: int) -> bool:
+        return tokens > self.memory.options.skip_first
 
     def parts(self) -> tuple[Any, Any, Any]:
         return self.memory.model, self.tokenizer, self.memory
