@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device, default_model, parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, default_model, parse_arguments
 from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import write_page
 from memorizing_transformers_pytorch.library.build import files_below, text_of
 from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader
+from memorizing_transformers_pytorch.library.room import Room, in_words
 from memorizing_transformers_pytorch.progress import bar
 
 REPORT = Path("report.html")
@@ -128,15 +129,19 @@ def texts_of(sources: Sequence[str], pattern: str) -> dict[str, str]:
 
 
 def read_all(reader: DocumentReader, texts: dict[str, str]) -> None:
-    """Read texts by their names, with a progress bar."""
+    """Read texts by their names, with a progress bar; what there was no room for is said."""
     if not texts:
         return
+    room = Room(reader)
     with bar(total=sum(map(len, texts.values())), desc="reading", unit_scale=True) as progress:
         for name, text in texts.items():
             done = 0.0
             for part in reader.read(name, text, {}, None):
                 progress.update((part - done) * len(text))
                 done = part
+            room.note_read(reader.ledger.documents()[-1])
+    for line in in_words(room.too_short, room.made(), MORE_ROOM):
+        print(line, file=sys.stderr)
 
 
 def as_json(found: Explanation) -> dict[str, Any]:

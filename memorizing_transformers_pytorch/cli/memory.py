@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, parse_arguments
 from memorizing_transformers_pytorch.library.build import Builder, files_below
 from memorizing_transformers_pytorch.library.readers import open_reader
 from memorizing_transformers_pytorch.library.room import in_words
@@ -145,7 +145,7 @@ def build(options: Build) -> dict[str, Any]:
         reader.save(folder, compact=True)
     for name, why in outcome.left_out.items():
         print(f"left out {name}: {why}", file=sys.stderr)
-    for line in in_words(outcome.too_short, outcome.made_room, " (--max-memories)"):
+    for line in in_words(outcome.too_short, outcome.made_room, MORE_ROOM):
         print(line, file=sys.stderr)
     return {name: len(each) for name, each in asdict(outcome).items()} | {"documents": len(reader.ledger.documents())}
 

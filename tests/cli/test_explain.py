@@ -71,6 +71,23 @@ def test_what_is_no_text_is_left_out_of_a_folder_and_refused_by_name(
         assert message in failed([*given, str(notes / name)], capsys)
 
 
+def test_it_is_said_which_files_a_memory_has_no_room_for(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for n in range(4):
+        (folder / f"{n}.txt").write_text(f"text {n} of four. " * 6)
+    (folder / "short.txt").write_text("ab")
+    given = ["explain", "--model", model, "--read", str(folder), "--prompt", "text", "--json"]
+    main([*given, "--max-memories", "150"])
+    said = capsys.readouterr().err
+    assert "the memory is full: 2 documents had to make room (--max-memories)" in said
+    assert f"too short to be remembered: {folder / 'short.txt'}" in said
+    main(given)
+    assert "the memory is full" not in capsys.readouterr().err
+
+
 def test_a_memory_on_disk_is_looked_up_and_stays_as_it_is(
     model: str, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
