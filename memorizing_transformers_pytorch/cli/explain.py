@@ -68,6 +68,7 @@ def explain_text(options: Explain) -> None:
     texts = texts_of(options.read, options.pattern) if options.read else {}
     model = default_model() if options.model is None else options.model
     reader = opened(options, model)
+    check_length(reader, prompt)
     read_all(reader, texts)
     network, tokenizer, memory = reader.parts()
     contribution = None if options.contribution == "none" else options.contribution
@@ -112,6 +113,13 @@ def opened(options: Explain, model: str) -> DocumentReader:
     if options.memory is not None:
         reader.load(options.memory, mmap=True)
     return reader
+
+
+def check_length(reader: DocumentReader, prompt: str) -> None:
+    """Raises ValueError for a prompt that the model cannot be given at once."""
+    _, tokenizer, _ = reader.parts()
+    if reader.longest is not None and (count := len(tokenizer.encode(prompt))) > reader.longest:
+        raise ValueError(f"expected at most {reader.longest:,} tokens of prompt, got {count:,} (--read longer texts)")
 
 
 def texts_of(sources: Sequence[str], pattern: str) -> dict[str, str]:

@@ -50,6 +50,11 @@ class DocumentReader(ABC):
     def forget(self, document: int) -> None:
         """Remove all of a document."""
 
+    @property
+    @abstractmethod
+    def longest(self) -> int | None:
+        """How many tokens the model can be given at once; None if it does not say."""
+
     @abstractmethod
     def remembers(self, tokens: int) -> bool:
         """Whether anything is remembered of a document with so many tokens."""
@@ -90,6 +95,10 @@ class RunReader(DocumentReader):
 
     def forget(self, document: int) -> None:
         self.memories.forget(document)
+
+    @property
+    def longest(self) -> int:
+        return self.run.config.training.segment_length
 
     def remembers(self, tokens: int) -> bool:
         config = self.run.model.config
@@ -165,6 +174,12 @@ class HubReader(DocumentReader):
 
     def forget(self, document: int) -> None:
         self.memory.forget(document)
+
+    @property
+    def longest(self) -> int | None:
+        from memorizing_transformers_pytorch.huggingface.probe import positions_of
+
+        return positions_of(self.memory.model)
 
     def remembers(self, tokens: int) -> bool:
         return tokens > self.memory.options.skip_first

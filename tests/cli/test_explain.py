@@ -158,6 +158,15 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(
     assert Path(os.devnull).is_char_device()
 
 
+def test_a_prompt_that_is_no_one_segment_is_refused_before_anything_is_read(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(make_run(tmp_path / "run")), "--read", str(notes / "fact.txt"), "--json", "--prompt"]
+    assert "expected at most 32 tokens of prompt, got 33 (--read longer texts)" in failed([*given, "x" * 33], capsys)
+    main(["explain", *given, "x" * 32])
+    assert len(json.loads(capsys.readouterr().out)["tokens"]) == 32
+
+
 def test_another_models_memory_and_rows_that_are_not_there_are_refused(
     notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
