@@ -19,6 +19,7 @@ from memorizing_transformers_pytorch.training.run import CONFIG, SHIPPED, Loaded
 PIECES = 4  # of a document, read between two chances to save
 OF_RUN = "of a run"
 MAX_MEMORIES = 262_144  # as of an attached memory
+CHUNK = 512  # of a text, for models of transformers that can be given so many tokens
 
 
 class DocumentReader(ABC):
@@ -143,6 +144,7 @@ class HubReader(DocumentReader):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from memorizing_transformers_pytorch.huggingface import attach_memory
+        from memorizing_transformers_pytorch.huggingface.probe import positions_of
 
         gguf = next(Path(name).glob("*.gguf"), None) if Path(name).is_dir() else None
         where = {} if gguf is None else {"gguf_file": gguf.name}
@@ -154,7 +156,8 @@ class HubReader(DocumentReader):
                 f"expected the folder of a run, or a model of transformers, got {name!r}: {error}"
             ) from None
         model.requires_grad_(False).train(False).to(device)
-        self.memory = attach_memory(model, **options)
+        chunk = min(CHUNK, positions_of(model) or CHUNK)
+        self.memory = attach_memory(model, **{"chunk": chunk, **options})
 
     def load(self, folder: Path, *, mmap: bool = False) -> None:
         self.memory.load(folder, mmap=mmap)
