@@ -34,18 +34,25 @@ class Outcome:
 
 
 def files_below(sources: Sequence[str], pattern: str) -> list[Path]:
-    """Files, and those below folders whose name matches the pattern, but hidden ones. Raises ValueError for none."""
-    found: dict[Path, None] = {}
+    """Files, and those below folders whose name matches the pattern, but hidden ones; each once, whatever it is called.
+    Raises ValueError for none."""
+    found: dict[str, Path] = {}
     for source in map(Path, sources):
-        if source.is_file():
-            found[source] = None
-        elif source.is_dir():
-            found |= dict.fromkeys(_below(source, pattern))
-        else:
+        if not source.is_dir() and not source.is_file():
             raise ValueError(f"expected a file or folder to read, got {str(source)!r}, which does not exist")
+        for path in _below(source, pattern) if source.is_dir() else [source]:
+            found.setdefault(_place(path), path)
     if not found:
         raise ValueError(f"expected files that match {pattern!r}, got none in {', '.join(sources)}")
-    return list(found)
+    return list(found.values())
+
+
+def _place(file: Path | str) -> str:
+    """Where a file is, the same for every spelling of its name."""
+    try:
+        return os.path.realpath(file)
+    except (OSError, ValueError):  # the name of a document that is no file
+        return str(file)
 
 
 def _below(root: Path, pattern: str) -> Iterator[Path]:
@@ -74,14 +81,14 @@ class Builder:
 
         prune: forget documents that came from files which are not among these.
         """
-        outcome, known = Outcome(), _by_name(self._reader.ledger.documents())
+        outcome, known = Outcome(), _by_place(self._reader.ledger.documents())
         for path in files:
-            *older, newest = known.get(str(path), [None])
+            *older, newest = known.get(_place(path), [None])
             self._forget(older)  # a file that was in two memories which were merged
             self._take_in(path, newest, outcome, progress)
-        for name in sorted(known.keys() - set(map(str, files))) if prune else ():
-            self._forget(known[name])
-            outcome.removed.append(name)
+        for place in sorted(known.keys() - set(map(_place, files))) if prune else ():
+            self._forget(known[place])
+            outcome.removed.append(known[place][-1].title)
         outcome.too_short, outcome.made_room = self._room.too_short, self._room.made()
         self._save()
         return outcome
@@ -96,7 +103,7 @@ class Builder:
         except (OSError, ValueError) as error:
             outcome.left_out[name] = str(error)
             return
-        about = {"file": name, DIGEST: hashlib.sha256(data).hexdigest()}
+        about = {"file": _place(path), DIGEST: hashlib.sha256(data).hexdigest()}
         if known is not None and known.about.get(DIGEST) == about[DIGEST]:
             if known.about.get(COMPLETE):
                 outcome.known.append(name)
@@ -138,12 +145,12 @@ class Builder:
             self._saved_at = time.monotonic()
 
 
-def _by_name(documents: Sequence[Document]) -> dict[str, list[Document]]:
-    """The documents of each file, the newest last."""
+def _by_place(documents: Sequence[Document]) -> dict[str, list[Document]]:
+    """The documents of each file, the newest last. (Older memories know files by the names that were given.)"""
     found: dict[str, list[Document]] = {}
     for each in documents:
         if "file" in each.about:
-            found.setdefault(each.about["file"], []).append(each)
+            found.setdefault(_place(each.about["file"]), []).append(each)
     return found
 
 

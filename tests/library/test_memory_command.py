@@ -60,6 +60,22 @@ def test_files_are_read_once_and_again_when_they_change(
     assert names(memory) == ["zlong.txt", "one.txt"]
 
 
+def test_a_file_is_the_same_by_every_spelling_of_its_name(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, memory = make_run(tmp_path / "run"), tmp_path / "memory"
+    (tmp_path / "link").symlink_to(texts, target_is_directory=True)
+    assert told(capsys, "build", memory, "texts", texts, "link", "--model", model)["read"] == 3
+    old = KNNMemoryList.load(memory)
+    assert [each.title for each in old.documents()] == ["texts/one.txt", "texts/zlong.txt", "texts/below/two.txt"]
+    old.ledger.note(old.documents()[0].number, {"file": "texts/one.txt"})  # as it was written before
+    old.save(memory, compact=True)
+    for spelling in (texts, "./texts", "link"):
+        result = told(capsys, "build", memory, spelling, "--model", model, "--prune")
+        assert (result["known"], result["read"], result["removed"], result["documents"]) == (3, 0, 0, 3)
+
+
 def test_what_was_broken_off_goes_on_and_ends_the_same(
     model: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
