@@ -12,6 +12,7 @@ from pathlib import Path
 from memorizing_transformers_pytorch.data.text import decode
 from memorizing_transformers_pytorch.library.readers import DocumentReader
 from memorizing_transformers_pytorch.library.room import Room
+from memorizing_transformers_pytorch.memory.disk.manifest import files_of_memory
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
 
@@ -34,8 +35,8 @@ class Outcome:
 
 
 def files_below(sources: Sequence[str], pattern: str) -> list[Path]:
-    """Files, and those below folders whose name matches the pattern, but hidden ones; each once, whatever it is called.
-    Raises ValueError for none."""
+    """Files, and those below folders whose name matches the pattern, but hidden ones and those of a memory; each once,
+    whatever it is called. Raises ValueError for none."""
     found: dict[str, Path] = {}
     for source in map(Path, sources):
         if not source.is_dir() and not source.is_file():
@@ -58,7 +59,7 @@ def _place(file: Path | str) -> str:
 def _below(root: Path, pattern: str) -> Iterator[Path]:
     for place, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
-        for name in sorted(names):
+        for name in sorted(set(names) - files_of_memory(Path(place), names)):
             path = Path(place, name)
             if not name.startswith(".") and path.match(pattern) and path.is_file():
                 yield path

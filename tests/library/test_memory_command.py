@@ -76,6 +76,18 @@ def test_a_file_is_the_same_by_every_spelling_of_its_name(
         assert (result["known"], result["read"], result["removed"], result["documents"]) == (3, 0, 0, 3)
 
 
+@pytest.mark.parametrize("where", [".", "library", "below/deep/library"])
+def test_a_memory_among_the_texts_is_not_read(
+    where: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But a manifest of something else is."""
+    model, memory = make_run(tmp_path / "run"), texts / where
+    (texts / "below" / "manifest.json").write_text('{"name": "an app"}')
+    for read, known in ((4, 0), (0, 4), (0, 4)):
+        result = told(capsys, "build", memory, texts, "--model", model)
+        assert (result["read"], result["known"], result["left_out"]) == (read, known, 2)
+
+
 def test_what_was_broken_off_goes_on_and_ends_the_same(
     model: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
