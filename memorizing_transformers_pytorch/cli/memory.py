@@ -46,7 +46,7 @@ class Build:
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
     """How keys and values are kept, for a new memory of a model of transformers; as in the model unless given."""
     index: str | None = None
-    """How the memory is searched: exact, auto or a faiss factory string."""
+    """How the memory is searched: exact, auto or a faiss factory string; as before unless given."""
     device: str | None = None
     """Such as cpu or cuda; unless given, cuda where there is one."""
     save_every: float = 30.0

@@ -11,8 +11,10 @@ import pytest
 
 from memorizing_transformers_pytorch.cli import main
 from memorizing_transformers_pytorch.cli import memory as cli_memory
-from memorizing_transformers_pytorch.library.readers import DocumentReader
-from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.cli.generate import Generate, memories_of
+from memorizing_transformers_pytorch.library.readers import DocumentReader, RunReader, open_reader
+from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.memory.approximate import ApproximateIndex
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
 from tests.library.conftest import make_hub_model, make_run
@@ -208,6 +210,36 @@ def test_a_run_writes_with_what_is_on_disk_and_leaves_it_alone(
         written.append(capsys.readouterr().out)
     assert written[0] != written[1] == written[2]
     assert {path.name: path.read_bytes() for path in memory.iterdir()} == before
+
+
+def test_a_memory_that_is_there_is_searched_as_it_is_said(
+    model: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, old, index = tmp_path / "new", tmp_path / "old", "IVF4,Flat"
+    run("build", new, texts, "--model", model, "--index", index)
+    run("build", old, texts, "--model", model)
+    before = told(capsys, "info", old)["index"]
+    run("build", old, texts / "one.txt", "--model", model)
+    assert told(capsys, "info", old)["index"] == before
+    reader = open_reader(model, "cpu", max_memories=None, dtype=None, index=index)
+    reader.load(old, mmap=True)
+    assert last_memory(reader).index == index
+    assert isinstance(last_memory(reader).searcher, ApproximateIndex)
+    run("build", old, texts, "--model", model, "--index", index)
+    assert told(capsys, "info", old)["index"] == told(capsys, "info", new)["index"] != before
+    if isinstance(reader, RunReader):
+        assert "no-such" in refused(capsys, "build", old, texts, "--model", model, "--index", "no-such")
+        options = Generate(run=Path(model), memories=old, index="exact")
+        with memories_of(reader.run, options) as memories:
+            assert memories is not None
+            assert [each.index for each in memories] == ["exact"]
+
+
+def last_memory(reader: DocumentReader) -> KNNMemory:
+    """Of the last layer; that of old entries, where there is another."""
+    _, _, memory = reader.parts()
+    found: KNNMemory = (memory if isinstance(reader, RunReader) else list(memory.layers.values())[-1].memories)[-1]
+    return found
 
 
 def test_bad_input_is_one_line(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
