@@ -13,6 +13,7 @@ from typing import Any
 
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from tyro.conf import Positional
 
 from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_memory
 
@@ -51,7 +52,7 @@ class Chat:
         return [self.tokenizer.decode(book[start : start + 2 * around]) for start in starts]
 
 
-def main(model: str, book: Path, window: int = 1024) -> None:
+def main(model: Positional[str], book: Positional[Path], window: int = 1024) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     memory = attach_memory(AutoModelForCausalLM.from_pretrained(model), write="window", window=window)
     tokens = tokenizer(book.read_text(), return_tensors="pt").input_ids

@@ -1,6 +1,8 @@
 """Complete code with a memory of a whole code base.
 
-python examples/complete_code.py HuggingFaceTB/SmolLM2-135M src/ --prompt "def load_config(path):"
+    python examples/complete_code.py HuggingFaceTB/SmolLM2-135M src/ --prompt "def load_config(path):"
+
+It also tells in which files it looked.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from typing import Any
 
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from tyro.conf import Positional
 
 from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_memory
 
@@ -37,7 +40,7 @@ def complete(memory: AttachedMemory, tokenizer: Any, prompt: str, max_new_tokens
     return text, sorted(looked, key=lambda title: -looked[title])
 
 
-def main(model: str, folder: Path, prompt: str, pattern: str = "**/*.py") -> None:
+def main(model: Positional[str], folder: Positional[Path], prompt: str, pattern: str = "**/*.py") -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     memory = attach_memory(AutoModelForCausalLM.from_pretrained(model))
     read_code(memory, tokenizer, folder, pattern)

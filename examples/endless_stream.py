@@ -13,6 +13,7 @@ from typing import Any
 
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from tyro.conf import Positional
 
 from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_memory
 
@@ -41,7 +42,7 @@ def follow(
         yield read, float(losses[1:].mean())
 
 
-def main(model: str, remembered: int = 65_536) -> None:
+def main(model: Positional[str], remembered: int = 65_536) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     memory = attach_memory(AutoModelForCausalLM.from_pretrained(model), max_memories=remembered)

@@ -14,6 +14,7 @@ import torch
 import tyro
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from tyro.conf import Positional
 
 from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_memory
 
@@ -37,7 +38,7 @@ def tune(model: Any, documents: list[Tensor], segment: int = 512, rate: float = 
     return memory
 
 
-def main(model: str, output: Path, texts: tuple[Path, ...]) -> None:
+def main(model: Positional[str], output: Positional[Path], texts: tuple[Path, ...]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     documents = [tokenizer(path.read_text(), return_tensors="pt").input_ids for path in texts]
     tune(AutoModelForCausalLM.from_pretrained(model), documents).save_parameters(output)

@@ -16,6 +16,7 @@ import tyro
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from tyro.conf import Positional
 
 from memorizing_transformers_pytorch.data.stream import DocumentStream
 from memorizing_transformers_pytorch.huggingface import attach_memory
@@ -62,7 +63,7 @@ def tune(model: Any, documents: list[list[int]], output: Path, steps: int, rows:
     return adapted
 
 
-def main(model: str, output: Path, texts: tuple[Path, ...], steps: int = 300) -> None:
+def main(model: Positional[str], output: Positional[Path], texts: tuple[Path, ...], steps: int = 300) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     documents = [tokenizer(path.read_text()).input_ids for path in texts]
     tune(AutoModelForCausalLM.from_pretrained(model), documents, output, steps)

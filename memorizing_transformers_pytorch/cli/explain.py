@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,12 +12,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device, default_model, parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, default_model, parse_arguments
 from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import ENTRIES, write_page
-from memorizing_transformers_pytorch.library.build import files_below
+from memorizing_transformers_pytorch.library.build import files_below, text_of
 from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader
+from memorizing_transformers_pytorch.library.room import Room, in_words
 from memorizing_transformers_pytorch.progress import bar
 
 REPORT = Path("report.html")
@@ -34,7 +36,7 @@ class Explain:
     memory: Path | None = None
     """Look up in what this folder holds, built by `memory build` with this model; it stays as it is."""
     read: tuple[str, ...] = ()
-    """Text files, and folders of them, to read before the prompt."""
+    """Text files, and folders of them, to read before the prompt; what is no text is left out of a folder."""
     pattern: str = "*"
     """Which files of folders to read, such as *.py."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -65,10 +67,10 @@ def explain_text(options: Explain) -> None:
     read where that can be known."""
     prompt = read_text(STDIN) if options.prompt == STDIN else options.prompt
     output = checked(options, prompt)
-    files = files_below(options.read, options.pattern) if options.read else []
-    texts = {str(path): read_text(str(path)) for path in files}
+    texts = texts_of(options.read, options.pattern) if options.read else {}
     model = default_model() if options.model is None else options.model
     reader = opened(options, model)
+    check_length(reader, prompt)
     read_all(reader, texts)
     network, tokenizer, memory = reader.parts()
     contribution = None if options.contribution == "none" else options.contribution
@@ -117,17 +119,41 @@ def opened(options: Explain, model: str) -> DocumentReader:
     return reader
 
 
+def check_length(reader: DocumentReader, prompt: str) -> None:
+    """Raises ValueError for a prompt that the model cannot be given at once."""
+    _, tokenizer, _ = reader.parts()
+    if reader.longest is not None and (count := len(tokenizer.encode(prompt))) > reader.longest:
+        raise ValueError(f"expected at most {reader.longest:,} tokens of prompt, got {count:,} (--read longer texts)")
+
+
+def texts_of(sources: Sequence[str], pattern: str) -> dict[str, str]:
+    """What files say, by their names. What is no text is left out, and named, where it was found below a folder; raises
+    ValueError for such a file that was given itself."""
+    given, texts = set(map(Path, sources)), dict[str, str]()
+    for path in files_below(sources, pattern):
+        try:
+            texts[str(path)] = text_of(path.read_bytes(), str(path))
+        except (OSError, ValueError) as error:
+            if path in given:
+                raise
+            print(f"left out {path}: {error}", file=sys.stderr)
+    return texts
+
+
 def read_all(reader: DocumentReader, texts: dict[str, str]) -> None:
-    """Read texts by their names, with a progress bar. Those without any text are left out."""
-    texts = {name: text for name, text in texts.items() if text.strip()}
+    """Read texts by their names, with a progress bar; what there was no room for is said."""
     if not texts:
         return
+    room = Room(reader)
     with bar(total=sum(map(len, texts.values())), desc="reading", unit_scale=True) as progress:
         for name, text in texts.items():
             done = 0.0
             for part in reader.read(name, text, {}, None):
                 progress.update((part - done) * len(text))
                 done = part
+            room.note_read(reader.ledger.documents()[-1])
+    for line in in_words(room.too_short, room.made(), MORE_ROOM):
+        print(line, file=sys.stderr)
 
 
 def as_json(found: Explanation, *, all_entries: bool) -> dict[str, Any]:

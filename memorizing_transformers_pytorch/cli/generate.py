@@ -102,7 +102,7 @@ def memories_of(run: LoadedRun, options: Generate) -> AbstractContextManager[KNN
     if options.memories is not None:
         if not options.memory:
             raise ValueError("expected --memories or --no-memory, got both")
-        return load_memories(run, options.memories, mmap=True)
+        return load_memories(run, options.memories, mmap=True, index=options.index)
     return run.model.knn_memories_context(batch_size=1) if options.memory else nullcontext()
 
 

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, parse_arguments
 from memorizing_transformers_pytorch.library.build import Builder, files_below
 from memorizing_transformers_pytorch.library.readers import open_reader
+from memorizing_transformers_pytorch.library.room import in_words
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.folder import locked, make_folder
 from memorizing_transformers_pytorch.memory.disk.load import How, load, state_of
@@ -45,7 +46,7 @@ class Build:
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
     """How keys and values are kept, for a new memory of a model of transformers; as in the model unless given."""
     index: str | None = None
-    """How the memory is searched: exact, auto or a faiss factory string."""
+    """How the memory is searched: exact, auto or a faiss factory string; as before unless given."""
     device: str | None = None
     """Such as cpu or cuda; unless given, cuda where there is one."""
     save_every: float = 30.0
@@ -144,9 +145,8 @@ def build(options: Build) -> dict[str, Any]:
         reader.save(folder, compact=True)
     for name, why in outcome.left_out.items():
         print(f"left out {name}: {why}", file=sys.stderr)
-    lost = sum(not any(each.entries) for each in reader.documents())
-    if lost:
-        print(f"the memory is full: {lost} documents had to make room (--max-memories)", file=sys.stderr)
+    for line in in_words(outcome.too_short, outcome.made_room, MORE_ROOM):
+        print(line, file=sys.stderr)
     return {name: len(each) for name, each in asdict(outcome).items()} | {"documents": len(reader.ledger.documents())}
 
 

@@ -81,7 +81,7 @@ class RunDesk(Desk):
 
     @property
     def longest(self) -> int:
-        return self._run.config.training.segment_length
+        return self._own.longest
 
     def encode(self, text: str) -> list[int]:
         return self._run.tokenizer.encode(text)
@@ -127,7 +127,7 @@ class HubDesk(Desk):
 
     @property
     def longest(self) -> int:
-        return min(int(getattr(self._memory.model.config, "max_position_embeddings", MANY)), MANY)
+        return min(self.reader.longest or MANY, MANY)
 
     def encode(self, text: str) -> list[int]:
         return [int(token) for token in self._tokenizer(text, verbose=False).input_ids]

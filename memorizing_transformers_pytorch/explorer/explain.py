@@ -43,8 +43,8 @@ def explain(
     passage: how many tokens of a source count as one passage.
     around: how many tokens of the source to show on either side of an entry.
 
-    Raises ValueError for tokens that the model does not have, a model or row that has no memory, an unknown
-    contribution, or sizes below 0.
+    Raises ValueError for tokens that the model does not have, or more than it has positions for, a model or row that
+    has no memory, an unknown contribution, or sizes below 0.
     """
     if contribution not in CONTRIBUTIONS or passage < 1:
         raise ValueError(f"expected contribution {CONTRIBUTIONS} and passage >= 1, got {contribution!r}, {passage}")
@@ -52,6 +52,8 @@ def explain(
         raise ValueError(f"expected most_passages and around of at least 0, got {most_passages}, {around}")
     eye, decode = watched(model, memories, row), decoder(tokenizer)
     ids = encoded(tokens, tokenizer, _vocabulary(model))
+    if eye.longest is not None and len(ids) > eye.longest:
+        raise ValueError(f"expected at most {eye.longest:,} tokens, the positions of the model, got {len(ids):,}")
     seen = eye.run(ids)
     sources = Sources(eye.memories, row, decode)
     columns, starts = _columns(seen.layers, eye), _starts(seen.layers, eye)

@@ -14,6 +14,7 @@ from memorizing_transformers_pytorch.explorer.desk import PASSAGE, Desk, HubDesk
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
 from memorizing_transformers_pytorch.library.build import COMPLETE, DIGEST, text_of
 from memorizing_transformers_pytorch.library.readers import DocumentReader, HubReader, RunReader
+from memorizing_transformers_pytorch.library.room import Room, in_words
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
 
 MAX_BYTES = 20_000_000  # of one text
@@ -89,6 +90,7 @@ class Service:
         text, digest = text_of(data, title), hashlib.sha256(data).hexdigest()
         with self._at(session) as desk:
             ledger, before = desk.reader.ledger, {each.number for each in desk.reader.ledger.documents()}
+            room = Room(desk.reader)
             known = next((each for each in ledger.documents() if each.about.get(DIGEST) == digest), None)
             if known is not None:
                 raise ValueError(f"expected a text that is not remembered yet, got that of {known.title!r}")
@@ -101,11 +103,11 @@ class Service:
                 for each in [each for each in ledger.documents() if each.number not in before]:
                     desk.reader.forget(each.number)
                 raise
-            number = ledger.documents()[-1].number
-            ledger.note(number, {COMPLETE: "yes"})
-            lost = sum(not any(each.entries) for each in desk.reader.documents())
-            full = f" The memory is full: {lost} documents had to make room." if lost else ""
-            return f"Read {title}: {ledger[number].tokens:,} tokens.{full}"
+            newest = ledger.documents()[-1]
+            ledger.note(newest.number, {COMPLETE: "yes"})
+            room.note_read(newest)
+            said = [f"{line[0].upper()}{line[1:]}." for line in in_words(room.too_short, room.made())]
+            return " ".join([f"Read {title}: {newest.tokens:,} tokens.", *said])
 
     def forget(self, session: str, numbers: Sequence[int]) -> int:
         """Forget documents -> how many. Raises ValueError for those that there are not, forgetting none."""

@@ -53,6 +53,11 @@ class Watched(ABC):
         """Run on tokens (T,), as one segment or chunk. Raises ValueError for tokens that the model does not have."""
 
     @property
+    def longest(self) -> int | None:
+        """How many tokens the model has positions for; None if for any number."""
+        return None
+
+    @property
     @abstractmethod
     def memories(self) -> list[KNNMemory]:
         """Where what is remembered of any document can be read, the newest first."""
@@ -160,6 +165,12 @@ class AttachedModel(Watched):
             here = self._memory.place_of(self._row) + torch.arange(len(tokens))[:, None]
             layers = [_joined(site, here) for site in self._memory.layers.values() if site.last_weights is not None]
         return Seen(logits[0].float().cpu(), layers)
+
+    @property
+    def longest(self) -> int | None:
+        from memorizing_transformers_pytorch.huggingface.probe import positions_of
+
+        return positions_of(self._memory.model)
 
     @property
     def memories(self) -> list[KNNMemory]:

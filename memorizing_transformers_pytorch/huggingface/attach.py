@@ -13,7 +13,7 @@ from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.layers import chosen_layers, induction_scores
 from memorizing_transformers_pytorch.huggingface.memory_layer import MemoryLayer
 from memorizing_transformers_pytorch.huggingface.options import Options
-from memorizing_transformers_pytorch.huggingface.probe import Layer, probe
+from memorizing_transformers_pytorch.huggingface.probe import Layer, positions_of, probe
 from memorizing_transformers_pytorch.huggingface.site import Reading, Site
 
 
@@ -66,14 +66,13 @@ def attach_memory(
         numbers = list(induction_scores(model, served))[:1] if layers == "auto" else numbers
         sites = _added(model, [served[number] for number in numbers], added, checked, reading)
     else:
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        sites = [MemoryLayer(served[number], checked, reading, context) for number in numbers]
+        sites = [MemoryLayer(served[number], checked, reading, positions_of(model)) for number in numbers]
     return AttachedMemory(model, sites, reading, checked)
 
 
 def _check_chunk(model: Any, served: dict[int, Layer], chunk: int) -> None:
     """Raises ValueError for chunks that are longer than the positions that the model has learned."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = positions_of(model)
     if most is not None and chunk > most and any(layer.embedded for layer in served.values()):
         raise ValueError(f"expected chunk to be at most {most}, the positions that the model has, got {chunk}")
 

@@ -94,6 +94,13 @@ class Keeping:
         if self._window is not None:
             self._window.drop()
 
+    def search_with(self, index: str) -> None:
+        """Search what is remembered, apart from recent entries, like this from now on: what was loaded is searched as
+        it was when it was saved. Raises ValueError for an unknown index."""
+        self._expect_attached()
+        for site in self._contents.sites:
+            site.search_with(index)
+
     def exchange(self, kept: Kept | None) -> Kept:
         """Remember what was kept, or nothing, and give what was remembered until now, to be kept: several memories
         take turns with one model. Raises ValueError inside `writing()` and `read_only()`."""

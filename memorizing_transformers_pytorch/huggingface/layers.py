@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.durable import replacing
 from memorizing_transformers_pytorch.fingerprint import Weights
-from memorizing_transformers_pytorch.huggingface.probe import Layer, Seen, probe, run, watching
+from memorizing_transformers_pytorch.huggingface.probe import Layer, Seen, positions_of, probe, run, watching
 from memorizing_transformers_pytorch.plain_json import read_object
 
 REPEATED = 64  # random tokens, twice; fewer for models that have fewer positions
@@ -57,7 +57,7 @@ def induction_scores(model: Any, served: dict[int, Layer]) -> dict[int, float]:
 
 def _measured(model: Any, served: dict[int, Layer]) -> dict[int, float]:
     config = model.config.get_text_config()
-    repeated = min(REPEATED, (getattr(config, "max_position_embeddings", None) or 2 * REPEATED) // 2)
+    repeated = min(REPEATED, (positions_of(model) or 2 * REPEATED) // 2)
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (ROWS, repeated), generator=random).repeat(1, 2)
     with watching(model, {index: layer.module for index, layer in served.items()}) as seen:

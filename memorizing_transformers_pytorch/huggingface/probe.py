@@ -74,6 +74,11 @@ class Seen(Extension):
         return ((first, *inputs[1:]), options) if inputs else (inputs, options | {"hidden_states": first})
 
 
+def positions_of(model: Any) -> int | None:
+    """The longest context that the model was made for, if it says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
+
+
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The attention modules by number of the layer: what has `layer_idx`, a configuration and projections of its own.
 
@@ -125,9 +130,8 @@ def probe(model: Any) -> tuple[dict[int, Layer], dict[int, str]]:
 def _refined(model: Any, served: dict[int, Layer]) -> dict[int, Layer]:
     """With angles that are precise, for models that round cosines and sines to half precision."""
     turned = {index: layer.module for index, layer in served.items() if layer.rotary is not None}
-    config = model.config.get_text_config()
-    scaling = getattr(config, "rope_parameters", None) or {}
-    known = (getattr(config, "max_position_embeddings", None), scaling.get("original_max_position_embeddings"))
+    scaling = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    known = (positions_of(model), scaling.get("original_max_position_embeddings"))
     most = min([each for each in known if each], default=FARTHEST)
     served = dict(served)
     with watching(model, turned) as seen:

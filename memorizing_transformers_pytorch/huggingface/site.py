@@ -116,6 +116,10 @@ class Site:
         self.use_memories(memories)
         return before
 
+    def search_with(self, index: str) -> None:
+        """Search what is remembered, apart from recent entries, like this; see `KNNMemory.search_with`."""
+        self.memories[-1].search_with(index)
+
     @property
     def arrangement(self) -> str:
         """How what is remembered lies in the memories; what was saved can be used where it is the same."""

@@ -19,6 +19,7 @@ from memorizing_transformers_pytorch.training.run import CONFIG, SHIPPED, Loaded
 PIECES = 4  # of a document, read between two chances to save
 OF_RUN = "of a run"
 MAX_MEMORIES = 262_144  # as of an attached memory
+CHUNK = 512  # of a text, for models of transformers that can be given so many tokens
 
 
 class DocumentReader(ABC):
@@ -26,8 +27,8 @@ class DocumentReader(ABC):
 
     @abstractmethod
     def load(self, folder: Path, *, mmap: bool = False) -> None:
-        """Remember what the folder holds, with mmap (on a CPU) where it lies. Raises ValueError for a memory of another
-        model."""
+        """Remember what the folder holds, with mmap (on a CPU) where it lies; searched as before, unless an index was
+        given. Raises ValueError for a memory of another model."""
 
     @abstractmethod
     def save(self, folder: Path, *, compact: bool = False) -> None:
@@ -50,6 +51,15 @@ class DocumentReader(ABC):
     def forget(self, document: int) -> None:
         """Remove all of a document."""
 
+    @property
+    @abstractmethod
+    def longest(self) -> int | None:
+        """How many tokens the model can be given at once; None if it does not say."""
+
+    @abstractmethod
+    def remembers(self, tokens: int) -> bool:
+        """Whether anything is remembered of a document with so many tokens."""
+
     @abstractmethod
     def parts(self) -> tuple[Any, Any, Any]:
         """The model, its tokenizer and its memory, as `explain` takes them."""
@@ -62,14 +72,14 @@ class DocumentReader(ABC):
 class RunReader(DocumentReader):
     """The model of a run. What it has read of a document when it is broken off is read again."""
 
-    def __init__(self, run: LoadedRun, max_memories: int | None) -> None:
-        self.run = run
+    def __init__(self, run: LoadedRun, max_memories: int | None, index: str | None = None) -> None:
+        self.run, self._index = run, index
         self.memories = run.model.create_knn_memories(batch_size=1, max_memories=max_memories or MAX_MEMORIES)
         self.memories.fingerprint = Weights(run.model).fingerprint()
         self.memories.extra = {"kind": OF_RUN, "layers": list(run.model.config.layers_with_memory)}
 
     def load(self, folder: Path, *, mmap: bool = False) -> None:
-        self.memories = load_memories(self.run, folder, mmap=mmap)
+        self.memories = load_memories(self.run, folder, mmap=mmap, index=self._index)
 
     def merge(self, folder: Path) -> None:
         self.memories.merge(load_memories(self.run, folder))
@@ -86,6 +96,15 @@ class RunReader(DocumentReader):
 
     def forget(self, document: int) -> None:
         self.memories.forget(document)
+
+    @property
+    def longest(self) -> int:
+        return self.run.config.training.segment_length
+
+    def remembers(self, tokens: int) -> bool:
+        config = self.run.model.config
+        with_xl = set(config.layers_with_memory) <= set(config.layers_with_xl)  # then it has the last tokens instead
+        return tokens > (config.xl_max_memories if with_xl else 0)
 
     def parts(self) -> tuple[Any, Any, Any]:
         return self.run.model, self.run.tokenizer, self.memories
@@ -104,9 +123,9 @@ class RunReader(DocumentReader):
             yield (start + len(portion)) / len(tokens)
 
 
-def load_memories(run: LoadedRun, folder: Path, *, mmap: bool = False) -> KNNMemoryList:
-    """The memory that the model of a run has built; with mmap (on a CPU) where it lies. Raises ValueError for that of
-    another model."""
+def load_memories(run: LoadedRun, folder: Path, *, mmap: bool = False, index: str | None = None) -> KNNMemoryList:
+    """The memory that the model of a run has built; with mmap (on a CPU) where it lies. index: how it is searched, if
+    not as before. Raises ValueError for that of another model."""
     device = run.model.device
     memories = KNNMemoryList.load(
         folder, mmap=mmap and device.type == "cpu", fingerprint=Weights(run.model).fingerprint(), device=device
@@ -115,6 +134,9 @@ def load_memories(run: LoadedRun, folder: Path, *, mmap: bool = False) -> KNNMem
     expected, got = ([(m.num_indices, m.num_kv_heads, m.dim) for m in each] for each in (own, memories))
     if memories.extra.get("kind") != OF_RUN or expected != got:
         raise ValueError(f"expected a memory of the model of {str(run.folder)!r}, got one {memories.extra.get('kind')}")
+    if index is not None:
+        for memory in memories:
+            memory.search_with(index)
     return memories
 
 
@@ -125,6 +147,7 @@ class HubReader(DocumentReader):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from memorizing_transformers_pytorch.huggingface import attach_memory
+        from memorizing_transformers_pytorch.huggingface.probe import positions_of
 
         gguf = next(Path(name).glob("*.gguf"), None) if Path(name).is_dir() else None
         where = {} if gguf is None else {"gguf_file": gguf.name}
@@ -136,10 +159,14 @@ class HubReader(DocumentReader):
                 f"expected the folder of a run, or a model of transformers, got {name!r}: {error}"
             ) from None
         model.requires_grad_(False).train(False).to(device)
-        self.memory = attach_memory(model, **options)
+        self._index: str | None = options.get("index")
+        chunk = min(CHUNK, positions_of(model) or CHUNK)
+        self.memory = attach_memory(model, **{"chunk": chunk, **options})
 
     def load(self, folder: Path, *, mmap: bool = False) -> None:
         self.memory.load(folder, mmap=mmap)
+        if self._index is not None:
+            self.memory.search_with(self._index)
 
     def merge(self, folder: Path) -> None:
         self.memory.merge(folder)
@@ -156,6 +183,15 @@ class HubReader(DocumentReader):
 
     def forget(self, document: int) -> None:
         self.memory.forget(document)
+
+    @property
+    def longest(self) -> int | None:
+        from memorizing_transformers_pytorch.huggingface.probe import positions_of
+
+        return positions_of(self.memory.model)
+
+    def remembers(self, tokens: int) -> bool:
+        return tokens > self.memory.options.skip_first
 
     def parts(self) -> tuple[Any, Any, Any]:
         return self.memory.model, self.tokenizer, self.memory
@@ -189,7 +225,7 @@ def open_reader(
     if (run / CONFIG).is_file():
         if dtype is not None:
             raise ValueError("expected the dtype of a run's own memory, got another")
-        return RunReader(load_run(run, device=device, index=index), max_memories)
+        return RunReader(load_run(run, device=device, index=index), max_memories, index)
     options = {"max_memories": max_memories, "dtype": dtype, "index": index}
     try:
         return HubReader(model, device, {name: each for name, each in options.items() if each is not None})

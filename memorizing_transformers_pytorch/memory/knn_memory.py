@@ -17,12 +17,17 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import checks
 from memorizing_transformers_pytorch.memory.auto import make_index
+from memorizing_transformers_pytorch.memory.index import Index
 from memorizing_transformers_pytorch.memory.policy import OLDEST, POLICIES, entries_to_remove
 from memorizing_transformers_pytorch.memory.retrieved import Origin
 from memorizing_transformers_pytorch.memory.searched import Searched
 from memorizing_transformers_pytorch.memory.snapshot import restored, take_snapshot
 from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN, Sizes, StagedEntries, Store
 from memorizing_transformers_pytorch.memory.vectors import Vectors
+
+
+def _searcher(index: str, device: torch.device, dim: int) -> Index:
+    return make_index("exact" if index == "auto" and device.type != "cpu" else index, dim)
 
 
 class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
@@ -92,7 +97,7 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
         self.index = index
         self.policy = policy
         self.lock = threading.RLock()
-        self.searcher = make_index("exact" if index == "auto" and device.type != "cpu" else index, dim)
+        self.searcher = _searcher(index, device, dim)
         sizes_of_store = Sizes(num_indices, num_kv_heads, max_memories, dim, dtype)
         self._open_store: Store | None = Store(sizes_of_store, device, None if directory is None else Path(directory))
 
@@ -238,6 +243,13 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
             self.store.close()
             self.searcher.forget()
             self._open_store, self.max_memories = store, store.capacity
+
+    def search_with(self, index: str) -> None:
+        """Be searched like this from now on (see `index`). Raises ValueError, changing nothing, for an unknown one."""
+        checks.check_options({}, self.dtype, self.device, index, mapped=False)
+        searcher = _searcher(index, self.device, self.dim)
+        with self.lock:
+            self.index, self.searcher = index, searcher
 
     @property
     def is_closed(self) -> bool:

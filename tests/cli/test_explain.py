@@ -56,6 +56,38 @@ def test_files_are_read_and_the_page_names_them(
     assert "empty.txt" not in page.read_text()
 
 
+def test_what_is_no_text_is_left_out_of_a_folder_and_refused_by_name(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (notes / "latin.txt").write_bytes("Où".encode("latin-1"))
+    (notes / "picture.png").write_bytes(b"\x89PNG\0\0")
+    given = ["--model", str(make_run(tmp_path / "run")), "--prompt", "the question of", "--read"]
+    main(["explain", *given, str(notes), "--json"])
+    printed = capsys.readouterr()
+    left_out = [line.split(": ")[0] for line in printed.err.splitlines() if line.startswith("left out")]
+    assert left_out == [f"left out {notes / name}" for name in ("empty.txt", "latin.txt", "picture.png")]
+    assert {each["title"] for each in json.loads(printed.out)["documents"]} >= {str(notes / "fact.txt")}
+    for name, message in (("picture.png", "got a binary file"), ("empty.txt", "got an empty file")):
+        assert message in failed([*given, str(notes / name)], capsys)
+
+
+def test_it_is_said_which_files_a_memory_has_no_room_for(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for n in range(4):
+        (folder / f"{n}.txt").write_text(f"text {n} of four. " * 6)
+    (folder / "short.txt").write_text("ab")
+    given = ["explain", "--model", model, "--read", str(folder), "--prompt", "text", "--json"]
+    main([*given, "--max-memories", "150"])
+    said = capsys.readouterr().err
+    assert "the memory is full: 2 documents had to make room (--max-memories)" in said
+    assert f"too short to be remembered: {folder / 'short.txt'}" in said
+    main(given)
+    assert "the memory is full" not in capsys.readouterr().err
+
+
 def test_a_memory_on_disk_is_looked_up_and_stays_as_it_is(
     model: str, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +173,15 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(
     ]:
         assert message in failed(given, capsys)
     assert Path(os.devnull).is_char_device()
+
+
+def test_a_prompt_that_is_no_one_segment_is_refused_before_anything_is_read(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(make_run(tmp_path / "run")), "--read", str(notes / "fact.txt"), "--json", "--prompt"]
+    assert "expected at most 32 tokens of prompt, got 33 (--read longer texts)" in failed([*given, "x" * 33], capsys)
+    main(["explain", *given, "x" * 32])
+    assert len(json.loads(capsys.readouterr().out)["tokens"]) == 32
 
 
 def test_another_models_memory_and_rows_that_are_not_there_are_refused(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import runpy
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import tyro
 
 pytest.importorskip("transformers")
 
@@ -14,7 +20,9 @@ from examples import chat_with_a_book, complete_code, endless_stream, tune_in_a_
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
 from memorizing_transformers_pytorch.huggingface import attach_memory
 from memorizing_transformers_pytorch.huggingface.export import for_transformers
+from tests.huggingface.conftest import cache  # noqa: F401 - a fixture
 from tests.huggingface.families import tiny
+from tests.library.conftest import make_hub_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BOOK = "The whale was white. Ahab hunted the whale over all the seas. " * 4
@@ -37,6 +45,38 @@ def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 75  # with what they say at the top
     code = path.read_text().split('"""', 2)[2]
     assert len([line for line in code.splitlines() if line.strip()]) < 60
+
+
+def printed_command(path: Path) -> list[str]:
+    """The arguments in the command line that an example prints at its top."""
+    (line,) = [each for each in path.read_text().splitlines() if f"python examples/{path.name} " in each]
+    return shlex.split(line.partition(f"examples/{path.name}")[2])
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_the_command_that_an_example_prints_is_one_that_it_takes(path: Path) -> None:
+    main = importlib.import_module(f"examples.{path.stem}").main
+
+    @functools.wraps(main)
+    def taken(**values: Any) -> dict[str, Any]:
+        return values
+
+    given = printed_command(path)
+    assert tyro.cli(taken, args=given)["model"] == given[0]
+
+
+def test_an_example_runs_as_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "one.py").write_text("def one():\n    return 1\n")
+    model = str(make_hub_model(tmp_path / "model"))
+    path = EXAMPLES / "complete_code.py"
+    monkeypatch.setattr(sys, "argv", [str(path), model, *printed_command(path)[1:]])
+    runpy.run_path(str(path), run_name="__main__")
+    assert "looked in: one.py" in capsys.readouterr().out
 
 
 def test_a_chat_goes_on_and_shows_where_it_looked(model: Any, tokenizer: Any) -> None:

@@ -41,12 +41,12 @@ def ours(**options: Any) -> tuple[MemorizingTransformer, KNNMemoryList]:
     return model, memories
 
 
-def attached(**options: Any) -> tuple[Any, Any]:
+def attached(family: str = "llama", **options: Any) -> tuple[Any, Any]:
     pytest.importorskip("transformers")
     from memorizing_transformers_pytorch.huggingface import attach_memory
     from tests.huggingface.families import tiny
 
-    model = tiny("llama")
+    model = tiny(family)
     model.resize_token_embeddings(256)
     memory = attach_memory(model, **{"layers": "all", "topk": 5, "skip_first": 0, "index": "exact", **options})
     for title, text in TEXTS.items():
@@ -290,6 +290,14 @@ def test_where_nothing_is_found_there_is_still_a_page_and_a_table(nothing: str) 
     assert found.mass.shape[2] == 4
     assert "Nothing was looked up." in page(found)
     assert list(found.to_pandas()) == COLUMNS
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_no_more_tokens_are_explained_than_the_model_has_positions_for(family: str) -> None:
+    model, memory = attached(family)
+    assert len(explain(model, [1] * 512, memory).texts) == 512
+    with pytest.raises(ValueError, match="expected at most 512 tokens, the positions of the model, got 513"):
+        explain(model, [1] * 513, memory)
 
 
 def test_bad_input_is_refused() -> None:

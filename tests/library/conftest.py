@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,14 +35,14 @@ def make_run(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_hub_model(folder: Path) -> Path:
+def make_hub_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
     pytest.importorskip("transformers")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from tests.huggingface.families import tiny
 
-    model = tiny("llama")
+    model = tiny(family, **changes)
     model.resize_token_embeddings(256)
     model.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

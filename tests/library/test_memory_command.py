@@ -11,8 +11,10 @@ import pytest
 
 from memorizing_transformers_pytorch.cli import main
 from memorizing_transformers_pytorch.cli import memory as cli_memory
-from memorizing_transformers_pytorch.library.readers import DocumentReader
-from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.cli.generate import Generate, memories_of
+from memorizing_transformers_pytorch.library.readers import DocumentReader, RunReader, open_reader
+from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.memory.approximate import ApproximateIndex
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
 from tests.library.conftest import make_hub_model, make_run
@@ -58,6 +60,34 @@ def test_files_are_read_once_and_again_when_they_change(
     changed = told(capsys, "build", memory, texts, "--model", model, "--prune")
     assert (changed["read"], changed["known"], changed["changed"], changed["removed"]) == (0, 1, 1, 1)
     assert names(memory) == ["zlong.txt", "one.txt"]
+
+
+def test_a_file_is_the_same_by_every_spelling_of_its_name(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, memory = make_run(tmp_path / "run"), tmp_path / "memory"
+    (tmp_path / "link").symlink_to(texts, target_is_directory=True)
+    assert told(capsys, "build", memory, "texts", texts, "link", "--model", model)["read"] == 3
+    old = KNNMemoryList.load(memory)
+    assert [each.title for each in old.documents()] == ["texts/one.txt", "texts/zlong.txt", "texts/below/two.txt"]
+    old.ledger.note(old.documents()[0].number, {"file": "texts/one.txt"})  # as it was written before
+    old.save(memory, compact=True)
+    for spelling in (texts, "./texts", "link"):
+        result = told(capsys, "build", memory, spelling, "--model", model, "--prune")
+        assert (result["known"], result["read"], result["removed"], result["documents"]) == (3, 0, 0, 3)
+
+
+@pytest.mark.parametrize("where", [".", "library", "below/deep/library"])
+def test_a_memory_among_the_texts_is_not_read(
+    where: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But a manifest of something else is."""
+    model, memory = make_run(tmp_path / "run"), texts / where
+    (texts / "below" / "manifest.json").write_text('{"name": "an app"}')
+    for read, known in ((4, 0), (0, 4), (0, 4)):
+        result = told(capsys, "build", memory, texts, "--model", model)
+        assert (result["read"], result["known"], result["left_out"]) == (read, known, 2)
 
 
 def test_what_was_broken_off_goes_on_and_ends_the_same(
@@ -128,7 +158,7 @@ def test_it_is_said_when_documents_had_to_make_room(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("build", tmp_path / "memory", texts, "--model", make_run(tmp_path / "run"), "--max-memories", 3_000)
-    assert "the memory is full: 1 documents had to make room (--max-memories)" in capsys.readouterr().err
+    assert "the memory is full: 1 document had to make room (--max-memories)" in capsys.readouterr().err
 
 
 def test_damage_is_found(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +210,36 @@ def test_a_run_writes_with_what_is_on_disk_and_leaves_it_alone(
         written.append(capsys.readouterr().out)
     assert written[0] != written[1] == written[2]
     assert {path.name: path.read_bytes() for path in memory.iterdir()} == before
+
+
+def test_a_memory_that_is_there_is_searched_as_it_is_said(
+    model: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, old, index = tmp_path / "new", tmp_path / "old", "IVF4,Flat"
+    run("build", new, texts, "--model", model, "--index", index)
+    run("build", old, texts, "--model", model)
+    before = told(capsys, "info", old)["index"]
+    run("build", old, texts / "one.txt", "--model", model)
+    assert told(capsys, "info", old)["index"] == before
+    reader = open_reader(model, "cpu", max_memories=None, dtype=None, index=index)
+    reader.load(old, mmap=True)
+    assert last_memory(reader).index == index
+    assert isinstance(last_memory(reader).searcher, ApproximateIndex)
+    run("build", old, texts, "--model", model, "--index", index)
+    assert told(capsys, "info", old)["index"] == told(capsys, "info", new)["index"] != before
+    if isinstance(reader, RunReader):
+        assert "no-such" in refused(capsys, "build", old, texts, "--model", model, "--index", "no-such")
+        options = Generate(run=Path(model), memories=old, index="exact")
+        with memories_of(reader.run, options) as memories:
+            assert memories is not None
+            assert [each.index for each in memories] == ["exact"]
+
+
+def last_memory(reader: DocumentReader) -> KNNMemory:
+    """Of the last layer; that of old entries, where there is another."""
+    _, _, memory = reader.parts()
+    found: KNNMemory = (memory if isinstance(reader, RunReader) else list(memory.layers.values())[-1].memories)[-1]
+    return found
 
 
 def test_bad_input_is_one_line(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

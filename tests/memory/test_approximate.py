@@ -52,6 +52,21 @@ def queries_like(keys: Tensor, count: int, seed: int = 5) -> Tensor:
     return normalize(keys[:, chosen] + 0.1 * torch.randn(2, count, DIM, generator=random), dim=-1)[None]
 
 
+def test_a_memory_can_be_searched_otherwise_from_now_on() -> None:
+    memory, fresh = filled("exact"), filled("IVF64,Flat")
+    queries = queries_like(memory.store.keys[0].floats(), 200)
+    exact = memory.retrieve(queries, TOPK)
+    memory.search_with("IVF64,Flat")
+    assert (memory.retrieve(queries, TOPK).slots == fresh.retrieve(queries, TOPK).slots).all()
+    assert memory.index_in_use == fresh.index_in_use
+    assert "index='IVF64,Flat'" in repr(memory)
+    with pytest.raises(ValueError, match="no-such"):
+        memory.search_with("no-such")
+    assert memory.index == "IVF64,Flat"
+    memory.search_with("exact")
+    assert (memory.retrieve(queries, TOPK).slots == exact.slots).all()
+
+
 @by_factory
 def test_nearly_everything_is_found_while_the_ring_turns(factory: str) -> None:
     memory = filled(factory)

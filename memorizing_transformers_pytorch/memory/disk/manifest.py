@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,16 @@ class Manifest:
     @property
     def num_bytes(self) -> int:
         return sum(file.bytes for file in self.files())
+
+
+def files_of_memory(folder: Path, names: Iterable[str]) -> set[str]:
+    """Which of these names of files in a folder belong to a memory in it, of any version, damaged or not."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            is_there = FORMAT.encode() in file.read(len(FORMAT) + 100)
+    except OSError:
+        is_there = False
+    return {name for name in names if is_there and (name == NAME or FILE_NAME.fullmatch(name))}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
