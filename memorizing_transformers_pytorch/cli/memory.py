@@ -18,7 +18,7 @@ from memorizing_transformers_pytorch.library.build import Builder, files_below
 from memorizing_transformers_pytorch.library.readers import open_reader
 from memorizing_transformers_pytorch.library.room import in_words
 from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.memory.disk.folder import locked, make_folder
+from memorizing_transformers_pytorch.memory.disk.folder import locked, make_folder, refuse_others
 from memorizing_transformers_pytorch.memory.disk.load import How, load, state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from memorizing_transformers_pytorch.memory.documents import DocumentTable, by_layer
@@ -126,6 +126,7 @@ def build(options: Build) -> dict[str, Any]:
     there = (options.memory / NAME).exists()
     if there and (options.max_memories is not None or dtype is not None):
         raise ValueError("expected --max-memories and --dtype for a new memory only, got them for one that is there")
+    refuse_others(options.memory)
     device = chosen_device(options.device)
     reader = open_reader(options.model, device, max_memories=options.max_memories, dtype=dtype, index=options.index)
     folder = options.memory.resolve()
@@ -222,6 +223,7 @@ def compact(options: Compact) -> dict[str, Any]:
 def merge(options: Merge) -> dict[str, Any]:
     if (options.output / NAME).exists():
         raise ValueError(f"expected a folder without a memory, got {str(options.output)!r}")
+    refuse_others(options.output)
     if len(options.memories) < 2:
         raise ValueError(f"expected at least two memories, got {len(options.memories)}")
     if options.model is not None:
