@@ -15,7 +15,7 @@ from memorizing_transformers_pytorch.training.run import RUNS, SHIPPED, newest_r
 
 Options = TypeVar("Options")
 
-MORE_ROOM = " (--max-memories)"  # what to do where documents had to make room
+MORE_ROOM = " (--max-memories, for a new memory)"  # what to do where documents had to make room
 _BOX = "╭╮╰╯│─ "
 
 

@@ -82,7 +82,7 @@ def test_it_is_said_which_files_a_memory_has_no_room_for(
     given = ["explain", "--model", model, "--read", str(folder), "--prompt", "text", "--json"]
     main([*given, "--max-memories", "150"])
     said = capsys.readouterr().err
-    assert "the memory is full: 2 documents had to make room (--max-memories)" in said
+    assert "the memory is full: 2 documents had to make room (--max-memories, for a new memory)" in said
     assert f"too short to be remembered: {folder / 'short.txt'}" in said
     main(given)
     assert "the memory is full" not in capsys.readouterr().err
