@@ -158,7 +158,8 @@ def test_it_is_said_when_documents_had_to_make_room(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("build", tmp_path / "memory", texts, "--model", make_run(tmp_path / "run"), "--max-memories", 3_000)
-    assert "the memory is full: 1 document had to make room (--max-memories, for a new memory)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the memory is full: 1 document had to make room (--max-memories, for a new memory)" in said
 
 
 def test_damage_is_found(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
