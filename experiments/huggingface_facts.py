@@ -63,6 +63,7 @@ class Options:
     tuned: Path | None = None
     """What experiments/huggingface_tuning.py has written."""
     device: str = "cpu"
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def answered(memory: AttachedMemory, tokenizer: Any, before: list[int], each: Pl
 
 
 def main(options: Options) -> None:
-    model, tokenizer = load(options.model, options.device)
+    model, tokenizer = load(options.model, options.device, options.dtype)
     whole = tokenizer(options.text.read_text()).input_ids
     text, local = whole[: options.tokens], whole[options.tokens : options.tokens + options.local]
     sentences = planted()

@@ -57,8 +57,8 @@ def load(folder: Path, device: str = "cpu", dtype: str = "float32") -> tuple[Any
     """Model, on the device, and tokenizer."""
     files = list(folder.glob("*.gguf"))
     where = {"gguf_file": files[0].name} if files else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **where)
-    return model.eval().to(device), AutoTokenizer.from_pretrained(folder, **where)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="sdpa", **where)
+    return model.eval().to(device, getattr(torch, dtype)), AutoTokenizer.from_pretrained(folder, **where)
 
 
 def starts(length: int, passages: int, before: int) -> list[int]:
