@@ -17,7 +17,7 @@ class Export:
     """Write the model of a run as a folder for AutoModelForCausalLM.from_pretrained, with tokenizer and model card."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run; "shipped" is one that comes with the package."""
     folder: tyro.conf.Positional[Path]
     """Folder to write, which must not exist."""
     checkpoint: Literal["last", "best"] = "last"

@@ -23,7 +23,7 @@ from memorizing_transformers_pytorch.model import MemorizingTransformer
 from memorizing_transformers_pytorch.progress import bar as progress_bar
 from memorizing_transformers_pytorch.segment import XLMemories
 from memorizing_transformers_pytorch.session import Session
-from memorizing_transformers_pytorch.training.run import LoadedRun, load_run
+from memorizing_transformers_pytorch.training.run import LoadedRun, load_run, run_named
 
 STDIN = "-"
 
@@ -33,7 +33,7 @@ class Generate:
     """Continue a text with the model of a run, which reads with its memory whatever comes before."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run; "shipped" is one that comes with the package."""
     prompt: str = ""
     """Text to continue; - reads it from standard input."""
     read: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str], program: str) -> None:
 def generate_text(options: Generate) -> None:
     """Read, with a progress bar, then print the continuation as it is written. Raises ValueError for bad input."""
     before, prompt = read_input(options)
-    run = load_run(options.run, options.checkpoint, chosen_device(options.device), options.index)
+    run = load_run(run_named(options.run), options.checkpoint, chosen_device(options.device), options.index)
     segment_length = run.config.training.segment_length if options.segment_length is None else options.segment_length
     tokens = run.tokenizer.encode(before + prompt)
     if not tokens:

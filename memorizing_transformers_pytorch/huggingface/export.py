@@ -16,7 +16,7 @@ from memorizing_transformers_pytorch.huggingface.causal_lm import (
     MemorizingTransformerConfig,
     MemorizingTransformerForCausalLM,
 )
-from memorizing_transformers_pytorch.training.run import LoadedRun, load_run
+from memorizing_transformers_pytorch.training.run import LoadedRun, load_run, run_named
 
 CARD = """---
 library_name: transformers
@@ -51,7 +51,7 @@ def export_run(run: Path, folder: Path, checkpoint: str = "last") -> MemorizingT
     """
     if folder.exists():
         raise ValueError(f"expected a new folder, got {str(folder)!r}, which exists")
-    loaded = load_run(run, checkpoint)
+    loaded = load_run(run_named(run), checkpoint)
     model = converted(loaded)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -14,7 +14,7 @@ from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
 from memorizing_transformers_pytorch.session import Session
-from memorizing_transformers_pytorch.training.run import CONFIG, SHIPPED, LoadedRun, load_run
+from memorizing_transformers_pytorch.training.run import CONFIG, LoadedRun, load_run, run_named
 
 PIECES = 4  # of a document, read between two chances to save
 OF_RUN = "of a run"
@@ -221,7 +221,7 @@ def open_reader(
     model: str, device: str, *, max_memories: int | None, dtype: torch.dtype | None, index: str | None
 ) -> DocumentReader:
     """The model of a run's folder, or "shipped", or else one of transformers. Raises ValueError if it is neither."""
-    run = SHIPPED if model == SHIPPED.name else Path(model)
+    run = run_named(model)
     if (run / CONFIG).is_file():
         if dtype is not None:
             raise ValueError("expected the dtype of a run's own memory, got another")

@@ -55,6 +55,12 @@ class LoadedRun(NamedTuple):
     step: int
 
 
+def run_named(name: str | Path) -> Path:
+    """The folder of a run, or of the one that comes with the package if it is called "shipped" and there is no such
+    folder."""
+    return SHIPPED if str(name) == SHIPPED.name and not Path(name).exists() else Path(name)
+
+
 def config_of(folder: Path) -> RunConfig:
     """The configuration of a run. Raises ValueError where there is no run."""
     if not (folder / CONFIG).is_file():

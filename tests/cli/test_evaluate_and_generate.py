@@ -467,3 +467,17 @@ def test_bad_options_are_refused_before_anything_is_read(
     with pytest.raises(ValueError, match=message):
         generate_text(Generate(run=run.folder, **options))
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_shipped_model_writes_what_it_has_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [
+        f"{verb}_{noun}" for verb in ("fetch", "merge", "drop") for noun in ("ledger", "parcel", "voucher", "invoice")
+    ]
+    text = "".join(f"def {name}(self, {name[-6:]}, limit=10):\n    return self.{name}(limit)\n\n" for name in names)
+    (tmp_path / "parcels.py").write_text(text)
+    given = ["--read", "parcels.py", "--prompt", "def merge_voucher(", "--temperature", "0", "--max-new-tokens", "12"]
+    cli.main(["generate", "shipped", *given])
+    assert ", limit=10" in capsys.readouterr().out
