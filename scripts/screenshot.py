@@ -106,12 +106,13 @@ def requests(driver: Any) -> list[str]:
 
 
 def shoot(run: str, output: Path, width: int, height: int, *, dark: bool) -> None:
+    from memorizing_transformers_pytorch.cli.arguments import name_of
     from memorizing_transformers_pytorch.explorer.app import launch
     from memorizing_transformers_pytorch.explorer.service import Service
     from memorizing_transformers_pytorch.library.readers import open_reader
 
     reader = open_reader(run, "cpu", max_memories=None, dtype=None, index=None)
-    blocks, address = launch(Service(reader), run, 7860)
+    blocks, address = launch(Service(reader), name_of(run), 7860)
     try:
         with tempfile.TemporaryDirectory() as folder, browser(width, height, dark=dark) as driver:
             path = Path(folder, "parcels.py")

@@ -53,6 +53,11 @@ def default_model() -> str:
     return SHIPPED.name
 
 
+def name_of(model: str) -> str:
+    """What to call a model on a page."""
+    return "the shipped model" if model == SHIPPED.name else model
+
+
 def _first_paragraph(box: str) -> str:
     """What stands in the box that tyro draws, between its title and the first rule."""
     found: list[str] = []

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, default_model, parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, default_model, name_of, parse_arguments
 from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import ENTRIES, write_page
@@ -78,7 +78,7 @@ def explain_text(options: Explain) -> None:
     if options.json:
         print(json.dumps(as_json(found, all_entries=options.all_entries), indent=1))
         return
-    write_page(found, output, f"What {Path(model).name} looked up")
+    write_page(found, output, f"What {Path(name_of(model)).name} looked up")
     print(f"{found}\n\n{output}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device, default_model, parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import chosen_device, default_model, name_of, parse_arguments
 from memorizing_transformers_pytorch.library.readers import OF_RUN, open_reader
 from memorizing_transformers_pytorch.memory.disk.load import state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str], program: str) -> None:
 
     reader = open_reader(model, chosen_device(options.device), max_memories=None, dtype=None, index=None)
     service = Service(reader, memory, read_only=options.read_only)
-    blocks, address = launch(service, model if memory is None else f"{memory}, with {model}", options.port)
+    name = name_of(model) if memory is None else f"{memory}, with {name_of(model)}"
+    blocks, address = launch(service, name, options.port)
     taken = "" if address.endswith(f":{options.port}") else f" (port {options.port} is taken)"
     print(f"{address}{taken}; Ctrl+C ends it", flush=True)
     try:

@@ -138,6 +138,8 @@ def test_without_any_run_the_model_that_comes_with_the_package_explains(
     found = json.loads(printed.out)["tokens"][1:]
     with_memory, alone = (sum(each[name] for each in found) for name in ("loss", "loss_without_memory"))
     assert with_memory < 0.7 * alone
+    main(["explain", "--prompt", definition, "--read", "parcels.py"])
+    assert "What the shipped model looked up" in (tmp_path / "report.html").read_text()
 
 
 def test_unless_told_the_newest_run_explains_into_report_html(
