@@ -12,7 +12,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, default_model, name_of, parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import (
+    MORE_ROOM,
+    chosen_device,
+    default_model,
+    name_of,
+    parse_arguments,
+)
 from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import ENTRIES, write_page
