@@ -55,6 +55,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def __init__(self, dtype: torch.dtype, kv_heads: int, directory: Path | None = None, index: str = "exact") -> None:
         super().__init__()
         self.dtype, self.kv_heads, self.directory, self.index = dtype, kv_heads, directory, index
+        self.tolerance = 1e-2 if "SQ" in index else 1e-5  # an index that rounds keys may take one of two near ties
         self.random = torch.Generator().manual_seed(0)
         self.num_added = 0
         self.scopes: list[tuple[list[int], AbstractContextManager[KNNMemory]]] = []
@@ -176,8 +177,9 @@ class MemoryMachine(RuleBasedStateMachine):
             found = query_slots[:num_found].tolist()
             assert len(set(found)) == num_found
             best = sorted(every_score.values(), reverse=True)[:num_found]
-            assert query_scores[:num_found].tolist() == pytest.approx(best, rel=1e-5, abs=1e-5)
-            assert [every_score[slot] for slot in found] == pytest.approx(best, rel=1e-5, abs=1e-5)
+            own = [every_score[slot] for slot in found]
+            assert query_scores[:num_found].tolist() == pytest.approx(own, rel=1e-5, abs=1e-5)
+            assert own == pytest.approx(best, rel=1e-5, abs=self.tolerance)
 
     @rule(num_queries=st.integers(0, 5), topk=st.integers(1, 9))
     def search(self, num_queries: int, topk: int) -> None:
