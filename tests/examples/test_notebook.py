@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -43,3 +45,5 @@ def test_the_notebook_runs(notebook: Any, tmp_path: Path, monkeypatch: pytest.Mo
     assert "entries forgotten" in told
     assert "second" in str(notebook.cells[-1].outputs[-1])
     assert "first" not in str(notebook.cells[-1].outputs[-1])
+    asyncio.set_event_loop(None)  # nbclient leaves one open: better collected here, than where it fails another test
+    gc.collect()
