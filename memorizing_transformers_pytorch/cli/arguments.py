@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import tyro
 
+from memorizing_transformers_pytorch.memory.checks import check_device
 from memorizing_transformers_pytorch.training.run import RUNS, SHIPPED, newest_run
 
 Options = TypeVar("Options")
@@ -36,10 +37,7 @@ def chosen_device(name: str | None) -> str:
     """The device of this name; unless given, CUDA where there is one. Raises ValueError for one that is not there."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (AssertionError, NotImplementedError, RuntimeError):
-        raise ValueError(f"expected a device of this machine, such as cpu or cuda, got {name!r}") from None
+    check_device(name)
     return name
 
 

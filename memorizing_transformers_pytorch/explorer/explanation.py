@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,9 +61,8 @@ class Explanation:
 
     texts: each explained token as text. losses: (T,) in nats, the first NaN. without_memory: the same with an empty
     memory. mass: (L, H, T), the share of attention on the memory. layers: their numbers (L,). titles: of documents.
-    columns: the table: token, layer, head, score, weight, document, position, source_token,
-    age (N,). passages: the sources, the most
-    important first. around: how many tokens of the source the text of an entry shows on either side.
+    columns: the table: token, layer, head, score, weight, document, position, source_token, age (N,). passages: the
+    sources, the most important first. around: how many tokens of the source the text of an entry shows on either side.
     """
 
     texts: list[str]
@@ -104,14 +103,17 @@ class Explanation:
 
     def _best(self, of_each_token: int | None = None) -> np.ndarray:
         """Rows of the table, the largest weight first; of each token at most so many."""
-        order = np.argsort(-self.columns["weight"], kind="stable")
+        weights = self.columns["weight"]
         if of_each_token is None:
-            return order
-        tokens = self.columns["token"][order]
-        by_token = np.argsort(tokens, kind="stable")
-        ranks = np.empty_like(order)
-        ranks[by_token] = np.arange(len(order)) - np.searchsorted(tokens[by_token], tokens[by_token])
-        return order[ranks < of_each_token]
+            return np.argsort(-weights, kind="stable")
+        rows = np.concatenate([own[:of_each_token] for own in self.rows_by_token()])
+        return rows[np.argsort(-weights[rows], kind="stable")]
+
+    def rows_by_token(self) -> list[np.ndarray]:
+        """Of each token its rows of the table, the largest weight first."""
+        order = np.lexsort((-self.columns["weight"], self.columns["token"]))
+        ends = np.searchsorted(self.columns["token"][order], np.arange(len(self.texts) + 1))
+        return [order[first:last] for first, last in pairwise(ends)]
 
     @property
     def no_passages(self) -> str:

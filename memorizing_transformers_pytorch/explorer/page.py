@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +54,7 @@ class _Parts:
     def __init__(self, found: Explanation) -> None:
         self._found = found
         self._masses = found.mass_of_tokens()
-        self._of_token = _rows_by_token(found)
+        self._of_token = found.rows_by_token()
         self._texts: dict[tuple[int, int, int], str] = {}
         self._passages = found.passages[:PASSAGES]
         self._size = self._passages[0].last - self._passages[0].first + 1 if self._passages else 1
@@ -213,14 +212,6 @@ class _Parts:
             marked = f"{shown(before)}<mark>{shown(own)}</mark>{shown(after)}" if is_part else shown(entry.text)
             self._texts[key] = f'<bdi class="quote">{marked}</bdi>'
         return self._texts[key]
-
-
-def _rows_by_token(found: Explanation) -> list[np.ndarray]:
-    """Of each token its rows of the table, the largest weight first."""
-    columns = found.columns
-    order = np.lexsort((-columns["weight"], columns["token"]))
-    ends = np.searchsorted(columns["token"][order], np.arange(len(found.texts) + 1))
-    return [order[first:last] for first, last in pairwise(ends)]
 
 
 def _token_text(text: str) -> str:

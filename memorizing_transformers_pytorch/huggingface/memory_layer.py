@@ -114,9 +114,9 @@ class MemoryLayer(Extension, Site):
         if self.recent is None:
             super().commit(entries)
             return
+        recent = self.memories[0]
         for some in entries.portions(self.recent):
             for row, count in zip(some.rows, some.counts(), strict=True):
-                recent = self.memories[0]
                 self._copy_to_older(row, recent.num_entries[row] + count - recent.max_memories)
             super().commit(some)
 

@@ -82,7 +82,7 @@ class Window:
             self._begin(call)
         elif not self.goes_on_with(call.cache):
             expected = "expected the cache of the last conversation, or an empty one to begin another"
-            raise ValueError(f"{expected} (past_key_values=DynamicCache()), got one that was filled unseen")
+            raise ValueError(f"{expected} (past_key_values=DynamicCache()), got another one")
         self._call, self._contents.reading.staging = self._without_rest(call), True
 
     def goes_on_with(self, cache: Any) -> bool:

@@ -37,14 +37,19 @@ def check_options(
     if dtype not in STORAGE_DTYPES:
         raise ValueError(f"expected dtype to be one of {STORAGE_DTYPES}, got {dtype}")
     if device.type != "cpu":
-        try:
-            torch.empty(0, device=device)
-        except (AssertionError, NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"expected a device of this machine, got {str(device)!r}: {error}") from None
+        check_device(device)
         if mapped:
             raise ValueError(f"expected device 'cpu' for a memory-mapped memory, got {str(device)!r}")
         if index not in ("exact", "auto"):
             raise ValueError(f"expected index 'exact' or 'auto' for a memory on {str(device)!r}, got {index!r}")
+
+
+def check_device(device: torch.device | str) -> None:
+    """Whether there is such a device."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError):
+        raise ValueError(f"expected a device of this machine, such as cpu or cuda, got {str(device)!r}") from None
 
 
 def checked_rows(indices: Iterable[int], num_rows: int) -> list[int]:
