@@ -18,7 +18,7 @@ from profiling import profiled
 from serving import Action, serve, timed
 
 from memorizing_transformers_pytorch import KNNMemory, MemorizingTransformer
-from memorizing_transformers_pytorch.generation import stream
+from memorizing_transformers_pytorch.model.generation import stream
 
 SEGMENT, HEADS, DIM_HEAD, TOPK = 512, 8, 64, 32
 ROUNDS = 16  # for as many there are segments that were not added before

@@ -11,7 +11,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from memorizing_transformers_pytorch import KNNMemory
-from memorizing_transformers_pytorch.nn import retrieval
+from memorizing_transformers_pytorch.attention import retrieval
 
 PARTS = ("search", "attend", "add")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from memorizing_transformers_pytorch.durable import write_checksums
 from memorizing_transformers_pytorch.training.checkpoint import MODEL, STATE
 from memorizing_transformers_pytorch.training.run import CONFIG, SHIPPED, TOKENIZER, checkpoint_of, load_run
+from memorizing_transformers_pytorch.utils.durable import write_checksums
 
 CARD = """# The shipped model
 

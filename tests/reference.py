@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.nn.attention import Attention
-from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
-from memorizing_transformers_pytorch.nn.position import RelativePositionBias
+from memorizing_transformers_pytorch.attention.attention import Attention
+from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
+from memorizing_transformers_pytorch.attention.position import RelativePositionBias
 
 
 class Entry(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from memorizing_transformers_pytorch import MemorizingTransformer
-from memorizing_transformers_pytorch.checkpoint import load_weights
+from memorizing_transformers_pytorch.model.checkpoint import load_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "original.safetensors"
 

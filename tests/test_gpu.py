@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memorizing_transformers_pytorch import KNNMemory, KNNMemoryList, MemorizingTransformer
-from memorizing_transformers_pytorch.generation import generate
+from memorizing_transformers_pytorch.model.generation import generate
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.metrics import read_metrics
 from memorizing_transformers_pytorch.training.presets import run_preset

@@ -18,7 +18,6 @@ import numpy as np
 import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
-from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.prepare import prepare
 from memorizing_transformers_pytorch.data.text import text_bytes
@@ -28,6 +27,7 @@ from memorizing_transformers_pytorch.evaluation.evaluate import evaluate
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
 from memorizing_transformers_pytorch.evaluation.report import markdown, plot
 from memorizing_transformers_pytorch.evaluation.summary import Summary, summarise
+from memorizing_transformers_pytorch.model.config import ModelConfig
 from memorizing_transformers_pytorch.training.checkpoint import read_state
 from memorizing_transformers_pytorch.training.report import check_plots_are_possible
 from memorizing_transformers_pytorch.training.run import LoadedRun, checkpoint_of, load_run

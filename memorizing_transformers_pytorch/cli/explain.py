@@ -25,7 +25,7 @@ from memorizing_transformers_pytorch.explorer.page import ENTRIES, write_page
 from memorizing_transformers_pytorch.library.build import files_below, text_of
 from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader
 from memorizing_transformers_pytorch.library.room import Room, in_words
-from memorizing_transformers_pytorch.progress import bar
+from memorizing_transformers_pytorch.utils.progress import bar
 
 REPORT = Path("report.html")
 

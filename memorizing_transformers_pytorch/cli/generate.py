@@ -16,14 +16,14 @@ import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
-from memorizing_transformers_pytorch.generation import stream
 from memorizing_transformers_pytorch.library.readers import load_memories
 from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.model import MemorizingTransformer
-from memorizing_transformers_pytorch.progress import bar as progress_bar
-from memorizing_transformers_pytorch.segment import XLMemories
-from memorizing_transformers_pytorch.session import Session
+from memorizing_transformers_pytorch.model.generation import stream
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.model.session import Session
 from memorizing_transformers_pytorch.training.run import LoadedRun, load_run, run_named
+from memorizing_transformers_pytorch.utils.progress import bar as progress_bar
 
 STDIN = "-"
 

@@ -20,8 +20,8 @@ from memorizing_transformers_pytorch.cli.evaluate import Evaluate, evaluate_run
 from memorizing_transformers_pytorch.data.prepare import prepare
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.run_page import write_run_page
-from memorizing_transformers_pytorch.generation import generate
-from memorizing_transformers_pytorch.session import Session
+from memorizing_transformers_pytorch.model.generation import generate
+from memorizing_transformers_pytorch.model.session import Session
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.presets import run_preset

@@ -27,8 +27,8 @@ import numpy as np
 from memorizing_transformers_pytorch.data.document import SPLITS, Document, Split
 from memorizing_transformers_pytorch.data.text import text_bytes
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
-from memorizing_transformers_pytorch.durable import sync, sync_folder
-from memorizing_transformers_pytorch.plain_json import parse_json, read_object
+from memorizing_transformers_pytorch.utils.durable import sync, sync_folder
+from memorizing_transformers_pytorch.utils.plain_json import parse_json, read_object
 
 FORMAT = 2
 _DTYPES = ("<u2", "<u4")  # of tokens

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from memorizing_transformers_pytorch.progress import bar
+from memorizing_transformers_pytorch.utils.progress import bar
 
 _BLOCK_BYTES = 1 << 16
 _TIMEOUT_SECONDS = 30.0

@@ -16,8 +16,8 @@ from memorizing_transformers_pytorch.data.corpora import open_corpus
 from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, Document, Split
 from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from memorizing_transformers_pytorch.durable import replacing
-from memorizing_transformers_pytorch.progress import bar
+from memorizing_transformers_pytorch.utils.durable import replacing
+from memorizing_transformers_pytorch.utils.progress import bar
 
 # What decides on the text and the side of a document. The corpus and the tokenizer have fingerprints of their own.
 _DECIDING = (

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.config import IGNORE_INDEX
 from memorizing_transformers_pytorch.data.cache import TokenisedDocuments
+from memorizing_transformers_pytorch.model.config import IGNORE_INDEX
 
 
 class Batch(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.document import Document
 from memorizing_transformers_pytorch.data.text import decode, text_bytes, without_surrogates
-from memorizing_transformers_pytorch.plain_json import parse_object
+from memorizing_transformers_pytorch.utils.plain_json import parse_object
 
 _ROWS_AT_ONCE = 64
 

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from memorizing_transformers_pytorch.data.text import text_bytes
-from memorizing_transformers_pytorch.plain_json import parse_json
+from memorizing_transformers_pytorch.utils.plain_json import parse_json
 
 _BYTES_JSON = json.dumps({"type": "bytes"})
 

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from memorizing_transformers_pytorch.evaluation.controls import CONTROLS, control
 from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.model import MemorizingTransformer
-from memorizing_transformers_pytorch.progress import bar as progress_bar
-from memorizing_transformers_pytorch.segment import XLMemories
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.utils.progress import bar as progress_bar
 
 Losses = dict[str, list[np.ndarray]]
 """For each mode and document the losses (n - 1,) float32, in nats, of the tokens that follow the first of its n."""

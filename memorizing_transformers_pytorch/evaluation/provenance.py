@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import memorizing_transformers_pytorch
+from memorizing_transformers_pytorch.utils.version import __version__
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
-            "memorizing_transformers_pytorch": memorizing_transformers_pytorch.__version__,
+            "memorizing_transformers_pytorch": __version__,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
         },
@@ -53,7 +53,7 @@ def origin(found: Mapping[str, Any]) -> str:
 
 def commit() -> str | None:
     """The commit of the package, with a plus if files were changed since; None if it does not run from a checkout."""
-    root = Path(memorizing_transformers_pytorch.__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     if not (root / ".git").exists():
         return None
     try:

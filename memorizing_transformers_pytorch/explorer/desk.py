@@ -16,9 +16,9 @@ import torch
 
 from memorizing_transformers_pytorch.explorer.explain import explain
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
-from memorizing_transformers_pytorch.generation import sample
 from memorizing_transformers_pytorch.library.readers import DocumentReader, HubReader, RunReader
-from memorizing_transformers_pytorch.session import Session
+from memorizing_transformers_pytorch.model.generation import sample
+from memorizing_transformers_pytorch.model.session import Session
 
 PASSAGE = 32  # tokens of a source that are shown together
 MANY = 2_048  # tokens of a prompt and what follows, for models of transformers that take more

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from memorizing_transformers_pytorch.durable import replacing
 from memorizing_transformers_pytorch.explorer.explanation import Explanation, LookedUpEntry
 from memorizing_transformers_pytorch.explorer.markup import (
     bar,
@@ -18,6 +17,7 @@ from memorizing_transformers_pytorch.explorer.markup import (
     table,
     whole_page,
 )
+from memorizing_transformers_pytorch.utils.durable import replacing
 
 ENTRIES, PASSAGES = 8, 200  # that are written, of each token and in all
 HEADS = 16  # of which the best entry is written too

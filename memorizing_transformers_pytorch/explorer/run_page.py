@@ -7,14 +7,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from memorizing_transformers_pytorch.durable import replacing
 from memorizing_transformers_pytorch.evaluation.report import label
 from memorizing_transformers_pytorch.explorer.charts import Curve, chart
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
 from memorizing_transformers_pytorch.explorer.markup import cell, number, shown, table, whole_page
 from memorizing_transformers_pytorch.explorer.page import SECTIONS, sections
-from memorizing_transformers_pytorch.plain_json import read_object
 from memorizing_transformers_pytorch.training.metrics import Record, read_metrics
+from memorizing_transformers_pytorch.utils.durable import replacing
+from memorizing_transformers_pytorch.utils.plain_json import read_object
 
 REPORT = "report.html"
 _POINTS = 200  # of a curve

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.ledger import Ledger
-from memorizing_transformers_pytorch.memory_step import shifted
-from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.memory_step import shifted
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 
 
 class LookedUp(NamedTuple):

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
 from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.probe import ADDED
 from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site, parameters_in_use
-from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.fingerprint import Weights
 from memorizing_transformers_pytorch.huggingface.calls import Call, Calls
 from memorizing_transformers_pytorch.huggingface.contents import Contents
 from memorizing_transformers_pytorch.huggingface.keeping import Keeping
@@ -25,6 +24,7 @@ from memorizing_transformers_pytorch.huggingface.texts import Titles, checked_te
 from memorizing_transformers_pytorch.huggingface.trained import load_parameters, save_parameters
 from memorizing_transformers_pytorch.huggingface.window import Window, ends_of
 from memorizing_transformers_pytorch.memory.ledger import Document
+from memorizing_transformers_pytorch.utils.fingerprint import Weights
 
 
 class AttachedMemory(Keeping):

@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from memorizing_transformers_pytorch.config import IGNORE_INDEX, ModelConfig
-from memorizing_transformers_pytorch.model import MemorizingTransformer
-from memorizing_transformers_pytorch.session import Session
+from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.session import Session
 
 MODEL_TYPE = "memorizing_transformer"
 Output: Any = CausalLMOutputWithPast

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from memorizing_transformers_pytorch.fingerprint import Weights
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Kept
 from memorizing_transformers_pytorch.huggingface.segments import Segments
 from memorizing_transformers_pytorch.huggingface.window import Window
@@ -17,6 +16,7 @@ from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
 from memorizing_transformers_pytorch.memory.retrieved import Origin
+from memorizing_transformers_pytorch.utils.fingerprint import Weights
 
 
 class Keeping:

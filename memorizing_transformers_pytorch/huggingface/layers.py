@@ -17,10 +17,10 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 
-from memorizing_transformers_pytorch.durable import replacing
-from memorizing_transformers_pytorch.fingerprint import Weights
 from memorizing_transformers_pytorch.huggingface.probe import Layer, Seen, positions_of, probe, run, watching
-from memorizing_transformers_pytorch.plain_json import read_object
+from memorizing_transformers_pytorch.utils.durable import replacing
+from memorizing_transformers_pytorch.utils.fingerprint import Weights
+from memorizing_transformers_pytorch.utils.plain_json import read_object
 
 REPEATED = 64  # random tokens, twice; fewer for models that have fewer positions
 ROWS = 4

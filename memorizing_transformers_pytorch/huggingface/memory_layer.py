@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memorizing_transformers_pytorch.attention.retrieval import retrieved_logits, retrieved_values
 from memorizing_transformers_pytorch.huggingface import interface
 from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.interface import LEAST, Extension, Local
@@ -26,7 +27,6 @@ from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Sit
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
 from memorizing_transformers_pytorch.memory.vectors import Vectors
-from memorizing_transformers_pytorch.nn.retrieval import retrieved_logits, retrieved_values
 
 GATE_START = -2.0
 BIAS = "memory_bias"  # the name of the added module in an attention module

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from memorizing_transformers_pytorch.checkpoint import check_dtypes, read_weights
 from memorizing_transformers_pytorch.huggingface.site import Site
+from memorizing_transformers_pytorch.model.checkpoint import check_dtypes, read_weights
 
 
 def save_parameters(sites: Mapping[int, Site], path: str | Path) -> None:

@@ -1,7 +1,7 @@
 """Sums over retrieved entries, and inner products with them, read where they lie: nothing is gathered.
 
 Each program takes one bag, the K slots of one query: for sums a block of columns, entry after entry; for products a
-block of entries, column after column. They are each other's gradients; see `nn.retrieval`.
+block of entries, column after column. They are each other's gradients; see `attention.ops`.
 
 Shapes: N slots in the table, D width, B bags, K slots in each.
 """

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from memorizing_transformers_pytorch.fingerprint import Weights
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
-from memorizing_transformers_pytorch.session import Session
+from memorizing_transformers_pytorch.model.session import Session
 from memorizing_transformers_pytorch.training.run import CONFIG, LoadedRun, load_run, run_named
+from memorizing_transformers_pytorch.utils.fingerprint import Weights
 
 PIECES = 4  # of a document, read between two chances to save
 OF_RUN = "of a run"

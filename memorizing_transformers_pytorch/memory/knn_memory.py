@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import checks
-from memorizing_transformers_pytorch.memory.auto import make_index
-from memorizing_transformers_pytorch.memory.index import Index
+from memorizing_transformers_pytorch.memory.index.auto import make_index
+from memorizing_transformers_pytorch.memory.index.exact import Index
 from memorizing_transformers_pytorch.memory.policy import OLDEST, POLICIES, entries_to_remove
 from memorizing_transformers_pytorch.memory.retrieved import Origin
 from memorizing_transformers_pytorch.memory.searched import Searched

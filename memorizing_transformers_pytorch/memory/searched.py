@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from memorizing_transformers_pytorch.memory import checks
-from memorizing_transformers_pytorch.memory.index import Index
+from memorizing_transformers_pytorch.memory.index.exact import Index
+from memorizing_transformers_pytorch.memory.index.recall import recall_of
+from memorizing_transformers_pytorch.memory.index.structure import some
 from memorizing_transformers_pytorch.memory.policy import LEAST_ATTENDED
-from memorizing_transformers_pytorch.memory.recall import recall_of
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Retrieved
 from memorizing_transformers_pytorch.memory.scope import Scoped
 from memorizing_transformers_pytorch.memory.store import Store
-from memorizing_transformers_pytorch.memory.structure import some
 
 
 class Searched(Scoped):

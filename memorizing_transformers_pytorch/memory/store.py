@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.files import fresh_folder, map_file, remove_folder, zeros
-from memorizing_transformers_pytorch.memory.index import Ring
+from memorizing_transformers_pytorch.memory.index.exact import Ring
 from memorizing_transformers_pytorch.memory.retrieved import Lookup
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 

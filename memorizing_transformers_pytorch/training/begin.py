@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
-from memorizing_transformers_pytorch.checkpoint import load_weights, read_weights
 from memorizing_transformers_pytorch.data.prepare import Prepared, prepare
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from memorizing_transformers_pytorch.model.checkpoint import load_weights, read_weights
 from memorizing_transformers_pytorch.training import run as folders
 from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, last_of, read_state, restore
 from memorizing_transformers_pytorch.training.config import RunConfig

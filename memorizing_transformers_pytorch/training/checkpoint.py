@@ -26,9 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from memorizing_transformers_pytorch.checkpoint import load_weights, read_weights, save_checkpoint
-from memorizing_transformers_pytorch.durable import sync, sync_folder, verify, write_checksums
-from memorizing_transformers_pytorch.plain_json import read_object
+from memorizing_transformers_pytorch.model.checkpoint import load_weights, read_weights, save_checkpoint
 from memorizing_transformers_pytorch.training.state import (
     load_own_state,
     load_shared_state,
@@ -36,6 +34,8 @@ from memorizing_transformers_pytorch.training.state import (
     shared_state,
 )
 from memorizing_transformers_pytorch.training.trainer import Trainer
+from memorizing_transformers_pytorch.utils.durable import sync, sync_folder, verify, write_checksums
+from memorizing_transformers_pytorch.utils.plain_json import read_object
 
 MODEL, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"
 

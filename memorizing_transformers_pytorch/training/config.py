@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.data.config import DataConfig
+from memorizing_transformers_pytorch.model.config import ModelConfig
 
 
 def _check(config: object, *, least: float, names: tuple[str, ...]) -> None:

@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from memorizing_transformers_pytorch.durable import replacing
-from memorizing_transformers_pytorch.plain_json import parse_object
-from memorizing_transformers_pytorch.progress import bar as progress_bar
 from memorizing_transformers_pytorch.training.trainer import Step
+from memorizing_transformers_pytorch.utils.durable import replacing
+from memorizing_transformers_pytorch.utils.plain_json import parse_object
+from memorizing_transformers_pytorch.utils.progress import bar as progress_bar
 
 Record = dict[str, Any]
 

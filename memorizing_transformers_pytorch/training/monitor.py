@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memorizing_transformers_pytorch.attention.attention import Attended, Reading
+from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.memory.recall import recall_of
-from memorizing_transformers_pytorch.memory_step import shifted
-from memorizing_transformers_pytorch.model import MemorizingTransformer
-from memorizing_transformers_pytorch.nn.attention import Attended, Reading
-from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
+from memorizing_transformers_pytorch.memory.index.recall import recall_of
+from memorizing_transformers_pytorch.model.memory_step import shifted
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 
 SAMPLED_QUERIES = 16  # of each row and head, for recall and age
 

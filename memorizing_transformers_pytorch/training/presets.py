@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memorizing_transformers_pytorch.config import PRESETS
+from memorizing_transformers_pytorch.model.config import PRESETS
 from memorizing_transformers_pytorch.training.settings import Plain
 
 # A million parameters, ten minutes on two CPU cores: local training first, the memory at the end (docs/training.md).

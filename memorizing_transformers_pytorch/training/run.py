@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import torch
 
-from memorizing_transformers_pytorch.checkpoint import load_checkpoint
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer, load_tokenizer
-from memorizing_transformers_pytorch.durable import replacing, verify
-from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.checkpoint import load_checkpoint
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, checkpoints_of, last_of, read_state
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.settings import differences, from_plain, read_yaml, write_yaml
+from memorizing_transformers_pytorch.utils.durable import replacing, verify
 
 RUNS = Path("runs")  # where runs are, unless told
 SHIPPED = Path(__file__).parent.parent / "shipped"  # a small run that comes with the package

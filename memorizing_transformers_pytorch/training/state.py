@@ -9,7 +9,7 @@ import dacite
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.segment import XLMemories
+from memorizing_transformers_pytorch.model.segment import XLMemories
 from memorizing_transformers_pytorch.training.trainer import Progress, Trainer
 
 

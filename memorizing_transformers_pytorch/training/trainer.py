@@ -21,11 +21,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from memorizing_transformers_pytorch.config import IGNORE_INDEX
 from memorizing_transformers_pytorch.data.stream import Batch, DocumentStream
 from memorizing_transformers_pytorch.memory import KNNMemoryList, NonFiniteError
-from memorizing_transformers_pytorch.model import MemorizingTransformer
-from memorizing_transformers_pytorch.segment import XLMemories
+from memorizing_transformers_pytorch.model.config import IGNORE_INDEX
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.segment import XLMemories
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.optimizer import make_average, make_optimizer
 from memorizing_transformers_pytorch.training.schedule import learning_rate_at

@@ -27,11 +27,11 @@ from memorizing_transformers_pytorch.cli.evaluate import (
     scored_bytes,
 )
 from memorizing_transformers_pytorch.cli.generate import Generate, generate_text, pieces, read_text, until
-from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.prepare import prepare
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer
-from memorizing_transformers_pytorch.generation import generate
+from memorizing_transformers_pytorch.model.config import ModelConfig
+from memorizing_transformers_pytorch.model.generation import generate
 from memorizing_transformers_pytorch.training.config import RunConfig, TrainingConfig
 
 SENTENCE = "Où est la mémoire ? Ici, dit la bête numéro {}. "

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memorizing_transformers_pytorch.config import IGNORE_INDEX
 from memorizing_transformers_pytorch.data.cache import TokenisedDocuments, build
 from memorizing_transformers_pytorch.data.document import Document
 from memorizing_transformers_pytorch.data.stream import Batch, DocumentStream
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
+from memorizing_transformers_pytorch.model.config import IGNORE_INDEX
 
 
 def make_documents(lengths: list[int]) -> list[np.ndarray]:

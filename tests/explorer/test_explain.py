@@ -13,9 +13,9 @@ from memorizing_transformers_pytorch import MemorizingTransformer
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import page
-from memorizing_transformers_pytorch.generation import generate
 from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.session import Session
+from memorizing_transformers_pytorch.model.generation import generate
+from memorizing_transformers_pytorch.model.session import Session
 
 TEXTS = {"one": "It was the best of times, it was the worst of times.", "two": "Call me Ishmael. Some years ago."}
 

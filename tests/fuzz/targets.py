@@ -15,22 +15,22 @@ from pathlib import Path
 import torch
 
 from memorizing_transformers_pytorch import MemorizingTransformer
-from memorizing_transformers_pytorch.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from memorizing_transformers_pytorch.cli.generate import read_text
-from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.data import cache, files, tables
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.document import SPLITS, Document
 from memorizing_transformers_pytorch.data.enwik8 import Enwik8
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
-from memorizing_transformers_pytorch.durable import verify, write_checksums
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import checksum_of
-from memorizing_transformers_pytorch.plain_json import read_object
+from memorizing_transformers_pytorch.model.checkpoint import load_checkpoint, read_weights, save_checkpoint
+from memorizing_transformers_pytorch.model.config import ModelConfig
 from memorizing_transformers_pytorch.training.checkpoint import read_state, restore, write_checkpoint
 from memorizing_transformers_pytorch.training.metrics import Metrics
 from memorizing_transformers_pytorch.training.run import CONFIG, METRICS, TOKENIZER, checkpoint_of, load_run
 from memorizing_transformers_pytorch.training.settings import from_plain, read_yaml, write_yaml
+from memorizing_transformers_pytorch.utils.durable import verify, write_checksums
+from memorizing_transformers_pytorch.utils.plain_json import read_object
 from tests.training.helpers import make_config, make_trainer
 
 from .target import Read, Target

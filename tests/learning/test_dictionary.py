@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing_transformers_pytorch import KNNMemoryList, MemorizingTransformer
-from memorizing_transformers_pytorch.config import IGNORE_INDEX
 from memorizing_transformers_pytorch.evaluation.controls import shuffled_values
+from memorizing_transformers_pytorch.model.config import IGNORE_INDEX
 
 VOCABULARY = 64
 KEY = VALUE = 4

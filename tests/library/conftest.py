@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from memorizing_transformers_pytorch.checkpoint import save_checkpoint
-from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
-from memorizing_transformers_pytorch.durable import write_checksums
-from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.checkpoint import save_checkpoint
+from memorizing_transformers_pytorch.model.config import ModelConfig
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.training.config import RunConfig, TrainingConfig
 from memorizing_transformers_pytorch.training.run import CONFIG, TOKENIZER
 from memorizing_transformers_pytorch.training.settings import write_yaml
+from memorizing_transformers_pytorch.utils.durable import write_checksums
 
 
 def make_run(folder: Path, seed: int = 0) -> Path:

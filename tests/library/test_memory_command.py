@@ -14,8 +14,8 @@ from memorizing_transformers_pytorch.cli import memory as cli_memory
 from memorizing_transformers_pytorch.cli.generate import Generate, memories_of
 from memorizing_transformers_pytorch.library.readers import DocumentReader, RunReader, open_reader
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
-from memorizing_transformers_pytorch.memory.approximate import ApproximateIndex
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
+from memorizing_transformers_pytorch.memory.index.approximate import ApproximateIndex
 from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
 from tests.library.conftest import make_hub_model, make_run
 from tests.memory.test_disk import same

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from memorizing_transformers_pytorch import MemorizingTransformer
-from memorizing_transformers_pytorch.memory import KNNMemory, auto
-from memorizing_transformers_pytorch.memory.approximate import TARGET_RECALL, ApproximateIndex
-from memorizing_transformers_pytorch.memory.index import Ring, inner_products
-from memorizing_transformers_pytorch.memory.structure import Kind
+from memorizing_transformers_pytorch.memory import KNNMemory
+from memorizing_transformers_pytorch.memory.index import auto
+from memorizing_transformers_pytorch.memory.index.approximate import TARGET_RECALL, ApproximateIndex
+from memorizing_transformers_pytorch.memory.index.exact import Ring, inner_products
+from memorizing_transformers_pytorch.memory.index.structure import Kind
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 DIM, CAPACITY, TOPK = 16, 4_096, 8
@@ -236,7 +237,7 @@ def test_more_are_found_than_the_probed_lists_hold() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (101, 13)])
 def test_inner_products_in_parts_equal_those_at_once(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
-    monkeypatch.setattr("memorizing_transformers_pytorch.memory.index.MAX_GATHERED", 200)
+    monkeypatch.setattr("memorizing_transformers_pytorch.memory.index.exact.MAX_GATHERED", 200)
     queries, keys = torch.randn(shape[0], DIM), torch.randn(50, DIM).to(torch.bfloat16)
     places = torch.randint(50, shape)
     expected = (queries.double() @ keys.double().mT).gather(1, places)

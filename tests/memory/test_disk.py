@@ -396,7 +396,7 @@ def _killed_in_a_save(folder: Path, step: str) -> None:
         memory.save(folder)
 
 
-@pytest.mark.parametrize("step", ["memory.disk.shards._header", "memory.disk.save.sync", "durable.sync"])
+@pytest.mark.parametrize("step", ["memory.disk.shards._header", "memory.disk.save.sync", "utils.durable.sync"])
 def test_killed_in_its_first_save_a_folder_can_be_saved_to(tmp_path: Path, step: str) -> None:
     """With a file begun, with all of them, and with a manifest that has no name yet."""
     folder, memory = tmp_path / "memory", memories()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory import KNNMemory, index
+from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
-from memorizing_transformers_pytorch.memory.index import Best, best_of
+from memorizing_transformers_pytorch.memory.index import exact as index
+from memorizing_transformers_pytorch.memory.index.exact import Best, best_of
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 by_dtype = pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)

@@ -24,8 +24,9 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory import KNNMemory, approximate, auto, structure
+from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
+from memorizing_transformers_pytorch.memory.index import approximate, auto, structure
 from tests.reference import kept
 
 DIM = 5

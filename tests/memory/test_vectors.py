@@ -125,7 +125,7 @@ def test_scores_are_those_of_what_is_kept_and_not_of_what_was_added(query_dtype:
 
 
 def test_the_whole_store_is_never_converted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memorizing_transformers_pytorch.memory.index.MAX_BLOCK_ENTRIES", 50)
+    monkeypatch.setattr("memorizing_transformers_pytorch.memory.index.exact.MAX_BLOCK_ENTRIES", 50)
     largest = 0
     convert = Vectors.floats
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memorizing_transformers_pytorch import checkpoint
-from memorizing_transformers_pytorch.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from memorizing_transformers_pytorch.model import checkpoint
+from memorizing_transformers_pytorch.model.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from tests.model.helpers import EVERYTHING, random_tokens, read, refused, tiny, variants
 
 

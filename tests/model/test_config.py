@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memorizing_transformers_pytorch import MemorizingTransformer, ModelConfig
-from memorizing_transformers_pytorch.config import PRESETS
+from memorizing_transformers_pytorch.model.config import PRESETS
 from tests.model.helpers import refused
 
 SMALLEST: dict[str, Any] = {"num_tokens": 11, "dim": 8, "depth": 3}

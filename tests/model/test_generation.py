@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch import MemorizingTransformer
-from memorizing_transformers_pytorch.generation import generate, sample, stream
-from memorizing_transformers_pytorch.segment import XLMemories
-from memorizing_transformers_pytorch.session import Session
+from memorizing_transformers_pytorch.model.generation import generate, sample, stream
+from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.model.session import Session
 from tests.model.helpers import (
     EOS,
     EVERYTHING,

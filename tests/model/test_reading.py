@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from memorizing_transformers_pytorch import MemorizingTransformer
-from memorizing_transformers_pytorch.nn.attention import Attended, Reading
+from memorizing_transformers_pytorch.attention.attention import Attended, Reading
 from tests.model.helpers import call, plant, random_tokens, tiny, variants
 
 T = 7

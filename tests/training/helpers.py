@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from memorizing_transformers_pytorch.config import ModelConfig
 from memorizing_transformers_pytorch.data.config import DataConfig
+from memorizing_transformers_pytorch.model.config import ModelConfig
 from memorizing_transformers_pytorch.training.config import MemoryConfig, OptimizerConfig, RunConfig, TrainingConfig
 from memorizing_transformers_pytorch.training.metrics import read_metrics
 from memorizing_transformers_pytorch.training.run import METRICS

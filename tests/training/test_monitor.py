@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch import MemorizingTransformer
-from memorizing_transformers_pytorch.nn.attention import Reading
+from memorizing_transformers_pytorch.attention.attention import Reading
 from memorizing_transformers_pytorch.training.monitor import recall, watching
 
 LENGTH = 7

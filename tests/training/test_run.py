@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from memorizing_transformers_pytorch.checkpoint import load_checkpoint, save_checkpoint
-from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.checkpoint import load_checkpoint, save_checkpoint
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.training import loop
 from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, CheckpointError, checkpoints_of, last_of
 from memorizing_transformers_pytorch.training.config import RunConfig

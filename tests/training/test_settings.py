@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.training.config import MemoryConfig, OptimizerConfig, RunConfig, TrainingConfig
 from memorizing_transformers_pytorch.training.presets import RUN_PRESETS, run_preset
 from memorizing_transformers_pytorch.training.schedule import learning_rate_at

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.data.stream import Batch, DocumentStream
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.trainer import Trainer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import filelock
 
-from memorizing_transformers_pytorch.durable import sync
 from memorizing_transformers_pytorch.memory.disk.manifest import FILE_NAME, NAME, read_manifest
+from memorizing_transformers_pytorch.utils.durable import sync
 
 LOCK = ".lock"
 SECONDS_TO_WAIT = 10.0

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.auto import index_on
 from memorizing_transformers_pytorch.memory.checks import NonFiniteError
 from memorizing_transformers_pytorch.memory.disk.manifest import (
     MOST_COUNTED,
@@ -21,6 +20,7 @@ from memorizing_transformers_pytorch.memory.disk.manifest import (
 )
 from memorizing_transformers_pytorch.memory.disk.save import Mark, Marks
 from memorizing_transformers_pytorch.memory.disk.shards import read_tensors
+from memorizing_transformers_pytorch.memory.index.auto import index_on
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.store import Store, by_place
 

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import memorizing_transformers_pytorch
-from memorizing_transformers_pytorch.durable import sync
 from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked, make_folder, refuse_others, sweep
 from memorizing_transformers_pytorch.memory.disk.manifest import (
     Base,
@@ -33,6 +31,8 @@ from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.ledger import Ledger
 from memorizing_transformers_pytorch.memory.policy import LEAST_ATTENDED
 from memorizing_transformers_pytorch.memory.store import PER_HEAD, Store
+from memorizing_transformers_pytorch.utils.durable import sync
+from memorizing_transformers_pytorch.utils.version import __version__
 
 SPARE = 8  # the part of a base that journals may add to it
 LEAST_SPARE = 2**20  # bytes that they may add to a small one
@@ -115,7 +115,7 @@ def _save(
         manifest = Manifest("", "", None, bases)
     manifest = replace(
         manifest,
-        package=memorizing_transformers_pytorch.__version__,
+        package=__version__,
         saved=datetime.now(UTC).isoformat(timespec="seconds"),
         fingerprint=belongings.fingerprint,
         documents=tuple(belongings.ledger.documents()),

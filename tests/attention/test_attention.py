@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from memorizing_transformers_pytorch.attention import causal
+from memorizing_transformers_pytorch.attention.attention import Attention
+from memorizing_transformers_pytorch.attention.blocks import AttentionBlock, FeedForward, FeedForwardBlock
+from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
+from memorizing_transformers_pytorch.attention.position import INVISIBLE, causal_distances
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.nn import causal
-from memorizing_transformers_pytorch.nn.attention import Attention
-from memorizing_transformers_pytorch.nn.blocks import AttentionBlock, FeedForward, FeedForwardBlock
-from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
-from memorizing_transformers_pytorch.nn.position import INVISIBLE, causal_distances
 from tests import reference
 from tests.reference import ListMemory
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from memorizing_transformers_pytorch.durable import replacing, verify, write_checksums
+from memorizing_transformers_pytorch.utils.durable import replacing, verify, write_checksums
 
 
 def test_a_file_is_replaced_once_it_is_complete(tmp_path: Path) -> None:

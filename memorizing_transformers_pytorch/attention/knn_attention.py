@@ -12,14 +12,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.nn.attention import Attended, AttentionBase, Reading
-from memorizing_transformers_pytorch.nn.causal import causal_attention, joint_attention
-from memorizing_transformers_pytorch.nn.heads import (
+from memorizing_transformers_pytorch.attention.attention import Attended, AttentionBase, Reading
+from memorizing_transformers_pytorch.attention.causal import causal_attention, joint_attention
+from memorizing_transformers_pytorch.attention.heads import (
     join_past,
     unit,
 )
-from memorizing_transformers_pytorch.nn.retrieval import LookUp, Memory, retrieved_logits, retrieved_values
-from memorizing_transformers_pytorch.nn.short_conv import ShortConv, induction_taps
+from memorizing_transformers_pytorch.attention.retrieval import LookUp, Memory, retrieved_logits, retrieved_values
+from memorizing_transformers_pytorch.attention.short_conv import ShortConv, induction_taps
 
 # The query heads of an induction start differ from the key projection by this share of their own random start.
 INDUCTION_NOISE = 0.3
@@ -38,7 +38,7 @@ class KNNAttention(AttentionBase):
         g = sigmoid(b) between the two (b starts at 0; with nothing retrieved the output is the local one).
     gate_output: a learned tanh gate on the output that starts at 0, for adding the layer to a trained model.
     short_conv: width of a causal depthwise convolution over queries and keys; 0 for none.
-    qk_init: "induction" starts the layer as an induction head (see `nn.short_conv`); it needs short_conv >= 2.
+    qk_init: "induction" starts the layer as an induction head (see `attention.short_conv`); it needs short_conv >= 2.
     The other arguments are those of `Attention`.
     """
 

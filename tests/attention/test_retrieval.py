@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory import KNNMemory, Lookup
-from memorizing_transformers_pytorch.nn.retrieval import (
+from memorizing_transformers_pytorch.attention.retrieval import (
     retrieved_logits,
     retrieved_values,
     sampled_inner_products,
     weighted_sums,
 )
+from memorizing_transformers_pytorch.memory import KNNMemory, Lookup
 from tests.reference import Found, gathered_logits, gathered_sums
 
 HEADS, LENGTH, DIM, TOPK = 4, 3, 7, 5

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
+from memorizing_transformers_pytorch.attention.position import RelativePositionBias, causal_distances
+from memorizing_transformers_pytorch.attention.short_conv import ShortConv, induction_taps
 from memorizing_transformers_pytorch.memory import KNNMemory, Lookup
-from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
-from memorizing_transformers_pytorch.nn.position import RelativePositionBias, causal_distances
-from memorizing_transformers_pytorch.nn.short_conv import ShortConv, induction_taps
 from tests import reference
 
 WIDTHS = [1, 2, 4, 7]

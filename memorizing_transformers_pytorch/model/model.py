@@ -15,23 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memorizing_transformers_pytorch.checks import check_devices, check_memories, check_rows, check_state, check_tokens
-from memorizing_transformers_pytorch.config import IGNORE_INDEX, ModelConfig
+from memorizing_transformers_pytorch.attention.attention import Attention
+from memorizing_transformers_pytorch.attention.blocks import AttentionBlock, FeedForward, FeedForwardBlock
+from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
+from memorizing_transformers_pytorch.attention.position import RelativePositionBias
+from memorizing_transformers_pytorch.attention.retrieval import LookUp
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, warn_once
-from memorizing_transformers_pytorch.memory_step import Written, hand_over, hidden_from_memory, make_look_ups, shifted
-from memorizing_transformers_pytorch.nn.attention import Attention
-from memorizing_transformers_pytorch.nn.blocks import AttentionBlock, FeedForward, FeedForwardBlock
-from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
-from memorizing_transformers_pytorch.nn.position import RelativePositionBias
-from memorizing_transformers_pytorch.nn.retrieval import LookUp
-from memorizing_transformers_pytorch.segment import Segment, XLMemories, find_boundaries, make_segment
+from memorizing_transformers_pytorch.model.checks import (
+    check_devices,
+    check_memories,
+    check_rows,
+    check_state,
+    check_tokens,
+)
+from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig
+from memorizing_transformers_pytorch.model.memory_step import (
+    Written,
+    hand_over,
+    hidden_from_memory,
+    make_look_ups,
+    shifted,
+)
+from memorizing_transformers_pytorch.model.segment import Segment, XLMemories, find_boundaries, make_segment
 
 
 class Context(NamedTuple):
     """What the layers see besides the segment itself.
 
     pasts: the past pairs (B, G, P, 2, D) of each layer, or None.
-    distances, xl_distances: (1 or B, T, S), for layers without and with XL memory; see `nn.position`.
+    distances, xl_distances: (1 or B, T, S), for layers without and with XL memory; see `attention.position`.
     look_ups, conv_states: how each memorizing layer searches, and the state of its convolution, or None.
     documents: (B, T), that of each token, where convolutions must keep them apart; see `Boundaries`.
     """

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.nn import causal
-from memorizing_transformers_pytorch.nn.causal import causal_attention, causal_blocks, joint_attention
-from memorizing_transformers_pytorch.nn.position import INVISIBLE, causal_distances
+from memorizing_transformers_pytorch.attention import causal
+from memorizing_transformers_pytorch.attention.causal import causal_attention, causal_blocks, joint_attention
+from memorizing_transformers_pytorch.attention.position import INVISIBLE, causal_distances
 
 SIZES = [(1, 1, 1), (3, 7, 7), (2, 7, 12), (1, 130, 200)]
 

@@ -15,9 +15,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.nn.causal import causal_attention
-from memorizing_transformers_pytorch.nn.heads import join_past, local_bias
-from memorizing_transformers_pytorch.nn.retrieval import Lookup
+from memorizing_transformers_pytorch.attention.causal import causal_attention
+from memorizing_transformers_pytorch.attention.heads import join_past, local_bias
+from memorizing_transformers_pytorch.attention.retrieval import Lookup
 
 
 class Reading(NamedTuple):

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.approximate import TARGET_RECALL, ApproximateIndex
-from memorizing_transformers_pytorch.memory.index import Best, ExactIndex, Index, Ring, best_of
+from memorizing_transformers_pytorch.memory.index.approximate import TARGET_RECALL, ApproximateIndex
+from memorizing_transformers_pytorch.memory.index.exact import Best, ExactIndex, Index, Ring, best_of
 
 WORTH_TRYING = 8_192  # entries; a smaller row is scanned faster than anything could be built
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.config import IGNORE_INDEX, ModelConfig
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
-from memorizing_transformers_pytorch.segment import XLMemories
+from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig
+from memorizing_transformers_pytorch.model.segment import XLMemories
 
 
 def check_devices(device: torch.device, **tensors: Tensor | None) -> None:

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.nn.attention import Attended, Attention
-from memorizing_transformers_pytorch.nn.knn_attention import KNNAttention
+from memorizing_transformers_pytorch.attention.attention import Attended, Attention
+from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
 
 
 class AttentionBlock(nn.Module):

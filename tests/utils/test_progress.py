@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from memorizing_transformers_pytorch.progress import bar
+from memorizing_transformers_pytorch.utils.progress import bar
 
 
 @pytest.mark.parametrize(("terminal", "seconds"), [(True, 0.1), (False, 10)])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from memorizing_transformers_pytorch.nn.position import INVISIBLE, causal_distances
+from memorizing_transformers_pytorch.attention.position import INVISIBLE, causal_distances
 
 
 def join_past(past: Tensor | None, pairs: Tensor) -> Tensor:

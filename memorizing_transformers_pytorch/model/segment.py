@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memorizing_transformers_pytorch.config import ModelConfig
+from memorizing_transformers_pytorch.attention.position import INVISIBLE, causal_distances
 from memorizing_transformers_pytorch.memory import ORIGIN_FIELDS, UNKNOWN
-from memorizing_transformers_pytorch.nn.position import INVISIBLE, causal_distances
+from memorizing_transformers_pytorch.model.config import ModelConfig
 
 
 class Segment(NamedTuple):
@@ -250,7 +250,7 @@ class XLMemories(Sequence[Tensor]):
         )
 
     def distances(self, num_queries: int, documents: Tensor | None = None, *, with_past: bool) -> Tensor:
-        """(1 or B, T, S): how far each key lies behind each query of the next segment; see `nn.position`.
+        """(1 or B, T, S): how far each key lies behind each query of the next segment; see `attention.position`.
 
         documents: (B, T), that of each token, 0 for that of the past; keys of others are invisible. None for all one.
         """

@@ -11,10 +11,17 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.config import ModelConfig
+from memorizing_transformers_pytorch.attention.retrieval import LookUp
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, Lookup
-from memorizing_transformers_pytorch.nn.retrieval import LookUp
-from memorizing_transformers_pytorch.segment import Boundaries, Segment, XLMemories, either, reorder, right_aligning
+from memorizing_transformers_pytorch.model.config import ModelConfig
+from memorizing_transformers_pytorch.model.segment import (
+    Boundaries,
+    Segment,
+    XLMemories,
+    either,
+    reorder,
+    right_aligning,
+)
 
 Item = TypeVar("Item")
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.model import MemorizingTransformer
-from memorizing_transformers_pytorch.segment import XLMemories
-from memorizing_transformers_pytorch.session import Session
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.model.session import Session
 
 Prompt = Tensor | Sequence[Sequence[int]]
 

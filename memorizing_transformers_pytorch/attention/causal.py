@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from memorizing_transformers_pytorch.nn.heads import at_least_float32, grouped_products, grouped_sums, shared_sums
+from memorizing_transformers_pytorch.attention.heads import (
+    at_least_float32,
+    grouped_products,
+    grouped_sums,
+    shared_sums,
+)
 
 QUERIES_AT_ONCE = 128
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from memorizing_transformers_pytorch.plain_json import parse_json, parse_object, read_object
+from memorizing_transformers_pytorch.utils.plain_json import parse_json, parse_object, read_object
 
 
 def test_values_are_read(tmp_path: Path) -> None:

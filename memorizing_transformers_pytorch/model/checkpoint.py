@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memorizing_transformers_pytorch.config import ModelConfig
-from memorizing_transformers_pytorch.durable import replacing
-from memorizing_transformers_pytorch.model import MemorizingTransformer
-from memorizing_transformers_pytorch.plain_json import parse_object
+from memorizing_transformers_pytorch.model.config import ModelConfig
+from memorizing_transformers_pytorch.model.model import MemorizingTransformer
+from memorizing_transformers_pytorch.utils.durable import replacing
+from memorizing_transformers_pytorch.utils.plain_json import parse_object
 
 _CONFIG_KEY = "model_config"
 _OUTPUT_WEIGHT = "to_logits.1.weight"

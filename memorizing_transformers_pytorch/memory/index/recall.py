@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.index import Best, Ring, best_of
+from memorizing_transformers_pytorch.memory.index.exact import Best, Ring, best_of
 
 _SAME_SCORE = 1e-5  # by which two float32 inner products, relative to the best, may differ and be the same
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from memorizing_transformers_pytorch.plain_json import read_object
+from memorizing_transformers_pytorch.utils.plain_json import read_object
 
 CHECKSUMS = "checksums.json"
 

@@ -1,0 +1,1 @@
+"""Attention over a segment, its past and entries of a memory: tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""MemorizingTransformer: tokens to logits, segment by segment; memories and other state are passed in."""
