@@ -56,10 +56,7 @@ class Searched(Scoped):
         grouped = queries.detach().to(self.device).reshape(queries.shape[0], self.num_kv_heads, -1, self.dim)
         score_dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
         with self.lock:
-            found = [
-                self._search_row(row, own, topk, score_dtype)
-                for row, own in zip(chosen, grouped, strict=True)
-            ]
+            found = [self._search_row(row, own, topk, score_dtype) for row, own in zip(chosen, grouped, strict=True)]
         parts = (part[0] if len(part) == 1 else torch.stack(part) for part in zip(*found, strict=True))
         shape = (*queries.shape[:-1], topk)
         return Retrieved(*(part.view(shape).to(queries.device) for part in parts))
