@@ -36,7 +36,7 @@ class AttachedMemory:
     options: what it was attached with. layers: those with a memory, by number.
 
     Several threads may call the model at the same time, also while one of them changes the memory. `enabled`,
-    `read_only`, `watched_row` and `writing` hold for the thread (or task) that is inside of them alone. What changes the
+    `read_only`, `watched_row` and `writing` hold for the thread (or task) that is inside of them alone. A change of the
     memory waits until other changes are over; a call that only looks up waits for nothing.
     """
 

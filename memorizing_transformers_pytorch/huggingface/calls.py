@@ -1,10 +1,10 @@
 """One call of a model with a memory, and what belongs to it alone.
 
-Several threads may call one model at the same time. What a call is given, what its layers find and what they bring lies in
-a `Call`, which layers reach through a context variable. So nothing of it is shared.
+Several threads may call one model at the same time. What a call is given, what its layers find and what they bring lies
+in a `Call`, which layers reach through a context variable. So nothing of it is shared.
 
-Shapes: B rows of the batch, R rows of the memory, G key/value heads, T tokens of a call, S tokens with those before them,
-D head width.
+Shapes: B rows of the batch, R rows of the memory, H query heads, G key/value heads, T tokens of a call, S tokens with
+those before them, K retrieved, D head width.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class PerContext(Generic[T]):
 
 
 class State(NamedTuple):
-    """What is remembered: the memories of each layer, the documents in them, how many tokens each row has read, where it
-    was saved last, and, while it is not in use, the fingerprint of the weights that wrote it.
+    """What is remembered: the memories of each layer, the documents in them, how many tokens each row has read, where
+    it was saved last, and, while it is not in use, the fingerprint of the weights that wrote it.
 
     It is replaced as a whole, so that a call that begins meanwhile sees all of the old state or all of the new one.
     """
@@ -109,9 +109,10 @@ class Found:
 class Call:
     """given: the arguments of the model, by name. memories: of each layer, when the call began.
 
-    rows: those of the memory that the batch reads; each serves as many rows of the batch, one after the other. offsets:
-    how many tokens come before the batch, for each of these rows, or for each row of the batch. enabled: whether the memory is looked up. keeps_pairs, keeps_weights:
-    whether layers leave behind what shall be stored, and the weights of what they found. writer: what stores it.
+    rows: those of the memory that the batch reads; each serves as many rows of the batch, one after the other.
+    offsets: how many tokens come before the batch, for each of these rows, or for each row of the batch. enabled:
+    whether the memory is looked up. keeps_pairs, keeps_weights: whether layers leave behind what shall be stored, and
+    the weights of what they found. writer: what stores it.
 
     By number of the layer: pairs (keys and values (B, G, T, D); keys are turned to where they stand), found, and
     position_embeddings, which the layer was given.
@@ -186,7 +187,8 @@ class Call:
         known = torch.where(self.mask, self.places, -1).cummax(dim=1).values
         if bool((self.mask[:, 1:] & (self.places[:, 1:] <= known[:, :-1])).any()):
             raise ValueError(
-                "position_ids begin anew within a row: several documents in one row cannot be stored; give each a row of its own"
+                "position_ids begin anew within a row: several documents in one row cannot be stored; "
+                "give each document a row of its own"
             )
 
 
@@ -247,7 +249,7 @@ class Hooks:
             if isinstance(function, Checkpointed):
                 module.__dict__["_gradient_checkpointing_func"] = function.function
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
         refuse_in_backward()
         self._leave(module, inputs, None)  # of a call that was interrupted, which calls no hooks
@@ -262,7 +264,7 @@ class Hooks:
             if function is not None and not isinstance(function, Checkpointed):
                 each.__dict__["_gradient_checkpointing_func"] = Checkpointed(function, self._current)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, _module: nn.Module, _inputs: Any, result: Any) -> None:
         call = self._current.now
         if call is not None:

@@ -27,8 +27,8 @@ Titles = str | Sequence[str] | None
 class Passed(NamedTuple):
     """What has passed through the model, to be stored.
 
-    rows: of the batch. entries: by layer. tokens: by document, how many more it has. offsets: by row, how many tokens it
-    has read now. begun: by row, the title of a document that begins with this; they get the next numbers, in this order.
+    rows: of the batch. entries: by layer. tokens: by document, how many more it has. offsets: by row, how many tokens
+    it has read now. begun: by row, the title of a document that begins; they get the next numbers, in this order.
     """
 
     rows: list[int]
@@ -66,8 +66,8 @@ class Contents:
         return State({index: layer.new_memories(rows) for index, layer in self.layers.items()}, ledger, [0] * rows)
 
     def places_of(self, rows: int) -> tuple[list[int], list[int]]:
-        """Which rows of the memory a batch of so many texts reads, and how many tokens each text has before it. An empty
-        memory of other rows, which gets these as soon as something is stored, is read through its first row.
+        """Which rows of the memory a batch of so many texts reads, and how many tokens each text has before it. An
+        empty memory of other rows, which gets these as soon as something is stored, is read through its first row.
 
         Raises ValueError for other rows than those of what is remembered.
         """
@@ -81,15 +81,11 @@ class Contents:
         """Store what has passed through the model in a batch of so many rows. Raises ValueError, changing nothing, for
         what cannot be stored."""
         state = self.state if num_rows == self.num_rows else self._empty(num_rows, self.ledger)
-        staged = [
-            (
-                self.layers[index],
-                state.memories[index],
-                self.layers[index].stage(state.memories[index], each, passed.rows),
-            )
-            for index, each in passed.entries.items()
-            if bool(each.mask.any())
-        ]
+        staged = []
+        for index, each in passed.entries.items():
+            if bool(each.mask.any()):
+                layer, memories = self.layers[index], state.memories[index]
+                staged.append((layer, memories, layer.stage(memories, each, passed.rows)))
         with KNNMemoryList(each for memories in state.memories.values() for each in memories).locked():
             self._shared.state = state
             for row, title in passed.begun.items():

@@ -141,7 +141,7 @@ class MemoryLayer(Extension, BaseLayer):
             bare = self.layer.rotary.turned(leaving.keys.floats(), -leaving.origins[..., POSITION])
             older.commit(leaving._replace(keys=Vectors.of(bare, older.dtype)))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note_positions(self, _module: nn.Module, _inputs: Any, options: dict[str, Any]) -> None:
         call = self.shared.call.now
         if call is not None:

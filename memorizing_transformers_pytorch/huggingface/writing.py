@@ -97,8 +97,8 @@ def check_cache(cache: Any, remembered: list[int]) -> None:
         raise ValueError(f"expected a DynamicCache (the default of generate) with write='window', got {got}")
     kinds = {type(cache.layers[layer]) for layer in remembered if layer < len(cache.layers)}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        got = sorted(kind.__name__ for kind in kinds)
-        raise ValueError(f"expected layers of attention alone with write='window', got caches {got}")
+        names = sorted(kind.__name__ for kind in kinds)
+        raise ValueError(f"expected layers of attention alone with write='window', got caches {names}")
 
 
 def let_old_tokens_leave(cache: Any, window: int) -> None:
@@ -118,8 +118,8 @@ class Conversation:
     """What passes through the model with one cache.
 
     starts: how many tokens each row had read before. passed: how many have passed since. mask, origins: of the tokens
-    of which a layer keeps pairs (kept), those that have not left its cache. ended: rows in which `generate` has written
-    the end of the text. failed: whether a call was interrupted, so that it is not known what the cache holds.
+    of which a layer keeps pairs (kept), those that have not left its cache. numbers: of the documents, none before the
+    first call is over. ended: rows in which `generate` has written the end of the text.
     """
 
     cache: Any
@@ -130,7 +130,6 @@ class Conversation:
     origins: Tensor
     kept: dict[int, Pairs]
     numbers: list[int]
-    failed: bool = False
 
 
 class Window:
@@ -161,7 +160,7 @@ class Window:
 
     def _prepare(self, call: Call) -> None:
         current = self._current
-        if call.before and (current is None or current.cache is not call.cache or current.failed):
+        if call.before and (current is None or current.cache is not call.cache):
             expected = "expected the cache of the last conversation, or an empty one to begin another"
             raise ValueError(f"{expected} (past_key_values=DynamicCache()), got another one")
         rows, starts = self._contents.places_of(call.shape[0])
@@ -198,20 +197,23 @@ class Window:
         return cache is not None and self._current is not None and cache is self._current.cache
 
     def after(self, call: Call, failed: bool) -> None:
-        """Store what has left the cache in this call."""
+        """Store what has left the cache in this call. One that failed ends the conversation: it is not known what its
+        cache holds."""
         try:
-            self._take_in(call, failed)
+            if not failed:
+                self._current = self._with(call)
+        except BaseException:
+            failed = True
+            raise
         finally:
+            if failed:
+                self.end()
             self._lock.release()
 
-    def _take_in(self, call: Call, failed: bool) -> None:
-        now = self._current
-        if now is None:
-            return
-        self._current = replace(now, failed=True) if now.numbers else None
-        if failed:
-            return
-        now, rows, begun = replace(now, kept=dict(now.kept)), call.shape[0], dict[int, str | None]()
+    def _with(self, call: Call) -> Conversation:
+        """The conversation after this call, of which has been stored what has left the cache."""
+        assert self._current is not None
+        now, rows, begun = replace(self._current, kept=dict(self._current.kept)), call.shape[0], {}
         if not now.numbers:
             first = self._contents.ledger.next_number
             now.numbers, begun = [first + row for row in range(rows)], dict.fromkeys(range(rows))
@@ -225,10 +227,10 @@ class Window:
         counts = {index: now.cache.layers[index].sliding_window - 1 for index in now.kept}
         tokens = dict(zip(now.numbers, mask.sum(dim=1).tolist(), strict=True))
         self._store(now, counts, tokens, begun)
-        self._current = now
+        return now
 
     def _padding(self, now: Conversation, call: Call) -> Tensor:
-        """(B, 1) bool: rows with which `generate` goes on, token by token, after their end, until all rows have ended."""
+        """(B, 1) bool: rows that have ended, with which `generate` goes on, token by token, until all have."""
         if call.shape[1] > 1 or runs_inside("_prefill"):  # a text that was given, not written
             now.ended = torch.zeros_like(now.ended)
             return now.ended[:, None]
@@ -257,9 +259,8 @@ class Window:
             leaving = max(total - counts[index], 0)
             first = now.mask.shape[1] - total
             some = slice(first, first + leaving)
-            entries[index] = Entries(
-                keys[:, :, :leaving], values[:, :, :leaving], now.mask[:, some], now.origins[:, some]
-            )
+            going = keys[:, :, :leaving], values[:, :, :leaving]
+            entries[index] = Entries(*going, now.mask[:, some], now.origins[:, some])
             now.kept[index] = keys[:, :, leaving:], values[:, :, leaving:]
         offsets = (now.passed + torch.tensor(now.starts)).tolist()
         rows = list(range(len(offsets)))
