@@ -59,21 +59,23 @@ class AddedLayer(BaseLayer):
         self, index: int, module: nn.Module, width: int, sizes: Added, options: Options, shared: Shared
     ) -> None:
         weight, device = next(module.parameters()), device_of(module)
-        super().__init__(index, Shape(sizes.num_kv_heads, sizes.dim_head, device, weight.dtype), options, shared)
-        self._module, self._sizes = module, sizes
+        super().__init__(
+            index, module, Shape(sizes.num_kv_heads, sizes.dim_head, device, weight.dtype), options, shared
+        )
+        self._sizes = sizes
         self._added = AddedAttention(width, sizes, options.topk, options.combine).to(device, weight.dtype)
         self._hook: Any = None
 
     def attach(self) -> None:
-        self._module.add_module(ADDED, self._added)
-        self._hook = self._module.register_forward_hook(self._after)
+        self.module.add_module(ADDED, self._added)
+        self._hook = self.module.register_forward_hook(self._after)
 
     def detach(self) -> None:
         self._hook.remove()
-        delattr(self._module, ADDED)
+        delattr(self.module, ADDED)
 
     def parameters(self) -> list[nn.Parameter]:
-        return parameters_in_use(self._module.get_submodule(ADDED))
+        return parameters_in_use(self.module.get_submodule(ADDED))
 
     def _after(self, module: nn.Module, _inputs: Any, out: Any) -> Any:
         """A forward hook: hidden states (B, T, E), alone or first in a tuple, get what the added layer gives."""
