@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.probe import Layer, Seen, positions_of, probe, run, watching
+from memorizing_transformers_pytorch.huggingface.probe import Layer, Probed, positions_of, probe, run, watching
 from memorizing_transformers_pytorch.utils.durable import replacing
 from memorizing_transformers_pytorch.utils.fingerprint import Weights
 from memorizing_transformers_pytorch.utils.plain_json import read_object
@@ -79,7 +79,7 @@ def chosen_layers(model: Any, served: dict[int, Layer]) -> list[int]:
     return sorted(index for index in scores if index >= first)
 
 
-def _score(seen: Seen) -> float:
+def _score(seen: Probed) -> float:
     assert seen.query is not None
     assert seen.local is not None
     query = seen.query
