@@ -80,9 +80,11 @@ def test_it_finds_again_what_it_has_read() -> None:
     memory.read(book, progress=False)
     logits(memory.model, book[None, 20:40])
     found = memory.last_retrieved[0]  # (1, 2, 20, 8, 3)
-    assert set(found[0, 0, 5:, 0, 1].tolist()) <= set(range(60))
-    hits = (found[..., 1] == torch.arange(21, 41)[None, None, :, None]).any(dim=-1)
-    assert float(hits[..., 4:].float().mean()) > 0.5
+    assert bool((found[..., 0] == 0).all())
+    assert torch.equal(found[..., 2], book[found[..., 1]])
+    hits = found[..., 1] == torch.arange(21, 41)[None, None, :, None]
+    assert float(hits.any(dim=-1)[..., 4:].float().mean()) > 0.5
+    assert float(hits[..., 4:, 0].float().mean()) > 0.3  # of random ones a sixtieth
 
 
 def test_auto_adds_one_layer() -> None:

@@ -388,8 +388,22 @@ def test_layers_are_suggested_by_their_induction_heads() -> None:
     scores = suggest_layers(tiny("llama"))
     assert set(scores) == {0, 1}
     assert list(scores.values()) == sorted(scores.values(), reverse=True)
-    assert all(0 <= score <= 1 for score in scores.values())
-    assert list(attach_memory(tiny("llama")).layers) == [next(iter(suggest_layers(tiny("llama"))))]
+    model, random = tiny("llama"), torch.Generator().manual_seed(0)
+    ids = torch.randint(99, (4, 64), generator=random).repeat(1, 2)
+    with torch.no_grad():
+        attentions = model(ids, output_attentions=True).attentions
+    for layer, weights in enumerate(attentions):  # (4, H, 128, 128)
+        by_head = [weights[:, head, torch.arange(64, 127), torch.arange(1, 64)].mean() for head in range(4)]
+        assert scores[layer] == pytest.approx(float(max(by_head)), rel=1e-4)
+
+
+@pytest.mark.parametrize("scores", [{0: 0.15, 1: 0.05}, {1: 0.15, 0: 0.05}, {1: 0.3, 0: 0.2}])
+def test_auto_takes_the_suggested_layers(scores: dict[int, float], cache: Path) -> None:
+    suggest_layers(tiny("llama"))
+    (path,) = cache.iterdir()
+    path.write_text(json.dumps(scores))
+    expected = [0, 1] if max(scores.values()) >= 0.2 else [max(scores, key=lambda layer: scores[layer])]  # best first
+    assert list(attach_memory(tiny("llama")).layers) == expected
 
 
 def test_suggestions_are_kept_for_each_checkpoint(cache: Path) -> None:

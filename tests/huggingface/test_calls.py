@@ -113,7 +113,7 @@ def test_threads_that_write_do_so_one_after_the_other() -> None:
     assert [entry.position for entry in found] == list(range(6 * 24 + 3 * 9))
     quiet = attach_memory(tiny("llama"), **options)
     quiet.read(torch.tensor([entry.token for entry in found]), progress=False)
-    torch.testing.assert_close(keys(memory), keys(quiet))
+    torch.testing.assert_close(keys(memory), keys(quiet), rtol=1e-3, atol=1e-3)
 
 
 def test_switches_are_those_of_the_thread_that_set_them() -> None:
@@ -176,8 +176,8 @@ def test_a_layer_that_runs_again_for_an_unknown_call_is_refused() -> None:
     layer.forward = lambda *inputs, **options: checkpoint(forward, *inputs, use_reentrant=False, **options)
     with pytest.raises(ValueError, match=r"use model\.gradient_checkpointing_enable"):
         memory.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    positions = memory.model.model.rotary_emb(embedded, torch.arange(9)[None])
     with pytest.raises(ValueError, match="outside of a call of its model"):
-        positions = memory.model.model.rotary_emb(embedded, torch.arange(9)[None])
         memory.model.model.layers[0].self_attn(embedded, position_embeddings=positions, attention_mask=None)
 
 

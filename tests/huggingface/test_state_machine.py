@@ -12,22 +12,44 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from torch import Tensor
 
 pytest.importorskip("transformers")
 
 from memorizing_transformers_pytorch.huggingface import attach_memory
+from memorizing_transformers_pytorch.huggingface.probe import run, watching
 from tests.huggingface.families import tiny
 from tests.huggingface.test_attach import tokens
 
 RECENT, SKIPPED = 16, 2
 
 
-class Plain(NamedTuple):
-    """Entries (document, place, token), how far the row is, and the number of the next document."""
+class Entry(NamedTuple):
+    """read: which text it was, and which token of it, whatever numbers and places it has been given since."""
 
-    entries: list[tuple[int, int, int]]
+    document: int
+    place: int
+    token: int
+    read: tuple[int, int]
+
+
+class Plain(NamedTuple):
+    """Entries, how far the row is, and the number of the next document."""
+
+    entries: list[Entry]
     place: int
     next_number: int
+
+
+def contents(layer: Any) -> dict[tuple[int, int], tuple[int, Tensor, Tensor]]:
+    """By document and place: the part of the memory in which an entry lies, its keys (G, D) and values."""
+    found = {}
+    for i, part in enumerate(layer.memories):
+        _, keys, values, origins, _ = part.store.oldest(0, part.num_entries[0])
+        pairs = zip(keys.floats()[0].transpose(0, 1), values.floats()[0].transpose(0, 1), strict=True)
+        for (document, place, _), pair in zip(origins[0].tolist(), pairs, strict=True):
+            found[document, place] = (i, *pair)
+    return found
 
 
 class Attached(RuleBasedStateMachine):
@@ -39,6 +61,14 @@ class Attached(RuleBasedStateMachine):
         options: dict[str, Any] = {"skip_first": SKIPPED, "chunk": 8, "recent": RECENT, "index": "exact"}
         self.memory = attach_memory(tiny("smollm3"), layers="all", **options)
         self.plain, self.saved, self.seed = Plain([], 0, 0), Plain([], 0, 0), 0
+        self.values: dict[int, dict[tuple[int, int], tuple[Tensor, Tensor]]] = {0: {}, 1: {}}
+        modules = {0: self.memory.layers[0].module}
+        self.memory.detach()
+        with watching(self.memory.model, modules) as seen:
+            run(self.memory.model, torch.arange(99)[:, None])
+            assert seen[0].local is not None
+            self.keys = seen[0].local.key[:, :, 0]  # (99, G, D): of each token at position 0, in the first layer
+        self.memory = attach_memory(self.memory.model, layers="all", **options)
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
@@ -48,13 +78,17 @@ class Attached(RuleBasedStateMachine):
         self.seed += 1
         ids, (entries, place, number) = tokens(1, count, seed=self.seed)[0], self.plain
         self.memory.read(ids, document=f"text {self.seed}", progress=False)
-        new = [(number, place + i, int(ids[i])) for i in range(SKIPPED, count)]
+        new = [Entry(number, place + i, int(ids[i]), (self.seed, i)) for i in range(SKIPPED, count)]
         self.plain = Plain(entries + new, place + count, number + 1)
+        for index, layer in self.memory.layers.items():
+            held = contents(layer)
+            for entry in new:
+                self.values[index][entry.read] = held[entry.document, entry.place][1:]
 
     @precondition(lambda self: self.plain.entries)
     @rule(chosen=st.integers(0, 1_000))
     def forget(self, chosen: int) -> None:
-        held = sorted({document for document, _, _ in self.plain.entries})
+        held = sorted({entry.document for entry in self.plain.entries})
         gone = held[chosen % len(held)]
         self.memory.forget(gone)
         kept = [entry for entry in self.plain.entries if entry[0] != gone]
@@ -76,7 +110,7 @@ class Attached(RuleBasedStateMachine):
     def merge(self) -> None:
         self.memory.merge(self.folder / "memory")
         (entries, place, number), more = self.plain, self.saved
-        moved = [(document + number, at + place, token) for document, at, token in more.entries]
+        moved = [entry._replace(document=entry.document + number, place=entry.place + place) for entry in more.entries]
         self.plain = Plain(entries + moved, place + more.place, number + more.next_number)
 
     @rule()
@@ -87,10 +121,31 @@ class Attached(RuleBasedStateMachine):
     @invariant()
     def holds_what_the_list_does(self) -> None:
         for layer in self.memory.layers:
-            assert sorted(map(tuple, self.memory.entries(0, layer))) == sorted(self.plain.entries)
+            expected = sorted(entry[:3] for entry in self.plain.entries)
+            assert sorted(map(tuple, self.memory.entries(0, layer))) == expected
         counts = {document.number: document.entries for document in self.memory.documents() if any(document.entries)}
-        numbers = [document for document, _, _ in self.plain.entries]
+        numbers = [entry.document for entry in self.plain.entries]
         assert counts == {number: (numbers.count(number),) * 2 for number in set(numbers)}
+
+    @invariant()
+    def each_entry_has_its_own_key_and_value(self) -> None:
+        """In the first layer, the key of its token at its place, or at position 0 if it is old; in the other, which
+        knows no positions, what it had when it was read."""
+        if not self.plain.entries:
+            return
+        for index, layer in self.memory.layers.items():
+            held = contents(layer)
+            found = [held[entry.document, entry.place] for entry in self.plain.entries]
+            known = [self.values[index][entry.read] for entry in self.plain.entries]
+            expected = torch.stack([key for key, _ in known])
+            if index == 0:
+                turns = [
+                    0 if part else entry.place for (part, *_), entry in zip(found, self.plain.entries, strict=True)
+                ]
+                bare = self.keys[[entry.token for entry in self.plain.entries]].transpose(0, 1)
+                expected = layer.layer.rotary.turned(bare[None], torch.tensor([turns]))[0].transpose(0, 1)
+            torch.testing.assert_close(torch.stack([key for _, key, _ in found]), expected, rtol=1e-3, atol=1e-3)
+            assert torch.equal(torch.stack([value for *_, value in found]), torch.stack([value for _, value in known]))
 
     @invariant()
     def no_recent_entry_is_farther_away_than_the_longest_context(self) -> None:

@@ -240,10 +240,8 @@ def test_clearing_one_row_leaves_the_other_as_if_the_chat_had_ended() -> None:
 def test_what_generate_adds_to_answers_that_have_ended_is_padding() -> None:
     model, ids = tiny("llama", eos_token_id=7), tokens(2, 9)
     memory = attach_memory(model, **WINDOW, window=6)
-    for _ in range(12):  # one row ends after the first token
-        cache = DynamicCache(config=model.config)
-        logits(model, ids, past_key_values=cache)
-        break
+    cache = DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=cache)  # one row ends after the first token
     logits(model, torch.tensor([[7], [9]]), past_key_values=cache)
     logits(model, torch.tensor([[0], [9]]), past_key_values=cache)
     logits(model, torch.tensor([[0], [9]]), past_key_values=cache)
@@ -251,6 +249,75 @@ def test_what_generate_adds_to_answers_that_have_ended_is_padding() -> None:
     assert [each.tokens for each in memory.documents()] == [10, 12, 3, 3]
     assert entries(memory)[1][:, 2].tolist() == [*ids[0].tolist(), 7, *tokens(2, 3)[0].tolist()]
     assert [memory.place_of(row) for row in range(2)] == [13, 15]
+
+
+@pytest.mark.parametrize("pad", [0, 50, None])
+def test_generate_itself_stores_answers_up_to_their_end(pad: int | None) -> None:
+    """Whatever it pads the other rows with; often that is the end itself."""
+    plain, ids = tiny("llama"), tokens(2, 9)
+    end = int(plain.generate(ids, max_new_tokens=3, **WRITING)[0, -1])
+    model = tiny("llama", eos_token_id=end)
+    memory = attach_memory(model, **WINDOW, window=6)
+    pad = end if pad is None else pad
+    options = {**WRITING, "pad_token_id": pad}
+    first = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, return_dict_in_generate=True, **options
+    )
+    assert first.sequences[0, 12:].tolist() == [pad] * 9
+    assert end not in first.sequences[1, 9:]
+    assert [each.tokens for each in memory.documents()] == [12, 20]
+    more = torch.cat((first.sequences, torch.tensor([[33], [44]])), dim=1)
+    mask = torch.ones_like(more)
+    mask[0, 12:-1] = 0
+    cache = first.past_key_values
+    model.generate(more, attention_mask=mask, past_key_values=cache, max_new_tokens=1, **options)
+    assert [each.tokens for each in memory.documents()] == [13, 22]  # one token of the user each, and the last answered
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_chat_that_goes_on_token_by_token_after_an_end_is_remembered(rows: int) -> None:
+    model, text = tiny("llama", eos_token_id=7), tokens(rows, 9)
+    memory = attach_memory(model, **WINDOW, window=6)
+    cache = DynamicCache(config=model.config)
+    logits(model, text, past_key_values=cache)
+    for token in (7, 20, 21, 22, 7, 23):
+        logits(model, torch.full((rows, 1), token), past_key_values=cache)
+    memory.read(tokens(rows, 3), progress=False)
+    assert [each.tokens for each in memory.documents()] == [15] * rows + [3] * rows
+    assert entries(memory)[1][9:15, 2].tolist() == [7, 20, 21, 22, 7, 23]
+
+
+def test_a_row_of_a_chat_that_goes_on_after_its_end_before_others_have_ended_is_remembered() -> None:
+    model, text = tiny("llama", eos_token_id=7), tokens(2, 9)
+    memory = attach_memory(model, **WINDOW, window=6)
+    cache = DynamicCache(config=model.config)
+    logits(model, text, past_key_values=cache)
+    for one, other in ((7, 30), (0, 31), (20, 32), (0, 33)):
+        logits(model, torch.tensor([[one], [other]]), past_key_values=cache)
+    memory.read(tokens(2, 3), progress=False)
+    assert entries(memory)[1][9:12, 2].tolist() == [7, 20, 0]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_several_documents_in_one_row_are_refused(left: bool) -> None:
+    """Positions that begin anew: packed segments. Those of padding do not matter."""
+    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(1, 8)
+    packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    with pytest.raises(ValueError, match="give each document a row of its own"), memory.writing():
+        logits(memory.model, ids, position_ids=packed)
+    mask = torch.ones_like(ids)
+    if left:
+        mask[0, :5] = 0
+    else:
+        mask[0, 5:] = 0
+    with memory.writing():
+        logits(memory.model, ids, position_ids=packed, attention_mask=mask)
+    assert memory.layers[1].num_entries == (3 if left else 5,)
+    memory.detach()
+    logits(memory.model, ids, position_ids=packed)
+    memory = attach_memory(memory.model, **EVERYTHING)
+    memory.read(ids, progress=False)
+    logits(memory.model, ids, position_ids=packed)  # nothing is stored
 
 
 def test_a_chat_that_is_remembered_does_not_go_on_where_it_cannot() -> None:
@@ -297,3 +364,16 @@ def test_what_was_looked_up_is_told_as_it_was_then() -> None:
     memory.read(tokens(1, 8, seed=3), progress=False)
     model.generate(ids, max_new_tokens=1, **WRITING)  # 3 tokens more enter than were there
     assert set(memory.last_retrieved[1][..., 0].unique().tolist()) == {0}
+
+
+@pytest.mark.parametrize("options", [{}, {"recent": 4}], ids=["plain", "aging"])
+def test_what_a_segment_found_in_a_full_row_is_told_after_it_was_stored(options: dict[str, Any]) -> None:
+    memory = attach_memory(tiny("llama"), **{**EVERYTHING, "topk": 4, "max_memories": 8}, **options)
+    memory.read(tokens(1, 8, seed=3), document="old", progress=False)
+    memory.read(tokens(1, 3, seed=4), document="older", progress=False)
+    with memory.writing():
+        logits(memory.model, tokens(1, 9))
+        before = {index: origins.clone() for index, origins in memory.last_retrieved.items()}
+    assert {int(number) for number in before[1][..., 0].unique()} - {-1} == {0, 1}
+    for index, origins in memory.last_retrieved.items():
+        assert torch.equal(origins, before[index])
