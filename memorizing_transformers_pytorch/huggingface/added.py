@@ -100,7 +100,7 @@ class AddedLayer(Site):
             added.norm(hidden),
             bias=_bias(seen, hidden),
             past=past,
-            look_up=None if self.is_silent else lambda queries, _: self.look_up([queries])[0],
+            look_up=None if self.is_silent else lambda queries, _: self.look_up([queries])[0][1],
             conv_state=conv_state,
             documents=(~seen[:, -hidden.shape[1] :]).long(),
         )

@@ -67,7 +67,7 @@ class Contents:
         """Begin a document in this row -> its number. Those of which nothing is remembered any more are struck out."""
         policy = self.sites[0].options.policy
         sites = self.sites[:1] if policy == OLDEST else self.sites  # other policies choose for each layer
-        held = set().union(*(memory.documents_in(row) for site in sites for memory in site.memories))
+        held = set().union(*(set(memory.store.numbers_in(row).tolist()) for site in sites for memory in site.memories))
         self.ledger.strike_out(row, held)
         self._let_grow_old([row])
         return self.ledger.begin(title, row, int(self.reading.offsets[row]))

@@ -43,6 +43,11 @@ class Local:
     def __init__(self, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
         self.key, self.value, self.mask, self.options = key, value, mask, options
 
+    def multiplier(self, like: Tensor) -> Tensor:
+        """() float32: of inner products, before the cap."""
+        scaling = self.options.get("scaling")
+        return torch.tensor(self.key.shape[-1] ** -0.5 if scaling is None else float(scaling), device=like.device)
+
     def logits(self, products: Tensor) -> Tensor:
         """Inner products of queries and keys -> logits in float32, scaled and capped as the backend does."""
         scaling = self.options.get("scaling")

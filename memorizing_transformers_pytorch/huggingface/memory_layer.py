@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.attention.retrieval import retrieved_logits, retrieved_values
+from memorizing_transformers_pytorch.attention.merge import gated, merged, share
+from memorizing_transformers_pytorch.attention.ops import found_weights, memory_attention
 from memorizing_transformers_pytorch.huggingface import interface
 from memorizing_transformers_pytorch.huggingface.devices import device_of
-from memorizing_transformers_pytorch.huggingface.interface import LEAST, Extension, Local
+from memorizing_transformers_pytorch.huggingface.interface import Extension, Local
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.huggingface.rotary import CosSin
 from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site, parameters_in_use
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
+from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 GATE_START = -2.0
@@ -130,7 +131,10 @@ class MemoryLayer(Extension, Site):
         too_far = int((place - positions > recent.max_memories).sum())
         if too_far:
             self._copy_to_older(row, too_far)
-            recent.drop_oldest(row, too_far)
+            gone = torch.zeros_like(positions, dtype=torch.bool).index_fill_(
+                0, recent.store.places_in_order(row)[:too_far], True
+            )
+            recent.remove(row, gone)
 
     def _copy_to_older(self, row: int, count: int) -> None:
         """The oldest of the recent entries, so many, turned back to position 0."""
@@ -162,38 +166,39 @@ class MemoryLayer(Extension, Site):
         return joined
 
     def _join(self, out: Tensor, query: Tensor, local: Local, bias: Tensor) -> Tensor:
-        found = self.look_up(self._queries(query))
-        mask = torch.cat([part.mask for part in found], dim=-1)
-        products = torch.cat([retrieved_logits(part.query, part) for part in found], dim=-1)
-        logits = local.logits(products)
-        crowds = [self._crowd(memory) for memory in self.memories if self._holds_something(memory)]
-        if any(map(any, crowds)):
-            logits = logits - self._of_each(crowds, len(query)).to(products)
-        logits = logits.masked_fill(~mask, LEAST)
-        weights = logits.softmax(dim=-1) * mask
-        if self.options.combine == "softmax":
-            bias = bias + logits.logsumexp(dim=-1, keepdim=True) - local.total(query)
-        share = (bias.sigmoid() * mask.any(dim=-1, keepdim=True)).transpose(1, 2)
+        options, holding = self.options, filter(self._holds_something, self.memories)
+        multiplier, softcap = local.multiplier(query), local.options.get("softcap")
+        found, parts = self.look_up(self._queries(query)), []
+        corrections = [self._length_corrections(memory, query) for memory in holding]
+        for (own, lookup), less in zip(found, corrections, strict=True):
+            parts.append(memory_attention(own, lookup, multiplier, less=less, softcap=softcap))
+        here = out.transpose(1, 2), local.total(query).squeeze(-1)
+        if options.combine == "softmax":
+            together, total = merged([*((each, lse + bias.squeeze(-1)) for each, lse in parts), here])
+            shares = [share(lse + bias.squeeze(-1), total) for _, lse in parts]
+        else:
+            of_memory, total = merged(parts)
+            together = gated(here[0], (of_memory, total), bias)
+            shares = [share(lse, total) * bias.sigmoid() for _, lse in parts]
         if self.keeps_weights:
-            self.last_weights = (weights * share.transpose(1, 2)).detach()
-        parts = zip(torch.split(weights, self.options.topk, dim=-1), found, strict=True)
-        first, *others = [retrieved_values(some, part) for some, part in parts]
-        of_memory = sum(others, start=first).transpose(1, 2)
-        return (out + share * (of_memory - out.float())).to(out.dtype)
+            weights = [
+                found_weights(lookup, multiplier, lse, less=less, softcap=softcap) * each
+                for (_, lookup), (_, lse), less, each in zip(found, parts, corrections, shares, strict=True)
+            ]
+            self.last_weights = torch.cat(weights, dim=-1).detach()
+        return together.transpose(1, 2).to(out.dtype)
 
-    def _crowd(self, memory: KNNMemory) -> list[float]:
-        """log(N / context), or 0, for each row with N entries.
+    def _length_corrections(self, memory: KNNMemory, query: Tensor) -> Tensor | None:
+        """(B, 1, 1, 1) log(N / context) for rows with more entries N than that; None if there are none.
 
         Of more tokens than the model has ever seen at once, more fit a query by chance; all together should weigh as
         much as those of one context.
         """
         counts = [memory.num_entries[row] for row in self.reading.rows]
-        return [math.log(max(count / (self.context or math.inf), 1.0)) for count in counts]
-
-    def _of_each(self, numbers: list[list[float]], batch: int) -> Tensor:
-        """A number for each memory and row -> one for each entry that is found there (B, 1, 1, n K)."""
-        by_row = torch.stack([self.of_rows(torch.tensor(of_rows), batch) for of_rows in numbers], dim=1)
-        return by_row.repeat_interleave(self.options.topk, dim=1).view(batch, 1, 1, -1)
+        less = [math.log(max(count / (self.context or math.inf), 1.0)) for count in counts]
+        if not any(less):
+            return None
+        return self.of_rows(torch.tensor(less), len(query)).view(-1, 1, 1, 1).to(query.device)
 
     def _queries(self, query: Tensor) -> list[Tensor]:
         """Queries (B, H, T, D) for each of the memories: turned to where they stand, or to one distance."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.memory import KNNMemory
+from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries
 from memorizing_transformers_pytorch.memory.policy import OLDEST
-from memorizing_transformers_pytorch.memory.retrieved import Lookup, Table
-from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
+from memorizing_transformers_pytorch.memory.retrieved import Lookup
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 
@@ -190,11 +190,7 @@ class Site:
         self.last_lookups, self.last_weights, self._settled = [], None, None
 
     def _found_at(self) -> Tensor | None:
-        origins = [
-            memory.origins(lookup.slots).masked_fill(~lookup.mask.unsqueeze(-1), -1)
-            for memory, lookup in zip(self.memories, self.last_lookups, strict=False)
-            if lookup is not None
-        ]
+        origins = [lookup.origins() for lookup in self.last_lookups if lookup is not None]
         return torch.cat(origins, dim=-2) if origins else None
 
     def begin_call(self, batch: int) -> None:
@@ -212,16 +208,15 @@ class Site:
     def _holds_something(self, memory: KNNMemory) -> bool:
         return not memory.is_closed and any(memory.num_entries[row] for row in self.reading.rows)
 
-    def look_up(self, queries: list[Tensor]) -> list[OfBatch]:
-        """Queries (B, H, T, D) for each of the memories -> what each row of the batch found in those that hold
-        something."""
+    def look_up(self, queries: list[Tensor]) -> list[tuple[Tensor, Lookup]]:
+        """Queries (B, H, T, D) for each of the memories -> those of the memories that hold something, and what each row
+        of the batch found."""
         found = []
         for memory, query in zip(self.memories, queries, strict=True):
             lookup = None
             if self._holds_something(memory):
-                with memory.at_batch_indices(self.reading.rows):
-                    lookup = memory.look_up(self._grouped(query.detach()), self.options.topk)
-                found.append(OfBatch(lookup, query))
+                lookup = memory.look_up(self._grouped(query.detach()), self.options.topk, rows=self.reading.rows)
+                found.append((query, _of_batch(lookup, query)))
             self.last_lookups.append(lookup)
         return found
 
@@ -247,28 +242,16 @@ class Site:
         return x.view(rows, batch // rows, heads, count, size).transpose(1, 2).reshape(rows, heads, -1, size)
 
 
-class OfBatch:
-    """What the rows of a batch found with a query, several of which may share a row of the memory: (B, H, T, K)."""
+def _of_batch(lookup: Lookup, query: Tensor) -> Lookup:
+    """(R, H, B / R * T, K) -> (B, H, T, K): several rows of the batch may share a row of the memory."""
+    batch, heads, count, _ = query.shape
+    if len(lookup.slots) == batch:
+        return lookup
 
-    def __init__(self, lookup: Lookup, query: Tensor) -> None:
-        self.query = query
-        self._lookup, self._shape = lookup, query.shape
-        self.slots, self.scores, self.mask = map(self._of_batch, (lookup.slots, lookup.scores, lookup.mask))
+    def spread(x: Tensor) -> Tensor:
+        return x.view(len(x), heads, batch // len(x), count, -1).transpose(1, 2).reshape(batch, heads, count, -1)
 
-    def tables(self) -> list[Table]:
-        """As `Lookup.tables`."""
-        return [
-            Table(keys, values, self._of_batch(slots), None if mask is None else self._of_batch(mask))
-            for keys, values, slots, mask in self._lookup.tables()
-        ]
-
-    def _of_batch(self, x: Tensor) -> Tensor:
-        """(R, H, B / R * T, K) -> (B, H, T, K)."""
-        batch, heads, count, _ = self._shape
-        rows = len(x)
-        if rows == batch:
-            return x
-        return x.view(rows, heads, batch // rows, count, -1).transpose(1, 2).reshape(batch, heads, count, -1)
+    return lookup._replace(slots=spread(lookup.slots), scores=spread(lookup.scores), mask=spread(lookup.mask))
 
 
 def parameters_in_use(module: Any) -> list[nn.Parameter]:

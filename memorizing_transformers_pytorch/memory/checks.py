@@ -9,6 +9,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import SupportsIndex
 
 import torch
@@ -42,6 +43,24 @@ def check_options(
             raise ValueError(f"expected device 'cpu' for a memory-mapped memory, got {str(device)!r}")
         if index not in ("exact", "auto"):
             raise ValueError(f"expected index 'exact' or 'auto' for a memory on {str(device)!r}, got {index!r}")
+
+
+def check_capacity(max_memories: int) -> None:
+    """Whether a row can have so many places."""
+    if max_memories < 1:
+        raise ValueError(f"expected max_memories to be at least 1, got {max_memories}")
+
+
+def directory_of(
+    directory: str | Path | None, memmap_filename: str | Path | None, multiprocessing: bool | None
+) -> Path | None:
+    """Where files of a memory go, as the arguments of the original package say. Warns of those without effect."""
+    if multiprocessing is not None:
+        warn_once("multiprocessing has no effect: the exact search already uses every core")
+    if memmap_filename is not None:
+        directory = Path(memmap_filename).parent if directory is None else directory
+        warn_once(f"memmap_filename only chooses the directory, {directory}; files get unique names")
+    return None if directory is None else Path(directory)
 
 
 def check_device(device: torch.device | str) -> None:
@@ -91,6 +110,12 @@ def check_finite(entries: Tensor, mask: Tensor | None) -> None:
         raise NonFiniteError(f"expected keys and values that are finite in {entries.dtype}, got NaN or infinity")
 
 
+def check_slots(slots: Tensor, num_slots: int) -> None:
+    """Whether there are these slots."""
+    if slots.numel() > 0 and not (int(slots.min()) >= 0 and int(slots.max()) < num_slots):
+        raise ValueError(f"expected slots from 0 to {num_slots - 1}, got {int(slots.min())} to {int(slots.max())}")
+
+
 def check_queries(queries: Tensor, topk: int, rows: int, heads: int, dim: int) -> None:
     """queries (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of `heads`; topk >= 1."""
     fits = queries.ndim >= 2 and queries.shape[0] == rows and queries.shape[-1] == dim
@@ -103,5 +128,6 @@ def check_queries(queries: Tensor, topk: int, rows: int, heads: int, dim: int) -
         raise ValueError(f"expected floating-point queries, got {queries.dtype}")
     if topk < 1:
         raise ValueError(f"expected topk to be at least 1, got {topk}")
-    if (queries.detach() * 0).sum().item() != 0:  # NaN for NaN and infinity; in two steps, this is done often
+    # Not on a GPU, which it would wait for. NaN for NaN and infinity; in two steps, this is done often.
+    if queries.device.type == "cpu" and (queries.detach() * 0).sum().item() != 0:
         raise NonFiniteError("expected finite queries, got NaN or infinity")

@@ -27,8 +27,9 @@ def remove_folder(folder: Path | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
+def map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, shared: bool = True) -> Tensor:
+    """A file as a tensor. shared: whether changes reach the file; it is made if it is not there."""
+    return torch.from_file(str(path), shared=shared, size=int(np.prod(shape)), dtype=dtype).view(shape)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

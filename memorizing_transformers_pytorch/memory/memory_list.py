@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.checks import checked_rows
+from memorizing_transformers_pytorch.memory.checks import check_capacity, checked_rows
 from memorizing_transformers_pytorch.memory.disk.load import How, check_fingerprint, load
 from memorizing_transformers_pytorch.memory.disk.save import Belongings, Marks, save
 from memorizing_transformers_pytorch.memory.documents import (
@@ -19,12 +19,12 @@ from memorizing_transformers_pytorch.memory.documents import (
     numbers_of,
     unknown_numbers,
 )
+from memorizing_transformers_pytorch.memory.entries import StagedEntries
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
 from memorizing_transformers_pytorch.memory.moving import check_like, copied, copy_row, take_over
 from memorizing_transformers_pytorch.memory.retrieved import Origin
 from memorizing_transformers_pytorch.memory.snapshot import restored
-from memorizing_transformers_pytorch.memory.store import StagedEntries
 
 
 class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
@@ -101,7 +101,8 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
 
     def documents(self) -> DocumentTable:
         """What is held of each document: number, title, row, tokens, entries in each layer, when added, bytes."""
-        return document_table(self, self.ledger, self.of_layers)
+        with self.locked():
+            return document_table(self, self.ledger, self.of_layers)
 
     def forget(
         self,
@@ -146,7 +147,7 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
             numbers = [document.number + 1 for document in each.documents()]
             each.ledger.next_number = max([each.ledger.next_number, *numbers])
         self.fingerprint = self.fingerprint or other.fingerprint
-        with self.locked(), other.locked():
+        with KNNMemoryList([*self, *other]).locked():
             shift = self.ledger.merge(other.ledger)
             for memory, more in zip(self, other, strict=True):
                 take_over(memory, more, shift)
@@ -154,11 +155,13 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
     def only(self, document: int | str | Iterable[int | str]) -> KNNMemoryList:
         """A new list with the entries of some documents (numbers or titles) alone."""
         numbers = numbers_of(document, self.ledger)
-        return self._copied([copied(memory, memory.device, numbers) for memory in self], set(numbers))
+        with self.locked():
+            return self._copied([copied(memory, memory.device, numbers) for memory in self], set(numbers))
 
     def to(self, device: torch.device | str) -> KNNMemoryList:
         """A new list with the same entries on a device."""
-        return self._copied([copied(memory, torch.device(device)) for memory in self], None)
+        with self.locked():
+            return self._copied([copied(memory, torch.device(device)) for memory in self], None)
 
     def _copied(self, memories: list[KNNMemory], numbers: set[int] | None) -> KNNMemoryList:
         documents = [each for each in self.ledger.documents() if numbers is None or each.number in numbers]
@@ -171,16 +174,16 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         is listed once, in the row that read it.) Raises ValueError for rows that there are not."""
         for memory in self:
             checked_rows([source, target] if source != target else [source], memory.num_indices)
-        for memory in self:
-            if source != target:
+        with self.locked():
+            for memory in self if source != target else ():
                 copy_row(memory, source, target)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Inside, other threads neither change these memories nor look anything up: several change as one."""
         with ExitStack() as locks:
-            for memory in self:
-                locks.enter_context(memory.lock)
+            for lock in sorted({memory.lock for memory in self}, key=id):  # the same order in every thread
+                locks.enter_context(lock)
             yield
 
     @contextmanager
@@ -214,8 +217,7 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         """
         if len(pairs) != len(self):
             raise ValueError(f"expected entries for {len(self)} memories, got {len(pairs)}")
-        staged = [memory.stage(entries, mask, origins) for memory, entries in zip(self, pairs, strict=True)]
-        self.commit(staged)
+        self.commit([memory.stage(entries, mask, origins) for memory, entries in zip(self, pairs, strict=True)])
 
     def commit(self, staged: Sequence[StagedEntries]) -> None:
         """Store what `KNNMemory.stage` has checked, in each memory."""
@@ -225,7 +227,8 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """That of every memory; the names of the i-th begin with "i."."""
-        return {f"{i}.{name}": part for i, memory in enumerate(self) for name, part in memory.state_dict().items()}
+        with self.locked():
+            return {f"{i}.{name}": part for i, memory in enumerate(self) for name, part in memory.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore every memory or, where one does not fit, none; see `KNNMemory.load_state_dict`."""
@@ -242,8 +245,9 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
 
     def resize(self, max_memories: int) -> None:
         """Change the capacity of every memory or, where one refuses, of none; see `KNNMemory.resize`."""
-        stores = [memory.resized_store(max_memories) for memory in self]
+        check_capacity(max_memories)
         with self.locked():
+            stores = [memory.store.resized(max_memories) for memory in self]  # all, before any is replaced
             for memory, store in zip(self, stores, strict=True):
                 memory.replace_store(store)
 

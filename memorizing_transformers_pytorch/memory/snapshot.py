@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.checks import NonFiniteError
-from memorizing_transformers_pytorch.memory.store import PER_HEAD, Store
+from memorizing_transformers_pytorch.memory.entries import PER_HEAD
+from memorizing_transformers_pytorch.memory.store import Store
 
 NOT_SAVED = {"usage"}  # tables: counting begins anew
 

@@ -20,9 +20,10 @@ from memorizing_transformers_pytorch.memory.disk.manifest import (
 )
 from memorizing_transformers_pytorch.memory.disk.save import Mark, Marks
 from memorizing_transformers_pytorch.memory.disk.shards import read_tensors
+from memorizing_transformers_pytorch.memory.entries import by_place
 from memorizing_transformers_pytorch.memory.index.auto import index_on
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
-from memorizing_transformers_pytorch.memory.store import Store, by_place
+from memorizing_transformers_pytorch.memory.store import Store
 
 ATTEMPTS = 5  # to read a state that others replace meanwhile
 LOST = -1  # a life that no row has

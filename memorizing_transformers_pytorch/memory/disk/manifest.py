@@ -19,9 +19,9 @@ import torch
 
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES, check_options
 from memorizing_transformers_pytorch.memory.disk.shards import File
+from memorizing_transformers_pytorch.memory.entries import Sizes
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.memory.policy import POLICIES
-from memorizing_transformers_pytorch.memory.store import Sizes
 from memorizing_transformers_pytorch.utils.durable import replacing
 from memorizing_transformers_pytorch.utils.plain_json import read_object
 

@@ -29,8 +29,10 @@ from memorizing_transformers_pytorch.memory.disk.manifest import (
 from memorizing_transformers_pytorch.memory.disk.shards import Table, write_tensors
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.ledger import Ledger
-from memorizing_transformers_pytorch.memory.policy import LEAST_ATTENDED
-from memorizing_transformers_pytorch.memory.store import PER_HEAD, Store
+
+LEAST_ATTENDED = "least-attended"
+from memorizing_transformers_pytorch.memory.entries import PER_HEAD
+from memorizing_transformers_pytorch.memory.store import Store
 from memorizing_transformers_pytorch.utils.durable import sync
 from memorizing_transformers_pytorch.utils.version import __version__
 

@@ -102,13 +102,14 @@ def number_of_lists(entries: int) -> int:
     return int(2 ** max(min(round(math.log2(2 * math.sqrt(entries))), math.floor(math.log2(entries / 64))), 0))
 
 
+def make_index(name: str, dim: int, device: torch.device) -> Index:
+    """The index "exact" or "auto" (exact on a GPU), or inverted lists as faiss names them. Raises ValueError for another
+    name."""
+    if name == "exact" or (name == "auto" and device.type != "cpu"):
+        return ExactIndex()
+    return AutoIndex(dim) if name == "auto" else ApproximateIndex(dim, name)
+
+
 def index_on(device: torch.device, name: str) -> str:
     """The name of an index that was made elsewhere, where structures of faiss need a CPU: "exact" instead of one."""
     return name if device.type == "cpu" or name == "auto" else "exact"
-
-
-def make_index(name: str, dim: int) -> Index:
-    """The index "exact" or "auto", or the structure of a faiss factory string. Raises ValueError for another name."""
-    if name == "exact":
-        return ExactIndex()
-    return AutoIndex(dim) if name == "auto" else ApproximateIndex(dim, name)
