@@ -50,9 +50,7 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
         CPU ("auto" is exact on a GPU). `index_in_use` says what searches.
     directory: keep the entries in memory-mapped files in a fresh folder below this one, instead of in RAM. The files
         are removed by `cleanup()`, or at the end of a `with` block.
-    policy: what makes room in a full row: "oldest", the oldest entries; "least-attended", those of its older half that
-        were retrieved least often since they were written, a sixteenth of the row at a time; or "by-document", the
-        whole of the oldest document.
+    policy: what a full row evicts: "oldest", the oldest entries, or "by-document", the whole of the oldest document.
     memmap_filename, multiprocessing: arguments of the original package. The first only chooses the directory (files
         get names of their own), the second has no effect; both say so once.
 

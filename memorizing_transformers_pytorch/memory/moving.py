@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.index.auto import index_on
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
-from memorizing_transformers_pytorch.memory.store import Store
 
 
 def copied(memory: KNNMemory, device: torch.device, documents: Iterable[int] | None = None) -> KNNMemory:
@@ -29,7 +27,7 @@ def copied(memory: KNNMemory, device: torch.device, documents: Iterable[int] | N
 
 
 def _empty_copy(memory: KNNMemory, device: torch.device) -> KNNMemory:
-    new = KNNMemory(
+    return KNNMemory(
         memory.dim,
         memory.max_memories,
         memory.num_indices,
@@ -39,8 +37,6 @@ def _empty_copy(memory: KNNMemory, device: torch.device) -> KNNMemory:
         index=index_on(device, memory.index),
         policy=memory.policy,
     )
-    new.store.clock = memory.store.clock
-    return new
 
 
 def copy_row(memory: KNNMemory, source: int, target: int) -> None:
@@ -49,7 +45,7 @@ def copy_row(memory: KNNMemory, source: int, target: int) -> None:
     with memory.lock:
         memory.store.clear([target])
         memory.searcher.forget([target])
-        _append(memory.store, target, entries, len(entries["origins"]))
+        memory.store.append(target, entries, len(entries["origins"]))
 
 
 def check_like(memories: Sequence[KNNMemory], others: Sequence[KNNMemory]) -> None:
@@ -70,13 +66,4 @@ def take_over(memory: KNNMemory, other: KNNMemory, shift: int) -> None:
             entries = other.store.picked(row, other.store.places_in_order(row))
             numbers = entries["origins"][:, 0]
             entries["origins"][:, 0] = torch.where(numbers < 0, numbers, numbers + shift)
-            _append(memory.store, row, entries, len(numbers))
-
-
-def _append(store: Store, row: int, entries: dict[str, Tensor], count: int) -> None:
-    """Add entries as if they were new."""
-    if count:
-        store.clock += 1
-        entries = {name: part.to(store.device) for name, part in entries.items()}
-        entries["written"] = torch.full_like(entries["written"], store.clock)
-        store.append(row, entries, count)
+            memory.store.append(row, {name: part.to(memory.device) for name, part in entries.items()}, len(numbers))

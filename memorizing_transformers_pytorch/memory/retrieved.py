@@ -70,7 +70,7 @@ class Lookup:
     def __init__(self, store: Store, rows: list[int], retrieved: Retrieved, *, for_backward: bool) -> None:
         self._store = store
         self._rows = rows
-        self._clock = store.clock
+        self._unchanged = {row: torch.ones(store.filled[row], dtype=torch.bool) for row in rows if for_backward}
         self._kept: list[_Kept] = []
         self.slots, self.scores, self.mask = retrieved
         if for_backward:
@@ -80,8 +80,9 @@ class Lookup:
         """Copy what these places of a row hold, if it was there when this lookup was made. Called by the store."""
         if row not in self._rows:
             return
-        written = self._store.written[row, places]
-        seen = ((written > 0) & (written <= self._clock)).nonzero().squeeze(-1) + places.start
+        unchanged = self._unchanged[row][places]
+        seen = (unchanged.nonzero().squeeze(-1) + places.start).to(self._store.device)
+        unchanged[:] = False
         if seen.numel() > 0:
             heads = range(self._store.keys.shape[1])
             slots = torch.stack([self._store.slot_base(row, head) + seen for head in heads])

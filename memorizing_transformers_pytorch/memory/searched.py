@@ -18,7 +18,6 @@ from memorizing_transformers_pytorch.memory import checks
 from memorizing_transformers_pytorch.memory.index.exact import Index
 from memorizing_transformers_pytorch.memory.index.recall import recall_of
 from memorizing_transformers_pytorch.memory.index.structure import some
-from memorizing_transformers_pytorch.memory.policy import LEAST_ATTENDED
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Retrieved
 from memorizing_transformers_pytorch.memory.scope import Scoped
 from memorizing_transformers_pytorch.memory.store import Store
@@ -93,8 +92,6 @@ class Searched(Scoped):
         began = time.perf_counter()
         with self.lock:
             slots, scores, mask = self.retrieve(queries, topk) if self._hidden is None else self._others(queries, topk)
-            if self.policy == LEAST_ATTENDED:
-                self.store.count_usage(slots.to(self.device)[mask.to(self.device)])
         self.seconds_searching += time.perf_counter() - began
         if hidden_rows is not None:
             rows, *tokens = hidden_rows.shape

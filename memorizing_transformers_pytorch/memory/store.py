@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.disk.shards import File
 from memorizing_transformers_pytorch.memory.files import fresh_folder, map_file, remove_folder, zeros
 from memorizing_transformers_pytorch.memory.index.exact import Ring
 from memorizing_transformers_pytorch.memory.retrieved import Lookup
@@ -75,8 +76,6 @@ class Sizes(NamedTuple):
             "values": pairs,
             **({"key_scales": scales, "value_scales": scales} if self.dtype == torch.int8 else {}),
             "origins": ((self.rows, room, ORIGIN_FIELDS), torch.int64),
-            "written": ((self.rows, room), torch.int64),
-            "usage": ((self.rows, room), torch.int32),
         }
 
     @property
@@ -93,11 +92,11 @@ def by_place(name: str, row: Tensor) -> Tensor:
 class Store:
     """Entries of R rows in RAM, on a GPU, or (with a directory) in memory-mapped files of its own.
 
-    keys, values: `Vectors` (R, G, C, D). origins: (R, C, 3) int64. written: (R, C) int64, the clock at which a place
-    was last written. usage: (R, C) int32, how often it was retrieved since. C is the room, the capacity unless `tables`
+    keys, values: `Vectors` (R, G, C, D). origins: (R, C, 3) int64. C is the room, the capacity unless `tables`
     are given. filled: entries in each row. cursors: the place in each that is written next. written_to: how many
     entries each was given since it was last empty. readers: lookups that must not lose what they have found. Files lie
-    in a fresh folder and are removed by `close`, or at the latest when the store is collected.
+    in a fresh folder and are removed by `close`, or at the latest when the store is collected. mapped_from: the folder
+    and file that `tables` are mapped from, if they are.
 
     tables: to use instead of empty ones, with room for C entries; when that is used up, `resized` gives a larger store.
     """
@@ -111,11 +110,11 @@ class Store:
     ) -> None:
         self.sizes = sizes
         self.filled = [0] * sizes.rows
-        self.clock = 0
         self.readers: weakref.WeakSet[Lookup] = weakref.WeakSet()
         self.cursors = [0] * sizes.rows
         self.written_to = [0] * sizes.rows
         self.lives = [next(_lives) for _ in range(sizes.rows)]
+        self.mapped_from: tuple[Path, File] | None = None
         self._directory = directory
         folder = None if directory is None or tables is not None else fresh_folder(directory)
         self._remove_files = weakref.finalize(self, remove_folder, folder)
@@ -130,7 +129,7 @@ class Store:
         self.tables = tables
         self.keys = Vectors(tables["keys"], tables.get("key_scales"))
         self.values = Vectors(tables["values"], tables.get("value_scales"))
-        self.origins, self.written, self.usage = tables["origins"], tables["written"], tables["usage"]
+        self.origins = tables["origins"]
 
     @property
     def capacity(self) -> int:
@@ -152,7 +151,6 @@ class Store:
 
     def write(self, entries: StagedEntries) -> None:
         """Put entries, in order, over the oldest of their rows."""
-        self.clock += 1
         for i, row in enumerate(entries.rows):
             chosen = slice(None) if entries.mask is None else entries.mask[i].nonzero().squeeze(-1)
             keys, values = entries.keys[i][:, chosen], entries.values[i][:, chosen]
@@ -163,8 +161,6 @@ class Store:
         tables = {"keys": keys.numbers, "values": values.numbers, "origins": origins}
         if keys.scales is not None and values.scales is not None:
             tables |= {"key_scales": keys.scales, "value_scales": values.scales}
-        tables["written"] = torch.full((count,), self.clock, device=self.device)
-        tables["usage"] = torch.zeros(count, dtype=torch.int32, device=self.device)
         self.append(row, tables, count)
 
     def append(self, row: int, tables: Mapping[str, Tensor], count: int) -> None:
@@ -208,7 +204,6 @@ class Store:
     def resized(self, capacity: int) -> Store:
         """A new store with the newest entries of each row. This one stays as it is, and so do its lookups."""
         new = self.empty_like(capacity)
-        new.clock = self.clock
         for row, filled in enumerate(self.filled):
             places = self.places_in_order(row)[max(filled - capacity, 0) :]
             new.append(row, self.picked(row, places), len(places))
@@ -246,16 +241,8 @@ class Store:
     def origins_of(self, slots: Tensor) -> Tensor:
         """slots (...) -> their origins (..., 3)."""
         slots = slots.to(self.device)
-        return self.origins.flatten(0, 1)[self._entry_of(slots)]
-
-    def count_usage(self, slots: Tensor) -> None:
-        """Note that the entries in these slots were retrieved, each as often as it occurs."""
-        entries = self._entry_of(slots.flatten())
-        self.usage.view(-1).index_add_(0, entries, torch.ones_like(entries, dtype=torch.int32))
-
-    def _entry_of(self, slots: Tensor) -> Tensor:
-        """Slots -> the numbers of their entries: the heads of a row share them."""
-        return slots // (self.keys.shape[1] * self.room) * self.room + slots % self.room
+        entries = slots // (self.keys.shape[1] * self.room) * self.room + slots % self.room  # heads of a row share them
+        return self.origins.flatten(0, 1)[entries]
 
     def pairs_of(self, slots: Tensor) -> Tensor:
         """slots (...) -> copies of their keys and values (..., 2, D), as floating-point numbers."""
