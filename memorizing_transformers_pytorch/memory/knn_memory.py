@@ -43,11 +43,11 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
     dtype: how keys and values are stored: torch.float32, torch.bfloat16, torch.float16, or torch.int8 for codes with a
         scale for each vector (see `vectors`), a quarter of float32. What is stored is searched and attended to: with
         codes there are no exact keys to rank candidates by. Compact codes for the search alone, whose candidates are
-        ranked by exact keys, are an index such as "IVF64,SQ8" or "SQ8" over another dtype.
+        ranked by exact keys, are an index such as "IVF64,SQ8" over another dtype.
     device: where they lie; the CPU unless said otherwise.
-    index: "exact", brute force over the stored keys; "auto", which passes to inverted lists where these are cheaper and
-        find 95% of the best entries; or any faiss factory string, such as "IVF1024,SQfp16". All but "exact" need the
-        CPU ("auto" is exact on a GPU). `index_in_use` says what searches.
+    index: "exact", brute force over the stored keys; "auto", which uses inverted lists in large rows where they find
+        95% of the best entries; or inverted lists such as "IVF1024,SQfp16" (see `index.structure.Kind`), which need a
+        CPU. "auto" is exact on a GPU. `index_in_use` says what searches.
     directory: keep the entries in memory-mapped files in a fresh folder below this one, instead of in RAM. The files
         are removed by `cleanup()`, or at the end of a `with` block.
     policy: what a full row evicts: "oldest", the oldest entries, or "by-document", the whole of the oldest document.
@@ -58,7 +58,7 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
 
     `seconds_searching` adds up the time that look-ups took. `searcher` is the `Index`: it may be exchanged.
 
-    Raises ValueError for sizes below 1, another dtype, an unknown index, or a directory or faiss index with a GPU.
+    Raises ValueError for sizes below 1, another dtype, an unknown index, or a directory or inverted lists with a GPU.
     """
 
     def __init__(

@@ -29,9 +29,9 @@ class AutoIndex:
     the lists would have to probe more than a quarter of themselves to find 95% of the best entries, as with random
     keys; that is tried again when the row has doubled. The same entries and queries give the same choice.
 
-    The numbers come from one CPU core and width 64 (benchmarks/notes.md). With 512 queries, lists take 1.4 to 1.6 times
-    as long as exact search at 8,192 random keys, but a quarter of the time at as many clustered keys. One query costs
-    0.2 ms exactly and 0.7 ms by lists at 8,192 entries; it is cheaper by lists above some 32,768.
+    Why these numbers (one CPU core, width 64; benchmarks/notes.md): with 512 queries and clustered keys both take as
+    long at 4,096 entries, and lists a quarter of the time at 8,192. With one query exact search takes a third of the
+    time at 8,192 entries, lists a third at 65,536. If all lists must be probed, exact search is 1.6 times as fast.
     """
 
     def __init__(self, dim: int) -> None:
