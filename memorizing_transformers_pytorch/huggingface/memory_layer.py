@@ -131,10 +131,8 @@ class MemoryLayer(Extension, Site):
         too_far = int((place - positions > recent.max_memories).sum())
         if too_far:
             self._copy_to_older(row, too_far)
-            gone = torch.zeros_like(positions, dtype=torch.bool).index_fill_(
-                0, recent.store.places_in_order(row)[:too_far], True
-            )
-            recent.remove(row, gone)
+            oldest = recent.store.places_in_order(row)[:too_far]
+            recent.remove(row, torch.zeros_like(positions, dtype=torch.bool).index_fill_(0, oldest, True))
 
     def _copy_to_older(self, row: int, count: int) -> None:
         """The oldest of the recent entries, so many, turned back to position 0."""

@@ -36,24 +36,22 @@ from memorizing_transformers_pytorch.memory.store import Store
 class KNNMemory(AbstractContextManager["KNNMemory"]):
     """A memory of (key, value) pairs for each row, searched by largest inner product (Wu et al., ICLR 2022, section 3).
 
-    Each row keeps exactly the last `max_memories` entries added to it since it was last cleared (unless `policy` says
-    otherwise).
+    Each row keeps the last `max_memories` entries added to it since it was last cleared (unless `policy` says otherwise).
 
     dim: width D of keys and values.
     max_memories: capacity M of each row.
     num_indices: number of rows; each remembers its own document.
     num_kv_heads: key/value heads G. Query head h reads key/value head h // (H / G).
-    dtype: how keys and values are stored: torch.float32, torch.bfloat16, torch.float16, or torch.int8 for codes with a
-        scale for each vector (see `vectors`), a quarter of float32. The codes are what is searched and attended to. To
-        search by compact codes but rank and attend exactly, use an index such as "IVF64,SQ8" over another dtype.
+    dtype: of stored keys and values: torch.float32, bfloat16, float16, or int8 for codes with a scale for each vector
+        (see `vectors`), a quarter of float32, which are what is searched and attended to.
     device: where they lie; the CPU unless given.
-    index: "exact", brute force over the stored keys; "auto", inverted lists for large rows; or inverted lists as a
-        faiss factory string, such as "IVF1024,SQfp16". On a GPU the search is exact. `index_in_use` says what searches.
+    index: "exact", brute force over the stored keys; "auto", which uses inverted lists in large rows where they find
+        95% of the best entries; or inverted lists such as "IVF1024,SQfp16" (see `index.structure.Kind`), which need a
+        CPU. "auto" is exact on a GPU. `index_in_use` says what searches.
     directory: keep the entries in memory-mapped files in a fresh folder below this one, instead of in RAM. `cleanup()`
         and the end of a `with` block remove the files.
     policy: what is evicted from a full row: "oldest", the oldest entries; or "by-document", the whole oldest document.
-    memmap_filename, multiprocessing: arguments of the original package. The first only chooses the directory, the
-        second has no effect; both warn once.
+    memmap_filename, multiprocessing: of the original package. The first only chooses the directory; both warn once.
 
     Several threads may use it: each call sees the memory before or after any other. A scope belongs to the thread (or
     task) that entered it. Copies (`copy.deepcopy`, `pickle`) hold what this memory held; a pickle carries entries in
@@ -177,21 +175,16 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         return Lookup(*(found if hidden_rows is None else without_rows(found, hidden_rows)), lease)
 
     def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-        """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk).
-
-        Where mask is False key_values is 0. Both are on the device of the queries. Of a memory of codes, the copies are
-        the float32 numbers that these stand for.
-        """
+        """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk). Where mask
+        is False key_values is 0. Of a memory of codes, the copies are the float32 numbers that these stand for."""
         with self.lock:
             slots, _, mask = self.retrieve(queries, topk)
             key_values = self.store.pairs_of(slots).to(queries.device)
         return key_values.masked_fill_(~mask[..., None, None], 0), mask
 
     def recall(self, queries: Tensor, topk: int, sample: int = 64) -> float:
-        """The share of the truly best entries that the index finds for some of the queries.
-
-        queries: as for `retrieve`, (R, ..., T, D). sample: how many of the T are tried, evenly spread.
-        """
+        """The share of the truly best entries that the index finds for at most `sample` of the T queries of a row and
+        head, evenly spread. queries: as for `retrieve`, (R, ..., T, D)."""
         queries = some(queries, sample) if queries.ndim > (2 if self.num_kv_heads == 1 else 3) else queries
         with self.lock:
             rings = [self.store.ring(row) for row in self.scoped_indices]
@@ -239,10 +232,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
             self.store.write(entries)
 
     def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
-        """Empty these rows (numbered as in the whole memory), or every row in scope.
-
-        Raises ValueError for rows that are out of range or outside the scope.
-        """
+        """Empty these rows (numbered as in the whole memory), or every row in scope. Raises ValueError for rows that are
+        out of range or outside the scope."""
         rows = self.rows_to_clear(batch_indices)
         with self.lock:
             self.store.clear(rows)
@@ -250,9 +241,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     def forget(self, documents: Iterable[int]) -> int:
         """Remove every entry of these documents (the first number of their origins) from all rows, whatever the scope.
-
-        Returns how many entries that were. Those that stay keep their order, but not their slots.
-        """
+        Returns how many entries that were. Those that stay keep their order, but not their slots."""
         wanted = torch.tensor(sorted(set(documents)), dtype=torch.int64, device=self.device)
         with self.lock:
             rows = range(self.num_indices)
@@ -273,16 +262,12 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Become the memory, of the same sizes and dtype, whose `state_dict` this is. Look-ups keep what they found.
-
-        Raises ValueError, and changes nothing, for a state that does not fit.
-        """
+        Raises ValueError, and changes nothing, for a state that does not fit."""
         self.replace_store(restored(self.store, state))
 
     def resize(self, max_memories: int) -> None:
         """Change the capacity. Each row keeps its newest entries, in other slots; look-ups keep what they found.
-
-        Raises ValueError for a capacity below 1.
-        """
+        Raises ValueError for a capacity below 1."""
         checks.check_capacity(max_memories)
         with self.lock:
             self.replace_store(self.store.resized(max_memories))

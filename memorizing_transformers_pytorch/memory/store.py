@@ -38,7 +38,7 @@ def new_life() -> int:
 class Store:
     """Entries of R rows in RAM, on a GPU, or (with a directory) in memory-mapped files of its own.
 
-    keys, values: `Vectors` (R, G, C, D). origins: (R, C, 3) int64. C is the room, the capacity unless `tables` are given.
+    keys, values: `Vectors` (R, G, C, D). origins: (R, C, 3) int64. C is the room, the capacity unless tables are given.
     filled: entries in each row. cursors: the place in each that is written next. written_to: how many entries each was
     given since it was last empty. log: what changed under the leases on it. lock: held while anything is written, or
     read that must not change meanwhile. Files lie in a fresh folder and are removed by `close`, or at the latest when

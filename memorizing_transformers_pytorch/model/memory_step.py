@@ -55,8 +55,7 @@ def make_look_ups(config: ModelConfig, memories: KNNMemoryList | None, hidden: T
 
 
 def _search_once(memory: KNNMemory, hidden: Tensor | None) -> Search:
-    """A search of the rows that are in scope now, which is done once: gradient checkpointing asks again after the memory
-    has changed."""
+    """A search of the rows in scope, done once: gradient checkpointing asks again after the memory has changed."""
     found: list[Lookup] = []
     rows = memory.scoped_indices
 

@@ -427,7 +427,7 @@ def test_one_writer_at_a_time_and_a_dead_one_does_not_count(tmp_path: Path, monk
     process.start()
     assert ready.wait(60)
     monkeypatch.setattr(disk_folder.locked.__wrapped__, "__defaults__", (0.1,))
-    with pytest.raises(SaveError, match="locked by another process; wait, or remove .lock if that process has died"):
+    with pytest.raises(SaveError, match=r"locked by another process; wait, or remove \.lock if that process has died"):
         memory.save(tmp_path / "memory")
     KNNMemoryList.load(tmp_path / "memory")  # readers need no lock
     process.kill()

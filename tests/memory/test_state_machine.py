@@ -250,7 +250,7 @@ def run(machine: type[MemoryMachine]) -> None:
 
 @pytest.fixture
 def from_the_first_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"LEAST_ENTRIES": 1, "LEAST_PER_LIST": 1, "CODEBOOK_NEEDS": 1}.items():
+    for name, value in {"LEAST_ENTRIES": 1, "LEAST_PER_LIST": 1}.items():
         monkeypatch.setattr(structure, name, value)
 
 
@@ -279,7 +279,8 @@ def test_an_approximate_index_may_miss_entries_but_finds_no_wrong_ones(
     monkeypatch: pytest.MonkeyPatch, index: str, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(approximate, "TARGET_RECALL", 0.0)
-    monkeypatch.setattr(auto, "WORTH_TRYING", 4)
+    for name, value in {"THRESHOLD": 4, "LEAST_PRODUCTS": 0, "LARGEST_SHARE": 1}.items():
+        monkeypatch.setattr(auto, name, value)
 
     class Machine(MemoryMachine):
         def __init__(self) -> None:
