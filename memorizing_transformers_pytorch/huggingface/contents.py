@@ -68,7 +68,7 @@ class Contents:
         policy = self.sites[0].options.policy
         sites = self.sites[:1] if policy == OLDEST else self.sites  # other policies choose for each layer
         held = set().union(*(memory.documents_in(row) for site in sites for memory in site.memories))
-        self.ledger.strike_out(row, held)
+        self.ledger.prune(row, held)
         self._let_grow_old([row])
         return self.ledger.begin(title, row, int(self.reading.offsets[row]))
 
@@ -81,7 +81,7 @@ class Contents:
         cleared = self.rows_to_clear(rows)
         for site in self.sites:
             site.clear(cleared)
-        self.ledger.forget(cleared)
+        self.ledger.clear(cleared)
         offsets = self.reading.offsets.clone()
         offsets[cleared] = 0
         self.reading.offsets = offsets

@@ -204,8 +204,8 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         with self.locked():
             for memory, memory_rows in to_clear:
                 memory.clear(memory_rows)
-        if memory_indices is None and to_clear:
-            self.ledger.forget(to_clear[0][1])
+            if to_clear and set(chosen) == set(range(len(self))):
+                self.ledger.clear(to_clear[0][1])
 
     def add(self, pairs: Sequence[Tensor], mask: Tensor | None = None, origins: Tensor | None = None) -> None:
         """Add one tensor of entries to each memory: to all of them or, where one refuses, to none.
@@ -222,6 +222,9 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         with self.locked():
             for memory, entries in zip(self, staged, strict=True):
                 memory.commit(entries)
+            if self.ledger.cleared:
+                numbers = [x.origins[..., 0] if x.mask is None else x.origins[..., 0][x.mask] for x in staged]
+                self.ledger.note_stored(sorted({number for each in numbers for number in each.flatten().tolist()}))
 
     def state_dict(self) -> dict[str, Tensor]:
         """That of every memory; the names of the i-th begin with "i."."""

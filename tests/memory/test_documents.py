@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from memorizing_transformers_pytorch import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from tests.memory.test_disk import contents, memories, read, same
 
 
@@ -127,3 +130,61 @@ def test_what_was_merged_keeps_fingerprints_and_gives_no_number_twice() -> None:
     other.extra = {"arranged": []}
     with pytest.raises(ValueError, match=r"AttachedMemory\.merge"):
         one.merge(other)
+
+
+@pytest.mark.parametrize("through", ["nothing", "disk", "only", "to", "merge"])
+def test_what_comes_after_a_forgotten_last_document_is_a_new_one(through: str, tmp_path: Path) -> None:
+    made = library()
+    made.forget("<b>")
+    if through == "disk":
+        made.save(tmp_path / "memory")
+        made = KNNMemoryList.load(tmp_path / "memory")
+        assert b"<b>" not in (tmp_path / "memory" / NAME).read_bytes()
+    elif through == "merge":
+        empty = memories()
+        empty.merge(made)
+        made = empty
+    elif through != "nothing":
+        made = made.only(["one", "two"]) if through == "only" else made.to("cpu")
+    assert [each.title for each in made.documents()] == ["one", "two"]
+    assert made.ledger.latest(0) is None
+    assert made.ledger.latest(0) != made.ledger.begin("next", 0, 0) == made.ledger.latest(0)
+
+
+def test_the_last_document_is_continued_where_another_one_was_forgotten(tmp_path: Path) -> None:
+    made = library()
+    made.forget("two")
+    made.save(tmp_path / "memory")
+    assert KNNMemoryList.load(tmp_path / "memory").ledger.latest(0) == made.ledger.latest(0) == 2
+
+
+def test_a_document_of_which_nothing_was_read_leaves_no_trace() -> None:
+    made = library()
+    made.ledger.grow(made.ledger.begin("nothing", 0, 0), 0)
+    assert made.ledger.latest(0) == 2
+    made.ledger.grow(77, 5)
+    assert len(made.documents()) == 3
+
+
+def test_a_cleared_row_lists_no_documents_until_entries_of_them_are_stored() -> None:
+    made = memories(rows=2)
+    numbers = [made.ledger.begin(title, row, 0) for row, title in enumerate(("left", "right"))]
+    for number in numbers:
+        made.ledger.grow(number, 4)
+    pairs = [torch.randn(2, 2, 4, 2, 8) for _ in made]
+    origins = torch.tensor(numbers)[:, None, None].expand(2, 4, 3)
+    made.add(pairs, origins=origins)
+    made.clear_memory([1], memory_indices=[0])  # the other layer remembers it
+    assert len(made.documents()) == 2
+    made.clear_memory([1], memory_indices=[0, 1])
+    assert [each.title for each in made.documents()] == ["left"]
+    assert made.ledger.latest(1) is None
+    made.add(pairs, torch.tensor([[False], [True]]).expand(2, 4), origins)
+    assert [each.title for each in made.documents()] == ["left", "right"]
+    made.clear_memory()
+    assert (list(made.documents()), bool(made.ledger)) == ([], False)
+    later = made.ledger.begin("later", 1, 0)
+    made.ledger.grow(later, 4)
+    made.add(pairs, torch.tensor([[False], [True]]).expand(2, 4), torch.full((2, 4, 3), later))
+    assert (made.ledger.latest(1), [each.title for each in made.documents()]) == (later, ["later"])
+    assert numbers[1] not in made.ledger
