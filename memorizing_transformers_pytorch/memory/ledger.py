@@ -50,6 +50,11 @@ class Ledger:
     def __getitem__(self, number: int) -> Document:
         return self._documents[number]
 
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of all documents, listed or not."""
+        return list(self._documents)
+
     def begin(self, title: str | None, row: int, start: int, about: Mapping[str, str] | None = None) -> int:
         """Enter a document -> its number. It is listed when it grows."""
         number, self.next_number = self.next_number, self.next_number + 1

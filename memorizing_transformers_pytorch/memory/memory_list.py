@@ -13,15 +13,10 @@ from torch import Tensor
 from memorizing_transformers_pytorch.memory.checks import checked_rows
 from memorizing_transformers_pytorch.memory.disk.load import How, check_fingerprint, load
 from memorizing_transformers_pytorch.memory.disk.save import Belongings, Marks, save
-from memorizing_transformers_pytorch.memory.documents import (
-    DocumentTable,
-    document_table,
-    numbers_of,
-    unknown_numbers,
-)
+from memorizing_transformers_pytorch.memory.documents import DocumentTable, document_table, known_numbers
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
-from memorizing_transformers_pytorch.memory.moving import check_like, copied, copy_row, take_over
+from memorizing_transformers_pytorch.memory.moving import check_like, check_nothing_twice, copied, copy_row, take_over
 from memorizing_transformers_pytorch.memory.retrieved import Origin
 from memorizing_transformers_pytorch.memory.snapshot import restored
 from memorizing_transformers_pytorch.memory.store import StagedEntries
@@ -116,15 +111,14 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         """
         if (document is None) == (where is None):
             raise ValueError("expected a document or where=, got both or none")
-        if where is not None:
-            numbers = [each.number for each in self.documents() if where(each)]
-        else:
-            numbers = numbers_of(document, self.ledger)
-            if unknown := unknown_numbers(numbers, self, self.ledger):
-                raise ValueError(f"expected documents of the memory, got {unknown}")
         with self.locked():
+            if where is not None:
+                numbers = [each.number for each in self.documents() if where(each)]
+            else:
+                numbers = known_numbers(document, self, self.ledger)
+            count = sum(memory.forget(numbers) for memory in self)
             self.ledger.forget_documents(numbers)
-            return sum(memory.forget(numbers) for memory in self)
+            return count
 
     def entries(self, row: int, layer: int = 0) -> Iterator[Origin]:
         """Where each entry of a row of the layer-th memory comes from, the oldest first."""
@@ -135,25 +129,27 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
     def merge(self, other: KNNMemoryList) -> None:
         """Add all entries and documents of another list after one's own, row by row; capacities grow where needed.
 
-        Raises ValueError, changing nothing, for memories of other shapes or dtypes, or written by other weights.
+        Raises ValueError, changing nothing, for memories of other shapes or dtypes, written by other weights, or
+        with documents of the same saved state.
         """
         check_like(self, other)
         check_fingerprint(other.fingerprint, self.fingerprint)
         if other is self or "arranged" in self.extra or "arranged" in other.extra:
             what = "itself" if other is self else "one of a model of transformers (AttachedMemory.merge)"
             raise ValueError(f"expected another memory, of a model of this package, to merge, got {what}")
-        for each in (self, other):  # numbers that only entries tell of are taken too
-            numbers = [document.number + 1 for document in each.documents()]
-            each.ledger.next_number = max([each.ledger.next_number, *numbers])
-        self.fingerprint = self.fingerprint or other.fingerprint
+        check_nothing_twice(self, self.marks, other, other.marks)
         with self.locked(), other.locked():
+            for each, table in [(each, each.documents()) for each in (self, other)]:
+                # Numbers that only entries know are taken too.
+                each.ledger.next_number = max([each.ledger.next_number, *(known.number + 1 for known in table)])
+            self.fingerprint = self.fingerprint or other.fingerprint
             shift = self.ledger.merge(other.ledger)
             for memory, more in zip(self, other, strict=True):
                 take_over(memory, more, shift)
 
     def only(self, document: int | str | Iterable[int | str]) -> KNNMemoryList:
-        """A new list with the entries of some documents (numbers or titles) alone."""
-        numbers = numbers_of(document, self.ledger)
+        """A new list with only the entries of some documents (numbers or titles). Raises ValueError for unknown ones."""
+        numbers = known_numbers(document, self, self.ledger)
         return self._copied([copied(memory, memory.device, numbers) for memory in self], set(numbers))
 
     def to(self, device: torch.device | str) -> KNNMemoryList:
