@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 import torch
 from torch import Tensor
 
-
 ENDED = "ended"  # in `about` of a document that is not continued: a later one of its row was forgotten
 
 
