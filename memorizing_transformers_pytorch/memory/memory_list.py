@@ -148,7 +148,7 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
                 take_over(memory, more, shift)
 
     def only(self, document: int | str | Iterable[int | str]) -> KNNMemoryList:
-        """A new list with only the entries of these documents (numbers or titles). Raises ValueError for unknown ones."""
+        """A new list with the entries of these documents only (numbers or titles). Raises ValueError for unknown."""
         numbers = known_numbers(document, self, self.ledger)
         return self._copied([copied(memory, memory.device, numbers) for memory in self], set(numbers))
 
