@@ -129,9 +129,12 @@ def build(options: Build) -> dict[str, Any]:
     device = chosen_device(options.device)
     reader = open_reader(options.model, device, max_memories=options.max_memories, dtype=dtype, index=options.index)
     folder = options.memory.resolve()
+    state = state_of(folder).state if exists else None
+    if exists:
+        reader.load(folder)  # before anything is written: it may be refused
     make_folder(folder)
     with locked(folder), stopping_on_signals() as wish:
-        if exists:
+        if exists and state_of(folder).state != state:  # another process has written it since
             reader.load(folder)
         total = sum(path.stat().st_size for path in files if path.is_file())
         with bar(total=total, unit="B", unit_scale=True) as progress:
@@ -180,17 +183,16 @@ def documents(options: Documents) -> DocumentTable:
 def forget(options: Forget) -> dict[str, Any]:
     if bool(options.document) == (options.where is not None):
         raise ValueError("choose documents either by --document or by --where")
-    with locked(_existing(options.memory)):
-        memories = KNNMemoryList.load(options.memory, mmap=True, verify=True)
-        before = len(memories.documents())
-        if options.where is not None:
-            pattern = options.where
-            count = memories.forget(where=lambda each: fnmatch.fnmatch(each.title, pattern))
-        else:
-            titles = {each.title for each in memories.documents()}
-            count = memories.forget([name if name in titles else _number(name) for name in options.document])
-        memories.save(options.memory, compact=True)
-    return {"documents": before - len(memories.documents()), "entries": count}
+    memories = KNNMemoryList.load(options.memory, mmap=True, verify=True)
+    table = memories.documents()
+    if options.where is not None:
+        pattern = options.where
+        count = memories.forget(where=lambda each: fnmatch.fnmatch(each.title, pattern))
+    else:
+        titles = {each.title for each in table}
+        count = memories.forget([name if name in titles else _number(name) for name in options.document])
+    memories.save(options.memory, compact=True)
+    return {"documents": len(table) - len(memories.documents()), "entries": count}
 
 
 def _number(name: str) -> int:
@@ -199,22 +201,15 @@ def _number(name: str) -> int:
     return int(name)
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, resolved. Raises ValueError if there is no memory in it."""
-    state_of(folder)
-    return folder.resolve()
-
-
 def verify(options: Verify) -> dict[str, Any]:
     found = load(options.memory.resolve(), How(mmap=True, verify=True))
     return {"files": len(list(found.manifest.files())), "bytes": found.manifest.num_bytes, "damaged": 0}
 
 
 def compact(options: Compact) -> dict[str, Any]:
-    with locked(_existing(options.memory)):
-        memories = KNNMemoryList.load(options.memory, mmap=True, verify=True)
-        before = state_of(options.memory).num_bytes
-        memories.save(options.memory, compact=True)
+    memories = KNNMemoryList.load(options.memory, mmap=True, verify=True)
+    before = state_of(options.memory).num_bytes
+    memories.save(options.memory, compact=True)
     return {"bytes_before": before, "bytes": state_of(options.memory).num_bytes}
 
 

@@ -257,6 +257,8 @@ def test_bad_input_is_one_line(texts: Path, tmp_path: Path, capsys: pytest.Captu
     run("build", second, texts / "one.txt", "--model", model)
     copy, link = shutil.copytree(memory, tmp_path / "copy"), tmp_path / "link"
     link.symlink_to(memory, target_is_directory=True)
+    for lock in tmp_path.rglob(".lock"):
+        lock.unlink()
     before = picture(tmp_path)
     for arguments, message in {
         ("build", memory, texts, "--model", other): "expected a memory written by weights with the fingerprint",
@@ -282,7 +284,8 @@ def test_bad_input_is_one_line(texts: Path, tmp_path: Path, capsys: pytest.Captu
         ("verify", texts): "which has no manifest.json",
         ("forget", memory): "choose documents either by --document or by --where",
         ("forget", memory, "--document", "Faust"): "'Faust' is neither the title nor the number of a document",
-        ("forget", memory, "--document", 77): "the memory has no document 77",
+        ("forget", memory, "--document", texts / "one.txt", 77): "the memory has no document 77",
+        ("forget", memory, "--document", 10**30): f"the memory has no document {10**30}",
         ("merge", tmp_path / "new", memory): "merge needs two or more memories, got 1",
         ("dream",): "expected a command among build, info, documents, forget, verify, compact, merge, got 'dream'",
     }.items():
