@@ -18,6 +18,7 @@ from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import MOST_COUNTED
 from memorizing_transformers_pytorch.memory.disk.save import Marks
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.memory.moving import check_nothing_twice
 from memorizing_transformers_pytorch.memory.policy import OLDEST
 
 Pairs = tuple[Tensor, Tensor]
@@ -68,7 +69,7 @@ class Contents:
         policy = self.sites[0].options.policy
         sites = self.sites[:1] if policy == OLDEST else self.sites  # other policies choose for each layer
         held = set().union(*(set(memory.store.numbers_in(row).tolist()) for site in sites for memory in site.memories))
-        self.ledger.strike_out(row, held)
+        self.ledger.prune(row, held)
         self._let_grow_old([row])
         return self.ledger.begin(title, row, int(self.reading.offsets[row]))
 
@@ -81,7 +82,7 @@ class Contents:
         cleared = self.rows_to_clear(rows)
         for site in self.sites:
             site.clear(cleared)
-        self.ledger.forget(cleared)
+        self.ledger.clear(cleared)
         offsets = self.reading.offsets.clone()
         offsets[cleared] = 0
         self.reading.offsets = offsets
@@ -169,6 +170,7 @@ class Contents:
 
     def merge(self, loaded: KNNMemoryList) -> None:
         """Add what was loaded as if it had been read long ago. Raises ValueError as `use`, and for other rows."""
+        check_nothing_twice(self._bare_memories(), self._marks, loaded, loaded.marks)
         parts = self._parts_of(loaded)
         if loaded[0].num_indices != self.num_rows or loaded[0].dtype != self.sites[0].memories[0].dtype:
             raise ValueError(f"expected {self.num_rows} rows and {self.sites[0].memories[0].dtype}, got {loaded[0]}")

@@ -36,7 +36,7 @@ from memorizing_transformers_pytorch.memory.store import Store
 class KNNMemory(AbstractContextManager["KNNMemory"]):
     """A memory of (key, value) pairs for each row, searched by largest inner product (Wu et al., ICLR 2022, section 3).
 
-    Each row keeps the last `max_memories` entries added to it since it was last cleared (unless `policy` says otherwise).
+    Each row keeps the last `max_memories` entries added since it was last cleared (unless `policy` says otherwise).
 
     dim: width D of keys and values.
     max_memories: capacity M of each row.
@@ -54,8 +54,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     memmap_filename, multiprocessing: of the original package. The first only chooses the directory; both warn once.
 
     Several threads may use it: each call sees the memory before or after any other. A scope belongs to the thread (or
-    task) that entered it. Copies (`copy.deepcopy`, `pickle`) hold what this memory held; a pickle carries entries in
-    RAM by value and entries in files by their paths.
+    task) that entered it. A pickle carries entries in RAM by value, and those in files by the paths of these.
 
     `seconds_searching` adds up the time that look-ups took. `searcher` is the `Index`: it may be exchanged.
 
@@ -99,8 +98,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     def __repr__(self) -> str:
         names = ("dim", "max_memories", "num_indices", "num_kv_heads", "dtype", "index")
-        entries = "closed" if self.is_closed else f"entries={list(self.num_entries)}"
-        return f"KNNMemory({', '.join(f'{name}={getattr(self, name)!r}' for name in names)}, {entries})"
+        entries = "closed" if self.is_closed else list(self.num_entries)
+        return f"KNNMemory({', '.join(f'{name}={getattr(self, name)!r}' for name in names)}, entries={entries})"
 
     @property
     def store(self) -> Store:
@@ -131,11 +130,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     @contextmanager
     def at_batch_indices(self, indices: Iterable[int]) -> Iterator[Self]:
-        """Inside, batches of this thread consist of just these rows, in this order, and no other row changes.
-
-        Row numbers are always those of the whole memory: an inner scope replaces the outer one until it ends.
-        Raises ValueError for rows that are out of range, repeated or none.
-        """
+        """Inside, batches of this thread consist of just these rows, in this order, and no other row changes. An inner
+        scope replaces the outer one until it ends. Raises ValueError for rows out of range, repeated or none."""
         with scope(self, indices, self.num_indices):
             yield self
 
@@ -175,8 +171,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         return Lookup(*(found if hidden_rows is None else without_rows(found, hidden_rows)), lease)
 
     def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-        """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk). Where mask
-        is False key_values is 0. Of a memory of codes, the copies are the float32 numbers that these stand for."""
+        """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk). Where
+        mask is False key_values is 0. Of codes, the copies are the float32 numbers that these stand for."""
         with self.lock:
             slots, _, mask = self.retrieve(queries, topk)
             key_values = self.store.pairs_of(slots).to(queries.device)
@@ -232,8 +228,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
             self.store.write(entries)
 
     def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
-        """Empty these rows (numbered as in the whole memory), or every row in scope. Raises ValueError for rows that are
-        out of range or outside the scope."""
+        """Empty these rows (numbered as in the whole memory), or every row in scope. Raises ValueError for rows that
+        are out of range or outside the scope."""
         rows = self.rows_to_clear(batch_indices)
         with self.lock:
             self.store.clear(rows)

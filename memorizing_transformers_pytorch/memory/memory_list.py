@@ -13,16 +13,11 @@ from torch import Tensor
 from memorizing_transformers_pytorch.memory.checks import check_capacity, checked_rows
 from memorizing_transformers_pytorch.memory.disk.load import How, check_fingerprint, load
 from memorizing_transformers_pytorch.memory.disk.save import Belongings, Marks, save
-from memorizing_transformers_pytorch.memory.documents import (
-    DocumentTable,
-    document_table,
-    numbers_of,
-    unknown_numbers,
-)
+from memorizing_transformers_pytorch.memory.documents import DocumentTable, document_table, known_numbers
 from memorizing_transformers_pytorch.memory.entries import StagedEntries
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
-from memorizing_transformers_pytorch.memory.moving import check_like, copied, copy_row, take_over
+from memorizing_transformers_pytorch.memory.moving import check_like, check_nothing_twice, copied, copy_row, take_over
 from memorizing_transformers_pytorch.memory.retrieved import Origin
 from memorizing_transformers_pytorch.memory.snapshot import restored
 
@@ -117,15 +112,14 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         """
         if (document is None) == (where is None):
             raise ValueError("expected a document or where=, got both or none")
-        if where is not None:
-            numbers = [each.number for each in self.documents() if where(each)]
-        else:
-            numbers = numbers_of(document, self.ledger)
-            if unknown := unknown_numbers(numbers, self, self.ledger):
-                raise ValueError(f"expected documents of the memory, got {unknown}")
         with self.locked():
+            if where is not None:
+                numbers = [each.number for each in self.documents() if where(each)]
+            else:
+                numbers = known_numbers(document, self, self.ledger)
+            count = sum(memory.forget(numbers) for memory in self)
             self.ledger.forget_documents(numbers)
-            return sum(memory.forget(numbers) for memory in self)
+            return count
 
     def entries(self, row: int, layer: int = 0) -> Iterator[Origin]:
         """Where each entry of a row of the layer-th memory comes from, the oldest first."""
@@ -136,26 +130,28 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
     def merge(self, other: KNNMemoryList) -> None:
         """Add all entries and documents of another list after one's own, row by row; capacities grow where needed.
 
-        Raises ValueError, changing nothing, for memories of other shapes or dtypes, or written by other weights.
+        Raises ValueError, changing nothing, for memories of other shapes or dtypes, written by other weights, or
+        with documents of the same saved state.
         """
         check_like(self, other)
         check_fingerprint(other.fingerprint, self.fingerprint)
         if other is self or "arranged" in self.extra or "arranged" in other.extra:
             what = "itself" if other is self else "one of a model of transformers (AttachedMemory.merge)"
             raise ValueError(f"expected another memory, of a model of this package, to merge, got {what}")
-        for each in (self, other):  # numbers that only entries tell of are taken too
-            numbers = [document.number + 1 for document in each.documents()]
-            each.ledger.next_number = max([each.ledger.next_number, *numbers])
-        self.fingerprint = self.fingerprint or other.fingerprint
+        check_nothing_twice(self, self.marks, other, other.marks)
         with KNNMemoryList([*self, *other]).locked():
+            for each, table in [(each, each.documents()) for each in (self, other)]:
+                # Numbers that only entries know are taken too.
+                each.ledger.next_number = max([each.ledger.next_number, *(known.number + 1 for known in table)])
+            self.fingerprint = self.fingerprint or other.fingerprint
             shift = self.ledger.merge(other.ledger)
             for memory, more in zip(self, other, strict=True):
                 take_over(memory, more, shift)
 
     def only(self, document: int | str | Iterable[int | str]) -> KNNMemoryList:
-        """A new list with the entries of some documents (numbers or titles) alone."""
-        numbers = numbers_of(document, self.ledger)
+        """A new list with the entries of these documents only (numbers or titles). Raises ValueError for unknown."""
         with self.locked():
+            numbers = known_numbers(document, self, self.ledger)
             return self._copied([copied(memory, memory.device, numbers) for memory in self], set(numbers))
 
     def to(self, device: torch.device | str) -> KNNMemoryList:
@@ -207,8 +203,8 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         with self.locked():
             for memory, memory_rows in to_clear:
                 memory.clear(memory_rows)
-        if memory_indices is None and to_clear:
-            self.ledger.forget(to_clear[0][1])
+            if to_clear and set(chosen) == set(range(len(self))):
+                self.ledger.clear(to_clear[0][1])
 
     def add(self, pairs: Sequence[Tensor], mask: Tensor | None = None, origins: Tensor | None = None) -> None:
         """Add one tensor of entries to each memory: to all of them or, where one refuses, to none.
@@ -224,6 +220,9 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         with self.locked():
             for memory, entries in zip(self, staged, strict=True):
                 memory.commit(entries)
+            if self.ledger.cleared:
+                numbers = [x.origins[..., 0] if x.mask is None else x.origins[..., 0][x.mask] for x in staged]
+                self.ledger.note_stored(sorted({number for each in numbers for number in each.flatten().tolist()}))
 
     def state_dict(self) -> dict[str, Tensor]:
         """That of every memory; the names of the i-th begin with "i."."""

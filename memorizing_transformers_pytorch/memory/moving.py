@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from memorizing_transformers_pytorch.memory.disk.save import Marks
 from memorizing_transformers_pytorch.memory.index.auto import index_on
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 
@@ -54,6 +55,22 @@ def check_like(memories: Sequence[KNNMemory], others: Sequence[KNNMemory]) -> No
     own, theirs = ([(m.num_indices, m.num_kv_heads, m.dim, m.dtype) for m in each] for each in (memories, others))
     if own != theirs:
         raise ValueError(f"expected memories with rows, key/value heads, width and dtype {own}, got {theirs}")
+
+
+def check_nothing_twice(
+    own: Sequence[KNNMemory], own_marks: Marks | None, others: Sequence[KNNMemory], other_marks: Marks | None
+) -> None:
+    """Raises ValueError if both hold documents of the same saved state: a merge would double them."""
+    if own_marks is None or other_marks is None or own_marks.state != other_marks.state:
+        return
+    if held(own) & held(others):
+        folders = " and ".join(sorted({repr(str(marks.folder)) for marks in (own_marks, other_marks)}))
+        raise ValueError(f"both memories hold documents of the same saved state ({folders}): a merge would double them")
+
+
+def held(memories: Sequence[KNNMemory]) -> set[int]:
+    """The numbers of the documents with entries in any row."""
+    return {number for memory in memories for row in range(memory.num_indices) for number in memory.store.numbers_in(row).tolist()}
 
 
 def take_over(memory: KNNMemory, other: KNNMemory, shift: int) -> None:

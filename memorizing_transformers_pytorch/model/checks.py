@@ -57,7 +57,7 @@ def check_memories(config: ModelConfig, memories: Sequence[KNNMemory] | None, ba
             rows = (memories[0].scoped_indices, memory.scoped_indices)
             raise ValueError(f"expected the same rows in scope of every memory, got {rows[0]} and {rows[1]}")
         _ = memory.store  # refuses a closed memory
-    return KNNMemoryList(memories)
+    return memories if isinstance(memories, KNNMemoryList) else KNNMemoryList(memories)
 
 
 def check_state(config: ModelConfig, state: Sequence[Tensor] | None, initial: XLMemories) -> XLMemories:
