@@ -70,7 +70,12 @@ def check_nothing_twice(
 
 def held(memories: Sequence[KNNMemory]) -> set[int]:
     """The numbers of the documents with entries in any row."""
-    return {number for memory in memories for row in range(memory.num_indices) for number in memory.store.numbers_in(row).tolist()}
+    return {
+        number
+        for memory in memories
+        for row in range(memory.num_indices)
+        for number in memory.store.numbers_in(row).tolist()
+    }
 
 
 def take_over(memory: KNNMemory, other: KNNMemory, shift: int) -> None:

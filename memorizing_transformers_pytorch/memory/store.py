@@ -21,7 +21,14 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.disk.shards import File, read_tensors
 from memorizing_transformers_pytorch.memory.entries import PER_HEAD, Sizes, StagedEntries, by_place
-from memorizing_transformers_pytorch.memory.files import fresh_folder, map_file, remove_folder, zeros
+from memorizing_transformers_pytorch.memory.files import (
+    fresh_folder,
+    from_bytes,
+    map_file,
+    remove_folder,
+    to_bytes,
+    zeros,
+)
 from memorizing_transformers_pytorch.memory.index.exact import Ring
 from memorizing_transformers_pytorch.memory.lease import Changed, Log
 from memorizing_transformers_pytorch.memory.vectors import Vectors
@@ -85,9 +92,10 @@ class Store:
         kept = {name: each for name, each in vars(self).items() if name in _PICKLED}
         if self.mapped_from is None and self._folder is None:
             with self.lock:
-                kept["entries"] = [
-                    self.picked(row, torch.arange(n, device=self.device)) for row, n in enumerate(self.filled)
-                ]
+                places = [torch.arange(filled, device=self.device) for filled in self.filled]
+                picked = [self.picked(row, each) for row, each in enumerate(places)]
+            # As bytes: tensors would be shared with a process that is spawned, from memory that nobody keeps.
+            kept["entries"] = [{name: to_bytes(each) for name, each in tables.items()} for tables in picked]
         return kept | {"folder": self._folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -102,8 +110,9 @@ class Store:
         else:
             self._use(self._empty_tables())
             for row, tables in enumerate(entries):
-                for name, table in tables.items():
-                    by_place(name, self.tables[name][row])[: self.filled[row]] = by_place(name, table)
+                for name, data in tables.items():
+                    places = by_place(name, self.tables[name][row])[: self.filled[row]]
+                    by_place(name, places).copy_(from_bytes(data, by_place(name, places)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Store:
         """A store of its own with the same entries, whatever becomes of this one."""
