@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from memorizing_transformers_pytorch import MemorizingTransformer
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.index import approximate, auto
-from memorizing_transformers_pytorch.memory.index.approximate import TARGET_RECALL
+from memorizing_transformers_pytorch.memory.index.approximate import TARGET_RECALL, ApproximateIndex
 from memorizing_transformers_pytorch.memory.index.exact import Best, Ring, inner_products
 from memorizing_transformers_pytorch.memory.index.structure import Kind
 from memorizing_transformers_pytorch.memory.vectors import Vectors
@@ -52,6 +52,10 @@ def queries_like(keys: Tensor, count: int, seed: int = 5) -> Tensor:
     random = torch.Generator().manual_seed(seed)
     chosen = torch.randint(keys.shape[1], (count,), generator=random)
     return normalize(keys[:, chosen] + 0.1 * torch.randn(2, count, DIM, generator=random), dim=-1)[None]
+
+
+def ring_of(keys: Tensor) -> Ring:
+    return Ring(Vectors(keys), row=0, cursor=0, written=keys.shape[1], epoch=1)
 
 
 def test_a_memory_can_be_searched_otherwise_from_now_on() -> None:
@@ -99,6 +103,13 @@ def test_a_cleared_row_is_empty_at_once_and_finds_its_next_document_only(factory
     add(memory, -first)
     assert memory.retrieve(first[None, :, :50], TOPK).scores.max() < 0.999
     assert memory.recall(queries_like(-first, 100), TOPK, sample=100) > TARGET_RECALL - 0.1
+
+
+def test_another_epoch_of_a_row_is_another_document_even_if_nobody_called_forget() -> None:
+    index, one, other = ApproximateIndex(DIM, "IVF64,Flat"), clustered(CAPACITY, seed=0), clustered(CAPACITY, seed=1)
+    index.search(ring_of(one), one[:, :50], TOPK)
+    found = index.search(ring_of(other)._replace(epoch=2), other[:, :50], 1)
+    assert (found.scores > 0.999).float().mean() > TARGET_RECALL - 0.05  # each finds itself
 
 
 def test_rows_with_keys_of_different_kinds_do_not_disturb_each_other() -> None:
@@ -300,10 +311,6 @@ def test_the_index_in_use_says_what_it_is_and_finds() -> None:
 
 
 # The automatic choice
-
-
-def ring_of(keys: Tensor) -> Ring:
-    return Ring(Vectors(keys), row=0, cursor=0, written=keys.shape[1], epoch=1)
 
 
 def test_large_rows_are_searched_by_lists_and_small_ones_exactly() -> None:
