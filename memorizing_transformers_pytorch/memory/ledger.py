@@ -44,7 +44,7 @@ class Ledger:
         return bool(self.documents())
 
     def __contains__(self, number: int) -> bool:
-        return number in self._documents
+        return number in self._documents and number not in self.cleared
 
     def __getitem__(self, number: int) -> Document:
         return self._documents[number]
