@@ -136,7 +136,7 @@ class Builder:
         known = by_file(self._reader.memory.ledger.documents(), files)
         unreadable = set[str]()
         for path in files:
-            *older, newest = known.pop(real_path(path), [None])
+            *older, newest = [None, *self._present(known.pop(real_path(path), []))]
             self._forget(older)  # a file that was in two memories which were merged
             try:
                 self._read(path, newest, progress)
@@ -149,6 +149,7 @@ class Builder:
                     known[real_path(path)] = [newest]
                     unreadable.add(real_path(path))
         for place, documents in known.items():
+            documents = self._present(documents)
             if prune:
                 self._remove(documents)
             elif place in unreadable or not (os.path.isfile(place) and os.access(place, os.R_OK)):
@@ -156,6 +157,10 @@ class Builder:
         self._outcome.evicted = evicted_since(self._held, self._reader.memory)
         self._save()
         return self._outcome
+
+    def _present(self, documents: Sequence[Document]) -> list[Document]:
+        """Those that are left: a text may contain a token that clears the memory."""
+        return [each for each in documents if each.number in self._reader.memory.ledger]
 
     def _read(self, path: Path, known: Document | None, progress: Callable[[str, float], None]) -> None:
         name, outcome, ledger = str(path), self._outcome, self._reader.memory.ledger

@@ -41,10 +41,10 @@ class Ledger:
         self.cleared = set[int]()  # not listed: their rows were cleared, and nothing of them was stored since
 
     def __bool__(self) -> bool:
-        return bool(self.documents())
+        return any(each.tokens and number not in self.cleared for number, each in self._documents.items())
 
     def __contains__(self, number: int) -> bool:
-        return number in self._documents
+        return number in self._documents and number not in self.cleared
 
     def __getitem__(self, number: int) -> Document:
         return self._documents[number]

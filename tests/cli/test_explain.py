@@ -170,7 +170,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(
         ([*read, "--prompt", "x", "-o", str(tmp_path / "no" / "page.html")], "expected a file that can be written"),
         ([*read, "--prompt", "x", "-o", "page.html", "--json"], "expected --json or --output, got both"),
         ([*read, "--prompt", "x", "--all-entries"], "expected --all-entries with --json, got it without"),
-        (["--model", "nowhere", "--read", "nothing.txt", "--prompt", "x"], "got 'nothing.txt'"),
+        (["--model", "nowhere", "--read", "nothing.txt", "--prompt", "x"], "no file or folder 'nothing.txt'"),
         ([*read], "--prompt"),
     ]:
         assert message in failed(given, capsys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,8 @@ SECRET = "the door code is 1234. " * 3
 class Library:
     """A folder of texts and the memory that is built from it, in RAM."""
 
-    def __init__(self, folder: Path) -> None:
-        reader = open_reader(str(make_run(folder / "run")), "cpu", max_memories=None, dtype=None, index=None)
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        reader = open_reader(str(make_run(folder / "run", **changes)), "cpu", max_memories=None, dtype=None, index=None)
         assert isinstance(reader, RunReader)
         self.reader, self.texts = reader, folder / "texts"
         self.texts.mkdir()
@@ -171,6 +172,24 @@ def test_a_file_that_was_swapped_for_a_link_is_a_changed_file(library: Library, 
     private.symlink_to(tmp_path / "elsewhere")
     assert library.build().changed == [str(private)]
     assert (library.says("1234"), library.says("something else")) == (False, True)
+
+
+def test_documents_before_a_token_that_clears_the_memory_are_not_listed(tmp_path: Path) -> None:
+    library = Library(tmp_path, clear_memories_on_eos_token_id=ord("!"), xl_max_memories=0)
+    library.write("p.txt", "before! and after it")
+    library.build()
+    assert (library.titles(), library.says("after it"), library.says("before")) == (
+        ["p.txt", "private.txt"],  # the second was read again
+        True,
+        False,
+    )
+    library.write("p.txt", "it ends here!")
+    assert len(library.build().changed) == 1
+    assert (library.titles(), library.says("after it")) == (["private.txt"], False)
+    library.write("private.txt", "private, too!")
+    library.write("other.txt", "and other!")
+    assert library.build(prune=True).removed == []
+    assert library.titles() == []
 
 
 def test_the_command_says_what_it_skipped_removed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

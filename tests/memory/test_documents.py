@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,26 @@ def test_a_cleared_row_lists_no_documents_until_entries_of_them_are_stored() -> 
     made.add(pairs, torch.tensor([[False], [True]]).expand(2, 4), torch.full((2, 4, 3), later))
     assert (made.ledger.latest(1), [each.title for each in made.documents()]) == (later, ["later"])
     assert numbers[1] not in made.ledger
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda made: made.clear_memory([0, 5]),
+        lambda made: made.clear_memory(memory_indices=[0, 7]),
+        lambda made: made.copy_row(0, 2),
+        lambda made: made.add([torch.zeros(2, 2, 1, 2, 8), torch.zeros(2, 2, 1, 2, 9)]),
+        lambda made: made.add([torch.zeros(2, 2, 1, 2, 8)]),
+        lambda made: made.add([torch.zeros(2, 2, 1, 2, 8), torch.full((2, 2, 1, 2, 8), torch.nan)]),
+        lambda made: made.resize(0),
+        lambda made: made.load_state_dict({**made.state_dict(), "1.keys": torch.zeros(1)}),
+        lambda made: made.forget(where=lambda each: 1 // 0),
+        lambda made: made.merge(made),
+    ],
+)
+def test_a_refused_call_changes_nothing(call: Callable[[KNNMemoryList], object]) -> None:
+    made = library()
+    before = picture(made)
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        call(made)
+    assert picture(made) == before
