@@ -19,6 +19,7 @@ from memorizing_transformers_pytorch.memory.disk.manifest import MOST_COUNTED
 from memorizing_transformers_pytorch.memory.disk.save import Marks
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
 from memorizing_transformers_pytorch.memory.policy import OLDEST
+from memorizing_transformers_pytorch.utils.fingerprint import Writer
 
 Pairs = tuple[Tensor, Tensor]
 """Keys and values (R, G, N, D)."""
@@ -28,13 +29,13 @@ KIND = "attached to a Hugging Face model"
 
 
 class Kept(NamedTuple):
-    """What is remembered while it is not in use: as in `Contents`, and the fingerprint of the weights that wrote it."""
+    """What is remembered while it is not in use: as in `Contents`, and which weights wrote it."""
 
     memories: list[list[KNNMemory]]
     ledger: Ledger
     marks: Marks | None
     offsets: Tensor
-    written_by: str | None
+    writer: Writer | None
 
 
 class Contents:
@@ -139,14 +140,14 @@ class Contents:
         self.ledger, self._marks = loaded.ledger, loaded.marks
         self.reading.stand_at(torch.tensor(loaded.extra["offsets"]))
 
-    def exchange(self, kept: Kept | None, written_by: str | None) -> Kept:
+    def exchange(self, kept: Kept | None, writer: Writer | None) -> Kept:
         """Remember what was kept, or nothing; what was remembered until now."""
         if kept is None:
             empty = [site.new_memories(1) for site in self.sites]
             kept = Kept(empty, Ledger(), None, torch.zeros(1, dtype=torch.int64), None)
         offsets = self.reading.offsets
         memories = [site.exchange(each) for site, each in zip(self.sites, kept.memories, strict=True)]
-        before = Kept(memories, self.ledger, self._marks, offsets, written_by)
+        before = Kept(memories, self.ledger, self._marks, offsets, writer)
         self.ledger, self._marks = kept.ledger, kept.marks
         self.reading.stand_at(kept.offsets)
         return before

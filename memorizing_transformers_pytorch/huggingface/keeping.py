@@ -110,8 +110,8 @@ class Keeping:
             raise ValueError("expected a call of the model inside writing(), got another memory")
         if self._window is not None:
             self._window.end()
-        before = self._contents.exchange(kept, self._weights.written_by)
-        self._weights.were_written_by(None if kept is None else kept.written_by)
+        before = self._contents.exchange(kept, self._weights.writer)
+        self._weights.writer = None if kept is None else kept.writer
         return before
 
     def merge(self, path: str | Path) -> None:
@@ -134,14 +134,11 @@ class Keeping:
             raise ValueError("expected a call of the model inside writing(), got another memory")
         site = self._contents.sites[0]
         device, directory = site.memories[0].device, site.options.directory
-        return KNNMemoryList.load(
-            path,
-            mmap=mmap and device.type == "cpu",
-            verify=verify,
-            fingerprint=None if other_weights else self._weights.fingerprint(),
-            device=device,
-            directory=directory,
-        )
+        mmap = mmap and device.type == "cpu"
+        loaded = KNNMemoryList.load(path, mmap=mmap, verify=verify, device=device, directory=directory)
+        if not other_weights:
+            self._weights.check(loaded.fingerprint)
+        return loaded
 
     def clear(self, rows: int | Iterable[int] | None = None) -> None:
         """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""

@@ -127,9 +127,12 @@ def load_memories(run: LoadedRun, folder: Path, *, mmap: bool = False, index: st
     """The memory that the model of a run has built; with mmap (on a CPU) where it lies. index: how it is searched, if
     not as before. Raises ValueError for that of another model."""
     device = run.model.device
-    memories = KNNMemoryList.load(
-        folder, mmap=mmap and device.type == "cpu", fingerprint=Weights(run.model).fingerprint(), device=device
+    memories, weights = (
+        KNNMemoryList.load(folder, mmap=mmap and device.type == "cpu", device=device),
+        Weights(run.model),
     )
+    weights.check(memories.fingerprint)
+    memories.fingerprint = weights.fingerprint()
     own = run.model.create_knn_memories(batch_size=1, max_memories=1)
     expected, got = ([(m.num_indices, m.num_kv_heads, m.dim) for m in each] for each in (own, memories))
     if memories.extra.get("kind") != OF_RUN or expected != got:
