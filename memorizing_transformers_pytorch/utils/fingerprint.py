@@ -158,8 +158,9 @@ class _Snapshot:
         ]
         self._switched = [module for _, module in modules if _is_switched(module)]
         here = [module for _, module in modules if _weights_map(module) is None]
-        self._trees = [module._modules for _, module in modules] + [module._parameters for module in here]
-        self._buffers = [module._buffers for _, module in modules]
+        trees = [module._modules for _, module in modules] + [module._parameters for module in here]
+        self._trees = [tree for tree in trees if tree]
+        self._buffers = [module._buffers for _, module in modules if module._buffers]
         self._values, self._num_buffers = self._tree_values(), self._buffer_count()
         owned = [(module._buffers, name, weight) for _, module, name, weight in self.named if name in module._buffers]
         self._owned = [(owner, name, weight) for owner, name, weight in owned if not weight.is_meta]

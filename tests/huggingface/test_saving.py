@@ -190,7 +190,7 @@ def test_a_merge_with_what_other_weights_have_read_is_refused(tmp_path: Path) ->
         new.model.model.embed_tokens.weight.mul_(2)
     new.read(tokens(1, 20), progress=False)
     new.save(tmp_path / "new")
-    with pytest.raises(ValueError, match="expected the weights that have read what is remembered"):
+    with pytest.raises(ValueError, match="model weights changed after this memory was written"):
         memory.merge(tmp_path / "new")
 
 
