@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
-from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.options import Options
-from memorizing_transformers_pytorch.huggingface.probe import ADDED
+from memorizing_transformers_pytorch.huggingface.probe import ADDED, Layer
 from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site, parameters_in_use
 
 
@@ -52,18 +51,18 @@ class AddedAttention(nn.Module):
 class AddedLayer(Site):
     """A layer of attention with a memory, after one of the layers of the model.
 
-    module: that layer. width: E.
+    layer: its attention. module: the whole layer. width: E.
     """
 
     sees_calls = True
 
     def __init__(
-        self, index: int, module: nn.Module, width: int, sizes: Added, options: Options, reading: Reading
+        self, layer: Layer, module: nn.Module, width: int, sizes: Added, options: Options, reading: Reading
     ) -> None:
-        weight, device = next(module.parameters()), device_of(module)
-        super().__init__(index, Shape(sizes.num_kv_heads, sizes.dim_head, device, weight.dtype), options, reading)
+        shape = Shape(sizes.num_kv_heads, sizes.dim_head, layer.device, layer.dtype)
+        super().__init__(layer.index, shape, options, reading)
         self._module, self._sizes = module, sizes
-        self._added = AddedAttention(width, sizes, options.topk, options.combine).to(device, weight.dtype)
+        self._added = AddedAttention(width, sizes, options.topk, options.combine).to(layer.device, layer.dtype)
         self._hook: Any = None
 
     def attach(self) -> None:

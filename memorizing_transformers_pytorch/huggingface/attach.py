@@ -84,8 +84,7 @@ def _added(model: Any, layers: list[Layer], added: bool | Added, options: Option
     names = {module: name for name, module in model.named_modules()}
     whole = [model.get_submodule(names[layer.module].rpartition(".")[0]) for layer in layers]
     return [
-        AddedLayer(layer.index, module, width, sizes, options, reading)
-        for layer, module in zip(layers, whole, strict=True)
+        AddedLayer(layer, module, width, sizes, options, reading) for layer, module in zip(layers, whole, strict=True)
     ]
 
 

@@ -17,6 +17,7 @@ from memorizing_transformers_pytorch.huggingface.contents import Contents
 from memorizing_transformers_pytorch.huggingface.keeping import Keeping
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
 from memorizing_transformers_pytorch.huggingface.options import Options
+from memorizing_transformers_pytorch.huggingface.probe import vocabulary_of
 from memorizing_transformers_pytorch.huggingface.reader import Reader
 from memorizing_transformers_pytorch.huggingface.segments import Segments
 from memorizing_transformers_pytorch.huggingface.site import Reading, Site
@@ -117,7 +118,7 @@ class AttachedMemory(Keeping):
         self._expect_attached()
         if self._segments.is_open:
             raise ValueError("expected a call of the model inside writing(), got read() or score()")
-        texts = checked_texts(input_ids, attention_mask, self.model.get_input_embeddings().weight.shape[0])
+        texts = checked_texts(input_ids, attention_mask, vocabulary_of(self.model))
         titles = checked_titles(document, len(texts))
         if self._contents.ledger:
             self._weights.refuse_others()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.attention.retrieval import retrieved_logits, retrieved_values
 from memorizing_transformers_pytorch.huggingface import interface
-from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.interface import LEAST, Extension, Local
 from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.probe import Layer
@@ -53,14 +52,13 @@ class MemoryLayer(Extension, Site):
     """
 
     def __init__(self, layer: Layer, options: Options, reading: Reading, context: int | None) -> None:
-        weight = next(layer.module.parameters())
         self.layer = layer
         true_places = layer.rotary is not None and options.positions == "true"
         self.context = context
         recent = options.recent or (None if context is None else max(context // 2, 1))
         parted = true_places and recent is not None and recent < options.max_memories
         self._recent_of_new = recent if parted else None
-        shape = Shape(layer.kv_heads, layer.width, device_of(layer.module), weight.dtype)
+        shape = Shape(layer.kv_heads, layer.width, layer.device, layer.dtype)
         super().__init__(layer.index, shape, options, reading)
         self._position_embeddings: Any = None
         self._far: CosSin | None = None  # the table that turns by `distance`
@@ -68,7 +66,7 @@ class MemoryLayer(Extension, Site):
 
     def attach(self) -> None:
         start = 0.0 if self.options.combine == "softmax" else GATE_START
-        self.layer.module.add_module(BIAS, HeadBias(self.layer.heads, start, device_of(self.layer.module)))
+        self.layer.module.add_module(BIAS, HeadBias(self.layer.heads, start, self.layer.device))
         interface.use(self.layer.module, self)
         self._hook = self.layer.module.register_forward_pre_hook(self._remember_positions, with_kwargs=True)
 

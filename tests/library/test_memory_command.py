@@ -194,7 +194,7 @@ def test_memories_of_one_model_can_be_merged(texts: Path, tmp_path: Path, capsys
     other = make_run(tmp_path / "other", seed=1)
     run("build", tmp_path / "foreign", texts / "one.txt", "--model", other)
     line = refused(capsys, "merge", tmp_path / "all", tmp_path / "both", tmp_path / "foreign")
-    assert "this memory was written by other weights" in line
+    assert "expected a memory written by weights with the fingerprint" in line
     assert not (tmp_path / "all").exists()
 
 
