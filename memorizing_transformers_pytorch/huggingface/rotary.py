@@ -103,7 +103,9 @@ def rotary_of(attention: nn.Module, position_embeddings: object, width: int) -> 
 def _turn_of(family: Any) -> Turn | None:
     """The function of a family that turns queries and keys; None if it has none, or one with other arguments."""
     function = getattr(family, "apply_rotary_pos_emb", None)
-    names = [] if function is None else list(inspect.signature(function).parameters)
+    if function is None:
+        return None
+    names = list(inspect.signature(function).parameters)
     if names[:3] == ["x", "cos", "sin"]:  # Gemma 3n and later turn one tensor at a time
         return lambda q, k, cos, sin: (function(q, cos, sin), function(k, cos, sin))
     return function if names[:4] == ["q", "k", "cos", "sin"] else None

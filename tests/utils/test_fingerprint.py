@@ -160,7 +160,7 @@ def test_what_is_ignored_does_not_count() -> None:
     assert weights.fingerprint() == Weights(net, "1.0").fingerprint() != Weights(net).fingerprint()
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])  # noqa: S301
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_knows_who_wrote(copied: Callable[[tuple[nn.Module, Weights]], tuple[nn.Module, Weights]]) -> None:
     net = model()
     weights = Weights(net)
