@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.attention.retrieval import retrieved_logits, retrieved_values
 from memorizing_transformers_pytorch.huggingface import interface
+from memorizing_transformers_pytorch.huggingface.calls import Call, Shared
 from memorizing_transformers_pytorch.huggingface.interface import LEAST, Extension, Local
-from memorizing_transformers_pytorch.huggingface.options import Options
+from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options, Shape, of_rows, parameters_in_use
 from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.huggingface.rotary import CosSin
-from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site, parameters_in_use
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
 from memorizing_transformers_pytorch.memory.vectors import Vectors
@@ -44,23 +44,21 @@ class HeadBias(nn.Module):
         return self.bias.to(like.device, torch.float32).view(-1, 1, 1)
 
 
-class MemoryLayer(Extension, Site):
+class MemoryLayer(Extension, BaseLayer):
     """The memory of one layer, taking part in its attention.
 
     context: the longest that the model was made for, if it says.
     Entries that are older than `recent` ones lie in a memory of their own, turned back to position 0.
     """
 
-    def __init__(self, layer: Layer, options: Options, reading: Reading, context: int | None) -> None:
-        self.layer = layer
-        true_places = layer.rotary is not None and options.positions == "true"
-        self.context = context
+    def __init__(self, layer: Layer, options: Options, shared: Shared, context: int | None) -> None:
+        self.layer, self.context = layer, context
         recent = options.recent or (None if context is None else max(context // 2, 1))
+        true_places = layer.rotary is not None and options.positions == "true"
         parted = true_places and recent is not None and recent < options.max_memories
         self._recent_of_new = recent if parted else None
         shape = Shape(layer.kv_heads, layer.width, layer.device, layer.dtype)
-        super().__init__(layer.index, shape, options, reading)
-        self._position_embeddings: Any = None
+        super().__init__(layer.index, shape, options, shared)
         self._far: CosSin | None = None  # the table that turns by `distance`
         self._hook: Any = None
 
@@ -68,13 +66,15 @@ class MemoryLayer(Extension, Site):
         start = 0.0 if self.options.combine == "softmax" else GATE_START
         self.layer.module.add_module(BIAS, HeadBias(self.layer.heads, start, self.layer.device))
         interface.use(self.layer.module, self)
-        self._hook = self.layer.module.register_forward_pre_hook(self._remember_positions, with_kwargs=True)
+        self._hook = self.layer.module.register_forward_pre_hook(self._note_positions, with_kwargs=True)
 
     def detach(self) -> None:
         self._hook.remove()
         interface.leave(self.layer.module)
         delattr(self.layer.module, BIAS)
-        self.close()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return parameters_in_use(self.layer.module.get_submodule(BIAS))
 
     def new_memories(self, rows: int) -> list[KNNMemory]:
         recent = self._recent_of_new
@@ -107,111 +107,124 @@ class MemoryLayer(Extension, Site):
         turned = self.layer.rotary.turned(entries.keys.floats(), turns)
         return entries._replace(keys=Vectors.of(turned, self.memories[-1].dtype))
 
-    def commit(self, entries: StagedEntries) -> None:
-        """As `Site.commit`. Entries that must make room grow old."""
-        if self.recent is None:
-            super().commit(entries)
+    def commit(self, memories: list[KNNMemory], entries: StagedEntries) -> None:
+        """As `BaseLayer.commit`. Recent entries that are about to be overwritten are demoted."""
+        recent = memories[0]
+        if len(memories) == 1:
+            recent.commit(entries)
             return
-        recent = self.memories[0]
-        for some in entries.portions(self.recent):
+        for some in entries.portions(recent.max_memories):
             for row, count in zip(some.rows, some.counts(), strict=True):
-                self._copy_to_older(row, recent.num_entries[row] + count - recent.max_memories)
-            super().commit(some)
+                self._copy_to_older(memories, row, recent.num_entries[row] + count - recent.max_memories)
+            recent.commit(some)
 
-    def let_grow_old(self, row: int, place: int) -> None:
+    def demote(self, memories: list[KNNMemory], row: int, place: int) -> None:
         """Entries more than `recent` places before this one are old, however few there are. Where documents in between
         were forgotten, or others merged, they would else stand at distances that the model has never seen."""
-        if self.recent is None:
+        if len(memories) == 1:
             return
-        recent = self.memories[0]
+        recent = memories[0]
         positions = recent.store.origins[row, recent.store.places_in_order(row), POSITION]
         too_far = int((place - positions > recent.max_memories).sum())
         if too_far:
-            self._copy_to_older(row, too_far)
+            self._copy_to_older(memories, row, too_far)
             recent.drop_oldest(row, too_far)
 
-    def _copy_to_older(self, row: int, count: int) -> None:
-        """The oldest of the recent entries, so many, turned back to position 0."""
-        recent, older = self.memories
+    def _copy_to_older(self, memories: list[KNNMemory], row: int, count: int) -> None:
+        """The oldest `count` of the recent entries, turned back to position 0."""
+        recent, older = memories
         if count > 0 and self.layer.rotary is not None:
             leaving = recent.store.oldest(row, count)
             bare = self.layer.rotary.turned(leaving.keys.floats(), -leaving.origins[..., POSITION])
             older.commit(leaving._replace(keys=Vectors.of(bare, older.dtype)))
 
-    def parameters(self) -> list[nn.Parameter]:
-        return parameters_in_use(self.layer.module.get_submodule(BIAS))
-
-    def _remember_positions(self, _module: nn.Module, _inputs: Any, options: dict[str, Any]) -> None:
-        self._position_embeddings = options.get("position_embeddings")
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _note_positions(self, _module: nn.Module, _inputs: Any, options: dict[str, Any]) -> None:
+        call = self.shared.call.now
+        if call is not None:
+            call.position_embeddings[self.index] = options.get("position_embeddings")
 
     def joined(self, module: nn.Module, out: Tensor, query: Tensor, local: Local) -> Tensor:
         """As `Extension.joined`."""
-        self.begin_call(len(query))
-        if self.reading.staging:
-            count = query.shape[2]
-            self.arrived = self._placed(local.key[:, :, -count:]), local.value[:, :, -count:].detach()
-        bias: Tensor = module.get_submodule(BIAS)(query)
-        if self.is_silent:  # the same numbers, but with the bias in the graph, as DistributedDataParallel needs
-            return out + 0 * bias.sum().to(out) if torch.is_grad_enabled() and bias.requires_grad else out
-        join: Any = self._join
+        join: Any = self._joined
         if torch.compiler.is_compiling():  # a search cannot be compiled
             join = torch.compiler.disable(join)  # type: ignore[no-untyped-call]
-        joined: Tensor = join(out, query, local, bias)
+        joined: Tensor = join(module.get_submodule(BIAS), out, query, local)
         return joined
 
-    def _join(self, out: Tensor, query: Tensor, local: Local, bias: Tensor) -> Tensor:
-        found = self.look_up(self._queries(query))
+    def _joined(self, head_bias: nn.Module, out: Tensor, query: Tensor, local: Local) -> Tensor:
+        call = self.running_call()
+        if call is None:
+            return out
+        if call.keeps_pairs and self.index not in call.pairs:
+            count = query.shape[2]
+            keys = self._placed(call, local.key[:, :, -count:].detach())
+            call.pairs[self.index] = keys, local.value[:, :, -count:].detach()
+        bias: Tensor = head_bias(query)
+        if self.found(
+            call
+        ).is_empty:  # the same numbers, but with the bias in the graph, as DistributedDataParallel needs
+            return out + 0 * bias.sum().to(out) if torch.is_grad_enabled() and bias.requires_grad else out
+        return self._join(call, out, query, local, bias)
+
+    def _join(self, call: Call, out: Tensor, query: Tensor, local: Local, bias: Tensor) -> Tensor:
+        found = self.look_up(call, self._queries(call, query))
         mask = torch.cat([part.mask for part in found], dim=-1)
         products = torch.cat([retrieved_logits(part.query, part) for part in found], dim=-1)
         logits = local.logits(products)
-        crowds = [self._crowd(memory) for memory in self.memories if self._holds_something(memory)]
-        if any(map(any, crowds)):
-            logits = logits - self._of_each(crowds, len(query)).to(products)
+        corrections = self._length_corrections(call)
+        if any(map(any, corrections)):
+            logits = logits - self._of_each(corrections, logits)
         logits = logits.masked_fill(~mask, LEAST)
         weights = logits.softmax(dim=-1) * mask
         if self.options.combine == "softmax":
             bias = bias + logits.logsumexp(dim=-1, keepdim=True) - local.total(query)
         share = (bias.sigmoid() * mask.any(dim=-1, keepdim=True)).transpose(1, 2)
-        if self.keeps_weights:
-            self.last_weights = (weights * share.transpose(1, 2)).detach()
+        if call.keeps_weights:
+            self.found(call).weights = (weights * share.transpose(1, 2)).detach()
         parts = zip(torch.split(weights, self.options.topk, dim=-1), found, strict=True)
         first, *others = [retrieved_values(some, part) for some, part in parts]
         of_memory = sum(others, start=first).transpose(1, 2)
         return (out + share * (of_memory - out.float())).to(out.dtype)
 
-    def _crowd(self, memory: KNNMemory) -> list[float]:
-        """log(N / context), or 0, for each row with N entries.
+    def _length_corrections(self, call: Call) -> list[list[float]]:
+        """log(N / context), or 0, for each memory and each row, which holds N entries.
 
         Of more tokens than the model has ever seen at once, more fit a query by chance; all together should weigh as
         much as those of one context.
         """
-        counts = [memory.num_entries[row] for row in self.reading.rows]
-        return [math.log(max(count / (self.context or math.inf), 1.0)) for count in counts]
+        longest = self.context or math.inf
+        return [[math.log(max(count / longest, 1.0)) for count in counts] for counts in self.found(call).counts]
 
-    def _of_each(self, numbers: list[list[float]], batch: int) -> Tensor:
+    def _of_each(self, numbers: list[list[float]], logits: Tensor) -> Tensor:
         """A number for each memory and row -> one for each entry that is found there (B, 1, 1, n K)."""
-        by_row = torch.stack([self.of_rows(torch.tensor(of_rows), batch) for of_rows in numbers], dim=1)
-        return by_row.repeat_interleave(self.options.topk, dim=1).view(batch, 1, 1, -1)
+        by_row = torch.stack([of_rows(each, len(logits), logits) for each in numbers], dim=1).to(logits.dtype)
+        return by_row.repeat_interleave(self.options.topk, dim=1).view(len(logits), 1, 1, -1)
 
-    def _queries(self, query: Tensor) -> list[Tensor]:
+    def _queries(self, call: Call, query: Tensor) -> list[Tensor]:
         """Queries (B, H, T, D) for each of the memories: turned to where they stand, or to one distance."""
-        rotary = self.layer.rotary
+        rotary, memories = self.layer.rotary, call.memories[self.index]
         if rotary is None:
             return [query]
-        offsets = self.of_rows(self.reading.offsets, len(query)).unsqueeze(1)
-        here = [rotary.turned(query, offsets)] if self.options.positions == "true" else []
-        if self.recent is None and here:
+        here = [self._turned_on(call, query)] if self.options.positions == "true" else []
+        if here and len(memories) == 1:
             return here
-        bare = rotary.unturned(query, self._position_embeddings)
+        bare = rotary.unturned(query, call.position_embeddings[self.index])
         if self._far is None:
-            self._far = rotary.table(torch.full((1, 1), self.options.distance, device=query.device))
+            with torch.inference_mode(False):  # it outlives this call
+                self._far = rotary.table(torch.full((1, 1), self.options.distance, device=query.device))
         return [*here, rotary.turned_as(bare, self._far)]
 
-    def _placed(self, keys: Tensor) -> Tensor:
-        """Keys (B, G, T, D), turned to where they stand in the document, or to position 0."""
+    def _placed(self, call: Call, keys: Tensor) -> Tensor:
+        """Keys (B, G, T, D), turned to where they stand in the row, or to position 0."""
         rotary = self.layer.rotary
         if rotary is None:
             return keys
         if self.options.positions == "true":
-            return rotary.turned(keys, self.of_rows(self.reading.offsets, len(keys)).unsqueeze(1))
-        return rotary.unturned(keys, self._position_embeddings)
+            return self._turned_on(call, keys)
+        return rotary.unturned(keys, call.position_embeddings[self.index])
+
+    def _turned_on(self, call: Call, x: Tensor) -> Tensor:
+        """x (B, H or G, T, D), turned on by as many positions as were read before."""
+        assert self.layer.rotary is not None
+        return self.layer.rotary.turned(x, of_rows(call.offsets, len(x), x).unsqueeze(1))

@@ -81,7 +81,8 @@ class Rotary:
     @cached_property
     def _angles(self) -> Tensor:
         """(D,) float64: of each number of a head, 0 for what stays as it is."""
-        return self.angles[self.layout.columns] * (self.layout.signs != 0)
+        with torch.inference_mode(False):  # it outlives this call
+            return self.angles[self.layout.columns] * (self.layout.signs != 0)
 
     @cached_property
     def _turns_all(self) -> bool:

@@ -200,7 +200,7 @@ class HubReader(DocumentReader):
         return self.memory.model, self.tokenizer, self.memory
 
     def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
-        from memorizing_transformers_pytorch.huggingface.texts import stops_of
+        from memorizing_transformers_pytorch.huggingface.reading import stops_of
 
         ids: torch.Tensor = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
         options = self.memory.options

@@ -8,7 +8,7 @@ Shapes: R rows in scope, H query heads, G key/value heads, N entries added, K re
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -187,19 +187,30 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
         """
         self.commit(self.stage(memories, mask, origins))
 
-    def stage(self, memories: Tensor, mask: Tensor | None = None, origins: Tensor | None = None) -> StagedEntries:
-        """Check and convert what `add` would store, storing nothing: several memories can so change all or none."""
+    def stage(
+        self,
+        memories: Tensor,
+        mask: Tensor | None = None,
+        origins: Tensor | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> StagedEntries:
+        """Check and convert what `add` would store, storing nothing: several memories can so change all or none.
+
+        rows: R row numbers of the whole memory; those of the scope unless given.
+        """
         _ = self.store  # refuses a closed memory
-        memories = checks.checked_entries(memories, len(self.scoped_indices), self.num_kv_heads, self.dim)
-        rows, _, count = memories.shape[:3]
+        chosen = list(self.scoped_indices if rows is None else rows)
+        memories = checks.checked_entries(memories, len(chosen), self.num_kv_heads, self.dim)
+        shape = len(chosen), memories.shape[2]
         if origins is None:
-            origins = torch.full((rows, count, ORIGIN_FIELDS), UNKNOWN)
-        checks.check_mask_and_origins(mask, origins, (rows, count), ORIGIN_FIELDS)
+            origins = torch.full((*shape, ORIGIN_FIELDS), UNKNOWN)
+        origins = checks.checked_origins(mask, origins, shape, ORIGIN_FIELDS)
         floats = memories.detach().to(self.device, self.store.keys.float_dtype)
         checks.check_finite(floats, mask)
         keys, values = (Vectors.of(part, self.dtype) for part in floats.unbind(dim=-2))
         mask = None if mask is None else mask.to(self.device)
-        return StagedEntries(list(self.scoped_indices), keys, values, origins.to(self.device, torch.int64), mask)
+        return StagedEntries(chosen, keys, values, origins.to(self.device), mask)
 
     def commit(self, staged: StagedEntries) -> None:
         """Store what `stage` has checked."""

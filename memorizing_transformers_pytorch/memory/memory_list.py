@@ -114,17 +114,23 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         document: numbers or titles. where: instead, a function of a document that tells whether it shall go.
         Returns how many entries that were, in all memories. Raises ValueError for documents that there are not.
         """
-        if (document is None) == (where is None):
-            raise ValueError("expected a document or where=, got both or none")
-        if where is not None:
-            numbers = [each.number for each in self.documents() if where(each)]
-        else:
-            numbers = numbers_of(document, self.ledger)
-            if unknown := unknown_numbers(numbers, self, self.ledger):
-                raise ValueError(f"expected documents of the memory, got {unknown}")
+        numbers = self.chosen(document, where)
         with self.locked():
             self.ledger.forget_documents(numbers)
             return sum(memory.forget(numbers) for memory in self)
+
+    def chosen(
+        self, document: int | str | Iterable[int | str] | None, where: Callable[[Document], bool] | None
+    ) -> list[int]:
+        """The numbers of these documents; see `forget`."""
+        if (document is None) == (where is None):
+            raise ValueError("expected a document or where=, got both or none")
+        if where is not None:
+            return [each.number for each in self.documents() if where(each)]
+        numbers = numbers_of(document, self.ledger)
+        if unknown := unknown_numbers(numbers, self, self.ledger):
+            raise ValueError(f"expected documents of the memory, got {unknown}")
+        return numbers
 
     def entries(self, row: int, layer: int = 0) -> Iterator[Origin]:
         """Where each entry of a row of the layer-th memory comes from, the oldest first."""

@@ -72,6 +72,7 @@ class Lookup:
         self._rows = rows
         self._clock = store.clock
         self._kept: list[_Kept] = []
+        self._origins: Tensor | None = None
         self.slots, self.scores, self.mask = retrieved
         if for_backward:
             store.readers.add(self)
@@ -80,6 +81,7 @@ class Lookup:
         """Copy what these places of a row hold, if it was there when this lookup was made. Called by the store."""
         if row not in self._rows:
             return
+        self._origins = self.origins()
         written = self._store.written[row, places]
         seen = ((written > 0) & (written <= self._clock)).nonzero().squeeze(-1) + places.start
         if seen.numel() > 0:
@@ -87,6 +89,12 @@ class Lookup:
             slots = torch.stack([self._store.slot_base(row, head) + seen for head in heads])
             keys, values = self._store.keys[row][:, seen], self._store.values[row][:, seen]
             self._kept.append(_Kept(slots.flatten(), keys.flatten(0, 1), values.flatten(0, 1)))
+
+    def origins(self) -> Tensor:
+        """Where the entries come from (B, H, T, K, 3); -1 where nothing was found."""
+        if self._origins is not None:
+            return self._origins
+        return self._store.origins_of(self.slots).to(self.slots.device).masked_fill(~self.mask.unsqueeze(-1), -1)
 
     def tables(self) -> list[Table]:
         """The store, and after entries have been overwritten also the copies of those."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,21 +44,19 @@ class Searched(Scoped):
         """The entries themselves."""
         raise NotImplementedError
 
-    def retrieve(self, queries: Tensor, topk: int) -> Retrieved:
+    def retrieve(self, queries: Tensor, topk: int, *, rows: Sequence[int] | None = None) -> Retrieved:
         """The `topk` entries of its own row and head with the largest inner product, for each query.
 
         queries: (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of G.
         Returns slots, scores and mask, each (R, ..., topk), on the device of the queries. Keys and values stay where
         they are. Raises ValueError for other shapes or topk < 1, NonFiniteError for queries that are not finite.
         """
-        checks.check_queries(queries, topk, len(self.scoped_indices), self.num_kv_heads, self.dim)
+        chosen = self.scoped_indices if rows is None else rows
+        checks.check_queries(queries, topk, len(chosen), self.num_kv_heads, self.dim)
         grouped = queries.detach().to(self.device).reshape(queries.shape[0], self.num_kv_heads, -1, self.dim)
         score_dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
         with self.lock:
-            found = [
-                self._search_row(row, own, topk, score_dtype)
-                for row, own in zip(self.scoped_indices, grouped, strict=True)
-            ]
+            found = [self._search_row(row, own, topk, score_dtype) for row, own in zip(chosen, grouped, strict=True)]
         parts = (part[0] if len(part) == 1 else torch.stack(part) for part in zip(*found, strict=True))
         shape = (*queries.shape[:-1], topk)
         return Retrieved(*(part.view(shape).to(queries.device) for part in parts))
@@ -85,23 +83,28 @@ class Searched(Scoped):
         bases = torch.arange(first, first + len(places) * step, step, device=places.device)
         return places + bases.view(-1, 1, 1)
 
-    def look_up(self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None) -> Lookup:
+    def look_up(
+        self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None, *, rows: Sequence[int] | None = None
+    ) -> Lookup:
         """`retrieve`, with the keys and values behind it: what an attention layer needs, and its backward pass later.
 
         hidden_rows: (R,) or, for queries (R, ..., T, D), (R, T) bool; rows or tokens that shall find nothing.
+        rows: R row numbers of the whole memory; those of the scope unless given.
         """
         began = time.perf_counter()
         with self.lock:
-            slots, scores, mask = self.retrieve(queries, topk) if self._hidden is None else self._others(queries, topk)
+            retrieve = self.retrieve if self._hidden is None else self._others
+            slots, scores, mask = retrieve(queries, topk, rows=rows)
             if self.policy == LEAST_ATTENDED:
                 self.store.count_usage(slots.to(self.device)[mask.to(self.device)])
         self.seconds_searching += time.perf_counter() - began
         if hidden_rows is not None:
-            rows, *tokens = hidden_rows.shape
-            shape = (rows, *(1,) * (mask.ndim - 2 - len(tokens)), *tokens, 1)
+            count, *tokens = hidden_rows.shape
+            shape = (count, *(1,) * (mask.ndim - 2 - len(tokens)), *tokens, 1)
             mask = mask & ~hidden_rows.to(mask.device).view(shape)
         for_backward = torch.is_grad_enabled()
-        return Lookup(self.store, self.scoped_indices, Retrieved(slots, scores, mask), for_backward=for_backward)
+        chosen = list(self.scoped_indices if rows is None else rows)
+        return Lookup(self.store, chosen, Retrieved(slots, scores, mask), for_backward=for_backward)
 
     @contextmanager
     def hiding(self, document: int, first: int, last: int) -> Iterator[None]:
@@ -113,11 +116,11 @@ class Searched(Scoped):
         finally:
             self._hidden = before
 
-    def _others(self, queries: Tensor, topk: int) -> Retrieved:
+    def _others(self, queries: Tensor, topk: int, *, rows: Sequence[int] | None = None) -> Retrieved:
         """`retrieve`, but for what is hidden."""
         assert self._hidden is not None
         hidden = self._hides(self.store.origins).sum(dim=1).amax()
-        slots, scores, mask = self.retrieve(queries, topk + int(hidden))
+        slots, scores, mask = self.retrieve(queries, topk + int(hidden), rows=rows)
         mask = mask & ~self._hides(self.origins(slots))
         best = scores.masked_fill(~mask, -torch.inf).topk(topk, dim=-1).indices
         slots, scores, mask = (part.gather(-1, best) for part in (slots, scores, mask))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ PREFIX = "v2-"  # of a hash of all bytes; older fingerprints have none
 UNKNOWN = f"{PREFIX}unknown"  # written by weights that changed before anybody asked for their hash
 SAMPLED = 16  # numbers of each parameter in an older fingerprint
 CHANGED = "model weights changed after this memory was written"
+_ONE_AT_A_TIME = threading.Lock()  # threads that call one model; not in `Weights`, which can be pickled
 
 
 class Writer(NamedTuple):
@@ -119,10 +121,11 @@ class Weights:
 
     @property
     def _current(self) -> _Snapshot:
-        if self._snapshot is None or not self._snapshot.holds():
-            self._snapshot = _Snapshot(self._model, self._ignored)
-            self._changes += 1
-        return self._snapshot
+        with _ONE_AT_A_TIME:
+            if self._snapshot is None or not self._snapshot.holds():
+                self._snapshot = _Snapshot(self._model, self._ignored)
+                self._changes += 1
+            return self._snapshot
 
     def _state(self) -> tuple[Any, ...]:
         """How often the tensors changed, and the switches of adapters: equal if the weights are the same. Cheap."""

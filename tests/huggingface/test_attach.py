@@ -199,11 +199,11 @@ def test_what_was_looked_up_is_forgotten_with_what_was_read() -> None:
 
 
 def test_a_failure_while_attaching_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    from memorizing_transformers_pytorch.huggingface import site
+    from memorizing_transformers_pytorch.huggingface import layer as base
 
     model, made = tiny("llama"), []
 
-    class Failing(site.KNNMemory):
+    class Failing(base.KNNMemory):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             made.append(1)
             if len(made) == 2:
@@ -211,7 +211,7 @@ def test_a_failure_while_attaching_leaves_the_model_untouched(monkeypatch: pytes
             super().__init__(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(site, "KNNMemory", Failing)
+        patched.setattr(base, "KNNMemory", Failing)
         with pytest.raises(MemoryError):
             attach_memory(model, layers="all")
     attach_memory(model, layers="all")
@@ -298,7 +298,7 @@ def test_constant_positions_do_not_depend_on_where_it_was_read() -> None:
         if before:
             memory.read(filler[:, :before], progress=False)
             memory.clear()
-            memory._contents.reading.offsets[:] = before
+            memory._contents.state.offsets[:] = [before]
         memory.read(ids, progress=False)
         found.append(logits(model, tokens(1, 5, seed=4)))
         memory.detach()

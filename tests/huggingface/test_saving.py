@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from memorizing_transformers_pytorch.huggingface import attach_memory
-from memorizing_transformers_pytorch.huggingface.texts import stops_of
+from memorizing_transformers_pytorch.huggingface.reading import stops_of
 from tests.huggingface.families import tiny
 from tests.huggingface.test_attach import EVERYTHING, logits, tokens
 
