@@ -51,28 +51,28 @@ class AddedAttention(nn.Module):
 class AddedLayer(BaseLayer):
     """A layer of attention with a memory, after one of the layers of the model.
 
-    layer: its attention. module: the whole layer. width: E.
+    module: that layer. width: E.
     """
 
     def __init__(
         self, layer: Layer, module: nn.Module, width: int, sizes: Added, options: Options, shared: Shared
     ) -> None:
         shape = Shape(sizes.num_kv_heads, sizes.dim_head, layer.device, layer.dtype)
-        super().__init__(layer.index, shape, options, shared)
-        self._module, self._sizes = module, sizes
+        super().__init__(layer.index, module, shape, options, shared)
+        self._sizes = sizes
         self._added = AddedAttention(width, sizes, options.topk, options.combine).to(layer.device, layer.dtype)
         self._hook: Any = None
 
     def attach(self) -> None:
-        self._module.add_module(ADDED, self._added)
-        self._hook = self._module.register_forward_hook(self._after)
+        self.module.add_module(ADDED, self._added)
+        self._hook = self.module.register_forward_hook(self._after)
 
     def detach(self) -> None:
         self._hook.remove()
-        delattr(self._module, ADDED)
+        delattr(self.module, ADDED)
 
     def parameters(self) -> list[nn.Parameter]:
-        return parameters_in_use(self._module.get_submodule(ADDED))
+        return parameters_in_use(self.module.get_submodule(ADDED))
 
     def _after(self, module: nn.Module, _inputs: Any, out: Any) -> Any:
         """A forward hook: hidden states (B, T, E), alone or first in a tuple, get what the added layer gives."""

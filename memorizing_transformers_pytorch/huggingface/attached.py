@@ -6,29 +6,23 @@ Shapes: B rows of a batch, R rows of the memory, N tokens of a document, T token
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Hooks, PerContext, Shared, State, WatchedRow
-from memorizing_transformers_pytorch.huggingface.contents import Contents, Titles, checked_titles
+from memorizing_transformers_pytorch.huggingface.attachment import Attachment
+from memorizing_transformers_pytorch.huggingface.calls import Shared, State, WatchedRow
+from memorizing_transformers_pytorch.huggingface.contents import Titles
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
-from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
-from memorizing_transformers_pytorch.huggingface.probe import vocabulary_of
-from memorizing_transformers_pytorch.huggingface.reading import Reader, checked_texts
 from memorizing_transformers_pytorch.huggingface.trained import load_parameters, save_parameters
-from memorizing_transformers_pytorch.huggingface.writing import Segment, Window
-from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.huggingface.writing import Segment
 from memorizing_transformers_pytorch.memory.disk.save import check_folder
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
 from memorizing_transformers_pytorch.memory.retrieved import Origin
-from memorizing_transformers_pytorch.utils.fingerprint import Weights
 
 
 class AttachedMemory:
@@ -43,21 +37,12 @@ class AttachedMemory:
 
     def __init__(self, model: Any, layers: list[BaseLayer], shared: Shared, options: Options) -> None:
         self.model, self.options = model, options
-        self._contents, self._shared = Contents(layers, shared), shared
+        self._at_work = Attachment(model, layers, shared, options)
+        self._contents = self._at_work.contents
         self.layers = self._contents.layers
-        self._weights, self._lock = Weights(model, BIAS), threading.RLock()
-        self._window = None if options.window is None else Window(self._contents, options.window, model, self._lock)
-        self._attached = True
-        self._last: dict[int, Found] = {}
-        self._enabled, self._writable = PerContext(True), PerContext(True)
-        self._writer: PerContext[Reader | Segment | None] = PerContext(None)
-        self._watched: PerContext[WatchedRow | None] = PerContext(None)
-        for layer in layers:
-            layer.attach()
-        self._hooks = Hooks(model, shared.call, self._begin_call, self._end_call)
 
     def __repr__(self) -> str:
-        if not self._attached:
+        if not self._at_work.is_attached:
             return "AttachedMemory(detached)"
         entries = {index: layer.num_entries for index, layer in self.layers.items()}
         return f"AttachedMemory(layers={list(self.layers)}, entries={entries}, bytes={self.num_bytes:,})"
@@ -84,8 +69,8 @@ class AttachedMemory:
         Raises ValueError, with nothing read, for shapes that do not fit, token ids that the model does not have,
         empty texts, other weights than those that have read before, or inside `read_only()`.
         """
-        self._expect_writable()
-        self._read(input_ids, attention_mask, document, progress, look_up=look_up)
+        self._at_work.expect_writable()
+        self._at_work.read(input_ids, attention_mask, document, progress, look_up=look_up)
 
     def score(
         self,
@@ -101,7 +86,7 @@ class AttachedMemory:
         with skip_first=0, where chunks do not overlap, the first of each chunk. Inside `read_only()` nothing is
         stored, so each chunk sees only what was read before this text.
         """
-        return self._read(input_ids, attention_mask, document, progress, losses=True)
+        return self._at_work.read(input_ids, attention_mask, document, progress, losses=True)
 
     def go_on(self, document: int, input_ids: Tensor, progress: bool = True) -> None:
         """Read on in a document that was not read to its end, the last of the only row.
@@ -109,42 +94,8 @@ class AttachedMemory:
         document: its number. input_ids: (N,), the whole document from its beginning.
         Raises ValueError, with nothing read, for another document, or one that is no longer.
         """
-        self._expect_writable()
-        self._read(input_ids, None, None, progress, look_up=False, goes_on=document)
-
-    def _read(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        document: Titles,
-        progress: bool,
-        *,
-        losses: bool = False,
-        look_up: bool = True,
-        goes_on: int | None = None,
-    ) -> list[Tensor]:
-        self._expect_attached()
-        if self._writer.now is not None:
-            raise ValueError("expected a call of the model inside writing(), got read() or score()")
-        texts = checked_texts(input_ids, attention_mask, vocabulary_of(self.model))
-        titles, store = checked_titles(document, len(texts)), self._writable.now
-        with self._lock if store else contextlib.nullcontext():
-            known = None if goes_on is None else self._document_to_go_on_with(goes_on, len(texts[0]))
-            if self._contents.ledger:
-                self._weights.refuse_others()
-            reader = Reader(self.model, self._contents, self.options, titles, known, store=store, look_up=look_up)
-            if store:
-                self._end_conversation()
-                self._weights.have_written()
-            self._last = {}
-            with self._writer.at(reader):
-                return reader.read_all(texts, losses=losses, progress=progress)
-
-    def _document_to_go_on_with(self, number: int, tokens: int) -> Document:
-        known = self.last_document
-        if known is None or known.number != number or tokens < known.tokens:
-            raise ValueError(f"expected more of the last document in the only row, {known}, got document {number}")
-        return known
+        self._at_work.expect_writable()
+        self._at_work.read(input_ids, None, None, progress, look_up=False, goes_on=document)
 
     @contextlib.contextmanager
     def writing(self, document: Titles = None) -> Iterator[None]:
@@ -161,80 +112,39 @@ class AttachedMemory:
 
         Raises ValueError inside `read_only()`, and for a batch of other rows than the memory has.
         """
-        self._expect_attached()
-        self._expect_writable()
-        with self._lock:
+        self._at_work.expect_attached()
+        self._at_work.expect_writable()
+        with self._at_work.lock:
             segment = Segment(self._contents, document, self.options.skip_first)
-            with self._writer.at(segment):
+            with self._at_work.writer.at(segment):
                 yield
             segment.store()
-            self._weights.have_written()
+            self._at_work.weights.have_written()
 
     @contextlib.contextmanager
     def read_only(self) -> Iterator[None]:
         """Inside, the memory is used but nothing is stored, whatever passes; `read` and `writing` refuse."""
-        with self._writable.at(False):
+        with self._at_work.writable.at(False):
             yield
 
     @contextlib.contextmanager
     def enabled(self, on: bool = True) -> Iterator[None]:
         """Inside, the memory is read, or with False it is not: the model is as it was."""
-        with self._enabled.at(on):
+        with self._at_work.enabled.at(on):
             yield
 
     @contextlib.contextmanager
     def watched_row(self, row: int) -> Iterator[WatchedRow]:
         """Inside, calls of the model with one row read this row of the memory -> what the last of them has found."""
         watched = WatchedRow(row)
-        with self._watched.at(watched):
+        with self._at_work.watched.at(watched):
             yield watched
-
-    def _begin_call(self, given: dict[str, Any]) -> Call:
-        state, watched = self._contents.state, self._watched.now
-        rows = list(range(len(state.offsets))) if watched is None else [watched.row]
-        call = Call(given, state.memories, rows, [state.offsets[row] for row in rows], self._enabled.now)
-        if watched is not None:
-            call.keeps_weights, watched.place = True, call.offsets[0]
-        for layer in self.layers.values():
-            layer.check(call)
-        writer: Reader | Segment | Window | None = self._writer.now
-        if writer is None:
-            if self._contents.ledger:
-                self._weights.warn_of_others()
-            if self._window is not None and self._writable.now and call.cache is not None:
-                writer = self._window
-            elif self._window is not None and self._window.goes_on_with(call.cache):
-                raise ValueError("expected a new conversation inside read_only(), got one that is being remembered")
-        if writer is None:
-            call.check_rows()
-        else:
-            writer.before(call)
-            call.writer = writer
-            if isinstance(writer, Segment):
-                self._end_conversation()
-        return call
-
-    def _end_call(self, call: Call, failed: bool) -> None:
-        was_empty = not self._contents.ledger
-        if call.writer is not None:
-            call.writer.after(call, failed)
-        if failed or isinstance(call.writer, Reader):
-            return
-        if isinstance(call.writer, Window) and was_empty:
-            self._weights.have_written()
-        self._last = call.found
-        if (watched := self._watched.now) is not None:
-            watched.found = call.found
-
-    def _end_conversation(self) -> None:
-        if self._window is not None:
-            self._window.end()
 
     @property
     def last_retrieved(self) -> dict[int, Tensor]:
         """What the last call of the model that is over looked up in each layer: origins (R, H, T, K, 3), as document
         number, position in the document and token id; -1 where nothing was found."""
-        found = {index: each.origins() for index, each in self._last.items()}
+        found = {index: each.origins() for index, each in self._at_work.last.items()}
         in_documents = self._contents.ledger.in_documents
         return {index: in_documents(origins) for index, origins in found.items() if origins is not None}
 
@@ -256,7 +166,7 @@ class AttachedMemory:
     @property
     def num_bytes(self) -> int:
         """What the entries take: keys, values, origins and ages."""
-        self._expect_attached()
+        self._at_work.expect_attached()
         return sum(layer.num_bytes for layer in self.layers.values())
 
     def place_of(self, row: int) -> int:
@@ -265,13 +175,13 @@ class AttachedMemory:
 
     def documents(self) -> DocumentTable:
         """What was read since the rows were last cleared, and what is held of each document."""
-        self._expect_attached()
+        self._at_work.expect_attached()
         return self._contents.memories().documents()
 
     def entries(self, row: int, layer: int) -> Iterator[Origin]:
         """Where each entry of a row comes from, in the layer of this number, the oldest first: document number, place
         in the row and token id. Raises ValueError for a row or a layer that there is not."""
-        self._expect_attached()
+        self._at_work.expect_attached()
         if layer not in self.layers:
             raise ValueError(f"expected a layer with a memory among {list(self.layers)}, got {layer}")
         return chain.from_iterable(memory.entries(row) for memory in reversed(self.layers[layer].memories))
@@ -283,21 +193,21 @@ class AttachedMemory:
         where: Callable[[Document], bool] | None = None,
     ) -> int:
         """Remove every entry of some documents; see `KNNMemoryList.forget`. A chat that is going on ends."""
-        self._expect_attached()
-        with self._lock:
+        self._at_work.expect_attached()
+        with self._at_work.lock:
             numbers = self._contents.memories().chosen(document, where)
-            self._end_conversation()
-            self._last = {}
+            self._at_work.end_conversation()
+            self._at_work.last = {}
             return self._contents.forget(numbers)
 
     def save(self, path: str | Path, *, overwrite: bool = False, compact: bool = False) -> None:
         """Write what is remembered to a folder; see `KNNMemoryList.save`. (What was trained: `save_parameters`.) A chat
         that is going on ends."""
-        self._expect_attached()
-        with self._lock:
+        self._at_work.expect_attached()
+        with self._at_work.lock:
             check_folder(path, self._contents.state.marks, overwrite=overwrite)
-            self._end_conversation()
-            self._contents.save(path, self._weights.written_by, overwrite=overwrite, compact=compact)
+            self._at_work.end_conversation()
+            self._contents.save(path, self._at_work.weights.written_by, overwrite=overwrite, compact=compact)
 
     def load(
         self, path: str | Path, *, mmap: bool = False, verify: bool | None = None, other_weights: bool = False
@@ -307,26 +217,26 @@ class AttachedMemory:
         other_weights: also take what other weights than those of the model have read; it counts as theirs from then on.
         Raises ValueError, changing nothing, for what cannot be loaded or is not of these layers.
         """
-        with self._replacing():
-            self._contents.use(self._loaded(path, mmap=mmap, verify=verify, other_weights=other_weights))
-            self._weights.have_written()
-            if self._window is not None:
-                self._window.drop()
+        with self._at_work.replacing():
+            self._contents.use(self._at_work.loaded(path, mmap=mmap, verify=verify, other_weights=other_weights))
+            self._at_work.weights.have_written()
+            if self._at_work.window is not None:
+                self._at_work.window.drop()
 
     def search_with(self, index: str) -> None:
         """Search what is remembered, apart from recent entries, like this from now on: what was loaded is searched as
         it was when it was saved. Raises ValueError for an unknown index."""
-        self._expect_attached()
+        self._at_work.expect_attached()
         for layer in self.layers.values():
             layer.memories[-1].search_with(index)
 
     def exchange(self, kept: State | None) -> State:
         """Remember what was kept, or nothing, and give what was remembered until now, to be kept: several memories
         take turns with one model. Raises ValueError inside `writing()` and `read_only()`."""
-        with self._replacing():
-            self._end_conversation()
-            before = self._contents.exchange(kept, self._weights.writer)
-            self._weights.writer = None if kept is None else kept.writer
+        with self._at_work.replacing():
+            self._at_work.end_conversation()
+            before = self._contents.exchange(kept, self._at_work.weights.writer)
+            self._at_work.weights.writer = None if kept is None else kept.writer
             return before
 
     def merge(self, path: str | Path) -> None:
@@ -336,74 +246,41 @@ class AttachedMemory:
         entries are evicted where not all fit. Raises ValueError as `load`, and if other weights have read what is
         remembered.
         """
-        with self._replacing():
+        with self._at_work.replacing():
             if self._contents.ledger:
-                self._weights.refuse_others()
-            loaded = self._loaded(path, mmap=True, verify=True, other_weights=False)
+                self._at_work.weights.refuse_others()
+            loaded = self._at_work.loaded(path, mmap=True, verify=True, other_weights=False)
             added = self._contents.parts_to_merge(loaded)
-            self._end_conversation()
+            self._at_work.end_conversation()
             self._contents.merge(added)
-            self._weights.have_written()
-
-    @contextlib.contextmanager
-    def _replacing(self) -> Iterator[None]:
-        self._expect_attached()
-        self._expect_writable()
-        if self._writer.now is not None:
-            raise ValueError("expected a call of the model inside writing(), got another memory")
-        with self._lock, torch.inference_mode(False):
-            yield
-            self._last = {}
-
-    def _loaded(self, path: str | Path, *, mmap: bool, verify: bool | None, other_weights: bool) -> KNNMemoryList:
-        device = next(iter(self.layers.values())).memories[0].device
-        mmap = mmap and device.type == "cpu"
-        loaded = KNNMemoryList.load(path, mmap=mmap, verify=verify, device=device, directory=self.options.directory)
-        if not other_weights:
-            self._weights.check(loaded.fingerprint)
-        return loaded
+            self._at_work.weights.have_written()
 
     def clear(self, rows: int | Iterable[int] | None = None) -> None:
         """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""
-        self._expect_attached()
-        with self._lock:
+        self._at_work.expect_attached()
+        with self._at_work.lock:
             cleared = self._contents.memories()[0].rows_to_clear(rows)
-            if self._window is not None:
-                self._window.end() if len(cleared) < self.num_rows else self._window.drop()
+            if self._at_work.window is not None:
+                self._at_work.window.end() if len(cleared) < self.num_rows else self._at_work.window.drop()
             self._contents.clear(cleared)
-            self._last = {}
+            self._at_work.last = {}
 
     def parameters(self) -> list[nn.Parameter]:
         """What was added to the model: the bias of each head of each layer with a memory, or the added layer."""
-        self._expect_attached()
+        self._at_work.expect_attached()
         return [parameter for layer in self.layers.values() for parameter in layer.parameters()]
 
     def save_parameters(self, path: str | Path) -> None:
         """Write `parameters()` to a safetensors file: all that has been trained, if the model itself was frozen."""
-        self._expect_attached()
+        self._at_work.expect_attached()
         save_parameters(self.layers, path)
 
     def load_parameters(self, path: str | Path) -> None:
         """Take them from such a file. Raises ValueError, changing nothing, for those of another attachment, and for a
         file that is missing or damaged."""
-        self._expect_attached()
+        self._at_work.expect_attached()
         load_parameters(self.layers, path)
 
     def detach(self) -> None:
         """Take the memory away, and forget what it holds. The model is bit for bit what it was."""
-        with self._lock:
-            if not self._attached:
-                return
-            self._attached, self._last = False, {}
-            self._hooks.remove()
-            for layer in self.layers.values():
-                layer.detach()
-            self._contents.close()
-
-    def _expect_attached(self) -> None:
-        if not self._attached:
-            raise ValueError("expected an attached memory, got one that detach() has taken away")
-
-    def _expect_writable(self) -> None:
-        if not self._writable.now:
-            raise ValueError("expected a memory that may be written, got one inside read_only()")
+        self._at_work.detach()

@@ -10,9 +10,8 @@ those before them, K retrieved, D head width.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -113,7 +112,7 @@ class Call:
     rows: those of the memory that the batch reads; each serves as many rows of the batch, one after the other.
     offsets: how many tokens come before the batch, for each of these rows, or for each row of the batch. enabled:
     whether the memory is looked up. keeps_pairs, keeps_weights: whether layers leave behind what shall be stored, and
-    the weights of what they found. writer: what stores it.
+    the weights of what they found. writer: what stores it. module: what was called.
 
     By number of the layer: pairs (keys and values (B, G, T, D); keys are turned to where they stand), found, and
     position_embeddings, which the layer was given.
@@ -127,6 +126,7 @@ class Call:
     keeps_pairs: bool = False
     keeps_weights: bool = False
     writer: Any = None
+    module: nn.Module | None = None
     pairs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     found: dict[int, Found] = field(default_factory=dict)
     position_embeddings: dict[int, Any] = field(default_factory=dict)
@@ -200,77 +200,6 @@ class WatchedRow:
     row: int
     place: int = 0
     found: dict[int, Found] = field(default_factory=dict)
-
-
-class Checkpointed:
-    """The function that transformers runs layers with for gradient checkpointing; the same call is known when a layer
-    runs again in the backward pass, in whatever thread."""
-
-    def __init__(self, function: Callable[..., Any], call: PerContext[Call | None]) -> None:
-        self.function, self._call = function, call
-
-    def __call__(self, layer: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        call = self._call.now
-
-        def run(*inputs: Any, **options: Any) -> Any:
-            with self._call.at(call):
-                return layer(*inputs, **options)
-
-        return self.function(run, *inputs, **options)
-
-
-class Hooks:
-    """Has each call of a model made by `begin(given)`, which may refuse it, and tells `end(call, failed)` of its end.
-
-    The hooks are on the model inside, which is called also where adapters (PEFT) go round the outermost one.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        current: PerContext[Call | None],
-        begin: Callable[[dict[str, Any]], Call],
-        end: Callable[[Call, bool], None],
-    ) -> None:
-        self._inside: nn.Module = model.base_model
-        self._current, self._begin, self._end = current, begin, end
-        self._handles = [
-            self._inside.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self._inside.register_forward_hook(self._leave, always_call=True),
-        ]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
-        return self
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for module in self._inside.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(function, Checkpointed):
-                module.__dict__["_gradient_checkpointing_func"] = function.function
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _enter(self, module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
-        refuse_in_backward()
-        self._leave(module, inputs, None)  # of a call that was interrupted, which calls no hooks
-        given = inspect.signature(module.forward).bind_partial(*inputs, **options).arguments
-        self._current.put(self._begin({**given.pop("kwargs", {}), **given}))
-        if module.training and torch.is_grad_enabled():
-            self._follow_checkpoints(module)
-
-    def _follow_checkpoints(self, module: nn.Module) -> None:
-        for each in module.modules():
-            function = each.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, Checkpointed):
-                each.__dict__["_gradient_checkpointing_func"] = Checkpointed(function, self._current)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _leave(self, _module: nn.Module, _inputs: Any, result: Any) -> None:
-        call = self._current.now
-        if call is not None:
-            self._current.put(None)
-            self._end(call, result is None)
 
 
 def refuse_in_backward() -> None:

@@ -88,10 +88,10 @@ class Entries(NamedTuple):
 
 
 class BaseLayer:
-    """A layer with a memory. index: its number."""
+    """A layer with a memory. index: its number. module: of the model, to which it is attached."""
 
-    def __init__(self, index: int, shape: Shape, options: Options, shared: Shared) -> None:
-        self.index, self.options, self.shared = index, options, shared
+    def __init__(self, index: int, module: nn.Module, shape: Shape, options: Options, shared: Shared) -> None:
+        self.index, self.module, self.options, self.shared = index, module, options, shared
         self._shape = shape
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BaseLayer:
@@ -229,7 +229,7 @@ def holds_any(memory: KNNMemory, rows: list[int]) -> bool:
 
 
 def of_rows(numbers: list[int] | list[float], batch: int, like: Tensor) -> Tensor:
-    """A number for each of R rows -> (B,): each row of the memory serves as many rows of the batch, one after the other."""
+    """A number for each of R rows -> (B,): each of them serves as many rows of the batch, one after the other."""
     return torch.tensor(numbers, device=like.device).repeat_interleave(batch // len(numbers))
 
 

@@ -58,23 +58,23 @@ class MemoryLayer(Extension, BaseLayer):
         parted = true_places and recent is not None and recent < options.max_memories
         self._recent_of_new = recent if parted else None
         shape = Shape(layer.kv_heads, layer.width, layer.device, layer.dtype)
-        super().__init__(layer.index, shape, options, shared)
+        super().__init__(layer.index, layer.module, shape, options, shared)
         self._far: CosSin | None = None  # the table that turns by `distance`
         self._hook: Any = None
 
     def attach(self) -> None:
         start = 0.0 if self.options.combine == "softmax" else GATE_START
-        self.layer.module.add_module(BIAS, HeadBias(self.layer.heads, start, self.layer.device))
-        interface.use(self.layer.module, self)
-        self._hook = self.layer.module.register_forward_pre_hook(self._note_positions, with_kwargs=True)
+        self.module.add_module(BIAS, HeadBias(self.layer.heads, start, self.layer.device))
+        interface.use(self.module, self)
+        self._hook = self.module.register_forward_pre_hook(self._note_positions, with_kwargs=True)
 
     def detach(self) -> None:
         self._hook.remove()
-        interface.leave(self.layer.module)
-        delattr(self.layer.module, BIAS)
+        interface.leave(self.module)
+        delattr(self.module, BIAS)
 
     def parameters(self) -> list[nn.Parameter]:
-        return parameters_in_use(self.layer.module.get_submodule(BIAS))
+        return parameters_in_use(self.module.get_submodule(BIAS))
 
     def new_memories(self, rows: int) -> list[KNNMemory]:
         recent = self._recent_of_new

@@ -97,7 +97,7 @@ def test_a_quantised_model_reads_scores_generates_saves_and_loads(
     memory = attach_memory(model, layers=[1], added=added, skip_first=0)
     assert generated(model) == bare
     memory.read(IDS, progress=False)
-    held = memory._contents.memories()
+    held = memory._at_work.contents.memories()
     assert {each.dtype for each in held} == {torch.float32}
     assert all(parameter.is_floating_point() for parameter in memory.parameters())
     (losses,) = memory.score(IDS, progress=False)
@@ -125,4 +125,4 @@ def test_weights_that_are_quantised_later_are_noticed(way: Callable[[nn.Module],
 def test_a_memory_has_the_dtype_that_flows() -> None:
     memory = attach_memory(quantised(with_torchao, torch.bfloat16), layers="auto")
     memory.read(IDS, progress=False)
-    assert {each.dtype for each in memory._contents.memories()} == {torch.bfloat16}
+    assert {each.dtype for each in memory._at_work.contents.memories()} == {torch.bfloat16}

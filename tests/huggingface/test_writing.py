@@ -222,8 +222,9 @@ def test_a_call_that_fails_ends_the_conversation_but_not_the_memory() -> None:
         logits(model, ids[:, :1], past_key_values=cache)
     assert [each.tokens for each in memory.documents()] == [11]
     assert entries(memory)[1][:, 1].tolist() == list(range(11))
-    model.generate(ids, max_new_tokens=9, **WRITING)
     assert memory.place_of(0) == 11
+    model.generate(ids, max_new_tokens=9, **WRITING)
+    assert memory.place_of(0) == 11 + 9 + 8
 
 
 def test_clearing_one_row_leaves_the_other_as_if_the_chat_had_ended() -> None:

@@ -96,7 +96,7 @@ def check_folder(path: str | Path, marks: Marks | None, *, overwrite: bool) -> N
 
 
 def _old_state(folder: Path, marks: Marks | None, *, overwrite: bool) -> tuple[Manifest | None, bool]:
-    """What the folder holds, and whether these marks belong to it. Raises ValueError if they do not, unless overwrite."""
+    """What the folder holds, and whether the marks belong to it. Raises ValueError if they do not, unless overwrite."""
     try:
         old = read_manifest(folder)
     except FileNotFoundError:
