@@ -100,7 +100,7 @@ def _attach(model: Any, layers: str | Iterable[int], added: bool | Added, option
     numbers = _numbers(model, layers, served, refused)
     for number in numbers:
         interface.backend_of(served[number].module, served[number].module.config)
-    shared = Shared(State({}, Ledger(), []))
+    shared = Shared(model, State({}, Ledger(), []))
     made: list[BaseLayer]
     if added:
         if options.window is not None:

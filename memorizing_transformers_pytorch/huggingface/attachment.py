@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.calls import Call, Found, PerContext, Shared, WatchedRow
+from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Lock, PerContext, Shared, WatchedRow
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Titles, checked_titles
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
@@ -29,12 +28,13 @@ class Attachment:
 
     lock: whoever changes the memory holds it. enabled, writable, watched, and writer (what stores the calls of the
     model instead of a conversation): of this thread or task. last: what the last call that is over found in each layer.
+    handle: the `AttachedMemory` that stands on this.
     """
 
     def __init__(self, model: Any, layers: list[BaseLayer], shared: Shared, options: Options) -> None:
         self.model, self.options = model, options
         self.contents = Contents(layers, shared)
-        self.weights, self.lock = Weights(model, BIAS), threading.RLock()
+        self.weights, self.lock = Weights(model, BIAS), Lock()
         self.window = None if options.window is None else Window(self.contents, options.window, model, self.lock)
         self.last: dict[int, Found] = {}
         self.enabled, self.writable = PerContext(True), PerContext(True)
@@ -43,7 +43,12 @@ class Attachment:
         for layer in layers:
             layer.attach()
         self.is_attached = True
+        self.handle: Any = None
         self._hooks = Hooks(model, layers[0].module, shared.call, self._begin_call, self._end_call)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what the last call found stays behind."""
+        return self.__dict__ | {"last": {}}
 
     def detach(self) -> None:
         """Take the memory away, and forget what it holds."""

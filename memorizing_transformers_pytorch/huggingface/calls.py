@@ -10,7 +10,9 @@ those before them, K retrieved, D head width.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,14 +33,39 @@ T = TypeVar("T")
 _values: ContextVar[Mapping[PerContext[Any], Any]] = ContextVar("values", default=MappingProxyType({}))
 
 
+def deepcopied(what: T, model: nn.Module, memo: dict[int, Any]) -> T:
+    """A deep copy of something that belongs to a model, if the model is copied too. Copies of parts of the model, as
+    PEFT makes them, share it."""
+    if id(model) not in memo:
+        return what
+    memo[id(what)] = twin = object.__new__(type(what))
+    for name, value in vars(what).items():
+        object.__setattr__(twin, name, copy.deepcopy(value, memo))
+    return twin
+
+
+class Lock:
+    """A lock that a thread that holds it can take again. A copy is a lock that nobody holds."""
+
+    def __init__(self) -> None:
+        lock = threading.RLock()
+        self.acquire, self.release = lock.acquire, lock.release
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
+
+
 class PerContext(Generic[T]):
     """A value of the thread or task that has set it; all others see the usual one."""
 
     def __init__(self, usual: T) -> None:
         self._usual = usual
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PerContext[T]:
-        return self  # copies of a model share the memory
 
     @property
     def now(self) -> T:
@@ -78,6 +105,7 @@ class State(NamedTuple):
 class Shared:
     """What the layers of a model share: what is remembered, and the call that is running in this thread or task."""
 
+    model: nn.Module
     state: State
     call: PerContext[Call | None] = field(default_factory=lambda: PerContext(None))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Shared, refuse_in_backward
+from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Shared, deepcopied, refuse_in_backward
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.policy import OLDEST, POLICIES
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Table
@@ -95,8 +95,7 @@ class BaseLayer:
         self._shape = shape
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BaseLayer:
-        """Copies of a module (as PEFT makes them) share the memory."""
-        return self
+        return deepcopied(self, self.shared.model, memo)
 
     def attach(self) -> None:
         """Take part in the model from now on."""
