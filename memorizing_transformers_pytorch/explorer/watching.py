@@ -160,11 +160,11 @@ class AttachedModel(Watched):
         self.ledger = memory.ledger
 
     def run(self, tokens: Tensor) -> Seen:
-        with torch.no_grad(), self._memory.watched_row(self._row), self._memory.read_only():
+        with torch.no_grad(), self._memory.watched_row(self._row) as watched, self._memory.read_only():
             device = self._memory.model.get_input_embeddings().weight.device
             logits = self._memory.model(input_ids=tokens[None].to(device), use_cache=False).logits
-            here = self._memory.place_of(self._row) + torch.arange(len(tokens))[:, None]
-            layers = [_joined(site, here) for site in self._memory.layers.values() if site.last_weights is not None]
+        here = watched.place + torch.arange(len(tokens))[:, None]
+        layers = [_joined(index, each, here) for index, each in watched.found.items() if each.weights is not None]
         return Seen(logits[0].float().cpu(), layers)
 
     @property
@@ -185,19 +185,16 @@ class AttachedModel(Watched):
         return off
 
     def _all_memories(self) -> Sequence[KNNMemory]:
-        return [memory for site in self._memory.layers.values() for memory in site.memories]
+        return [memory for layer in self._memory.layers.values() for memory in layer.memories]
 
 
-def _joined(site: Any, here: Tensor) -> LookedUp:
+def _joined(index: int, found: Any, here: Tensor) -> LookedUp:
     """What a layer has found in each of its memories, one after the other."""
-    parts = [
-        (memory.origins(lookup.slots[0]).cpu(), lookup.scores[0].float().cpu(), lookup.mask[0].cpu())
-        for memory, lookup in zip(site.memories, site.last_lookups, strict=True)
-        if lookup is not None
-    ]
-    origins, scores, mask = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-    weights = site.last_weights[0].float().cpu().masked_fill(~mask, 0)
-    return LookedUp(site.index, weights, scores, origins, here - origins[..., 1], mask)
+    lookups = [lookup for lookup in found.lookups if lookup is not None]
+    scores = torch.cat([lookup.scores[0].float().cpu() for lookup in lookups], dim=2)
+    mask = torch.cat([lookup.mask[0].cpu() for lookup in lookups], dim=2)
+    origins, weights = found.origins()[0].cpu(), found.weights[0].float().cpu().masked_fill(~mask, 0)
+    return LookedUp(index, weights, scores, origins, here - origins[..., 1], mask)
 
 
 def watched(model: Any, memories: Any, row: int) -> Watched:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
-from memorizing_transformers_pytorch.huggingface.devices import device_of
-from memorizing_transformers_pytorch.huggingface.options import Options
-from memorizing_transformers_pytorch.huggingface.probe import ADDED
-from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site, parameters_in_use
+from memorizing_transformers_pytorch.huggingface.calls import Call, Shared
+from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options, Shape, parameters_in_use
+from memorizing_transformers_pytorch.huggingface.probe import ADDED, Layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,85 +48,91 @@ class AddedAttention(nn.Module):
         )
 
 
-class AddedLayer(Site):
+class AddedLayer(BaseLayer):
     """A layer of attention with a memory, after one of the layers of the model.
 
     module: that layer. width: E.
     """
 
-    sees_calls = True
-
     def __init__(
-        self, index: int, module: nn.Module, width: int, sizes: Added, options: Options, reading: Reading
+        self, layer: Layer, module: nn.Module, width: int, sizes: Added, options: Options, shared: Shared
     ) -> None:
-        weight, device = next(module.parameters()), device_of(module)
-        super().__init__(index, Shape(sizes.num_kv_heads, sizes.dim_head, device, weight.dtype), options, reading)
-        self._module, self._sizes = module, sizes
-        self._added = AddedAttention(width, sizes, options.topk, options.combine).to(device, weight.dtype)
+        shape = Shape(sizes.num_kv_heads, sizes.dim_head, layer.device, layer.dtype)
+        super().__init__(layer.index, module, shape, options, shared)
+        self._sizes = sizes
+        self._added = AddedAttention(width, sizes, options.topk, options.combine).to(layer.device, layer.dtype)
         self._hook: Any = None
 
     def attach(self) -> None:
-        self._module.add_module(ADDED, self._added)
-        self._hook = self._module.register_forward_hook(self._after)
+        self.module.add_module(ADDED, self._added)
+        self._hook = self.module.register_forward_hook(self._after)
 
     def detach(self) -> None:
         self._hook.remove()
-        delattr(self._module, ADDED)
-        self.close()
+        delattr(self.module, ADDED)
 
     def parameters(self) -> list[nn.Parameter]:
-        return parameters_in_use(self._module.get_submodule(ADDED))
+        return parameters_in_use(self.module.get_submodule(ADDED))
 
     def _after(self, module: nn.Module, _inputs: Any, out: Any) -> Any:
         """A forward hook: hidden states (B, T, E), alone or first in a tuple, get what the added layer gives."""
+        attend: Any = self._attend
+        if torch.compiler.is_compiling():  # a search cannot be compiled
+            attend = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        self.begin_call(len(hidden))
-        if not self.enabled and not self.reading.staging:
-            return out
-        more = self._attend(module.get_submodule(ADDED), hidden)
-        if not self.enabled:
+        more = attend(module.get_submodule(ADDED), hidden)
+        if more is None:
             return out
         hidden = hidden + more
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
-    def _attend(self, added: Any, hidden: Tensor) -> Tensor:
-        call = self.reading.call
-        assert call is not None
-        state = self._state(call.cache, before=call.seen.shape[1] - call.tokens.shape[1])
+    def _attend(self, added: Any, hidden: Tensor) -> Tensor | None:
+        """(B, T, E); None where the memory is switched off."""
+        call = self.running_call()
+        if call is None or (not call.enabled and not call.keeps_pairs):
+            return None
+        state = self._state(call)
         past, conv_state = (None, None) if state is None else self._past(state)
-        seen = call.seen.to(hidden.device)
+        seen, found = call.seen.to(hidden.device), self.found(call)
         attended = added.attention.attend(
             added.norm(hidden),
             bias=_bias(seen, hidden),
             past=past,
-            look_up=None if self.is_silent else lambda queries, _: self.look_up([queries])[0][1],
+            look_up=None if found.is_empty else lambda queries, _: self.look_up(call, [queries])[0][1],
             conv_state=conv_state,
             documents=(~seen[:, -hidden.shape[1] :]).long(),
         )
-        if self.keeps_weights and attended.reading is not None:
-            self.last_weights = attended.reading.weights
-        if self.reading.staging:
-            self.arrived = attended.pairs[..., 0, :].detach(), attended.pairs[..., 1, :].detach()
+        if call.keeps_weights and attended.reading is not None:
+            found.weights = attended.reading.weights
+        if call.keeps_pairs:
+            call.pairs.setdefault(self.index, (attended.pairs[..., 0, :].detach(), attended.pairs[..., 1, :].detach()))
         if state is not None:
             inputs = hidden[..., :1] if attended.conv_inputs is None else attended.conv_inputs
             inputs = inputs * seen[:, -hidden.shape[1] :, None]
             state.update(inputs.unsqueeze(1), attended.pairs.transpose(1, 2).flatten(2).unsqueeze(1))
         out: Tensor = attended.out
-        return out
+        return out if call.enabled else None
 
-    def _state(self, cache: Any, before: int) -> Any:
-        """What the cache keeps for this layer (None without one) after so many tokens: one more than the model has.
-
-        Its keys are what went into the convolution (B, 1, S, C), its values the pairs (B, 1, S, G * 2 * D).
-        """
-        if cache is None:
-            return None
+    def check(self, call: Call) -> None:
+        """Raises ValueError for a cache that has no place for this layer."""
+        cache = call.cache
+        if cache is None or (not call.enabled and not call.keeps_pairs):
+            return
         if not isinstance(cache, DynamicCache):
             got = type(cache).__name__
             raise ValueError(f"expected a DynamicCache (the default of generate) with an added layer, got {got}")
-        if cache.layer_class_to_replicate is not None or (before and not hasattr(cache, "_memorizing")):
+        if cache.layer_class_to_replicate is not None or (call.before and not hasattr(cache, "_memorizing")):
             expected = "past_key_values=DynamicCache(config=model.config) from the first call on"
             raise ValueError(f"expected {expected} with an added layer, got a cache without a place for it")
+
+    def _state(self, call: Call) -> Any:
+        """What the cache keeps for this layer (None without one): one more than the model has.
+
+        Its keys are what went into the convolution (B, 1, S, C), its values the pairs (B, 1, S, G * 2 * D).
+        """
+        cache = call.cache
+        if cache is None:
+            return None
         number = cache.__dict__.setdefault("_memorizing", {}).setdefault(self.index, len(cache.layers))
         if number == len(cache.layers):
             cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +11,35 @@ import torch
 from memorizing_transformers_pytorch.huggingface import interface
 from memorizing_transformers_pytorch.huggingface.added import Added, AddedLayer
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
+from memorizing_transformers_pytorch.huggingface.calls import Shared, State
+from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
 from memorizing_transformers_pytorch.huggingface.layers import chosen_layers, induction_scores
 from memorizing_transformers_pytorch.huggingface.memory_layer import MemoryLayer
-from memorizing_transformers_pytorch.huggingface.options import Options
 from memorizing_transformers_pytorch.huggingface.probe import Layer, positions_of, probe
-from memorizing_transformers_pytorch.huggingface.site import Reading, Site
+from memorizing_transformers_pytorch.memory.ledger import Ledger
+from memorizing_transformers_pytorch.memory.policy import OLDEST
 
 
 def attach_memory(
-    model: Any, *, layers: str | Iterable[int] = "auto", added: bool | Added = False, **options: Any
+    model: Any,
+    *,
+    layers: str | Iterable[int] = "auto",
+    added: bool | Added = False,
+    topk: int = 32,
+    combine: str = "softmax",
+    positions: str = "true",
+    distance: int = 1_024,
+    recent: int | None = None,
+    max_memories: int = 262_144,
+    chunk: int = 512,
+    skip_first: int = 4,
+    write: str = "read",
+    window: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    index: str = "auto",
+    policy: str = OLDEST,
+    directory: str | Path | None = None,
 ) -> AttachedMemory:
     """Give some layers of a causal language model of transformers a memory, which they read with their own attention.
 
@@ -50,24 +71,45 @@ def attach_memory(
 
     Raises ValueError, with the model untouched, for a model or layers that cannot have a memory, and says why.
     """
-    checked = Options(**options)
+    options = Options(
+        topk=topk,
+        combine=combine,
+        positions=positions,
+        distance=distance,
+        recent=recent,
+        max_memories=max_memories,
+        chunk=chunk,
+        skip_first=skip_first,
+        write=write,
+        window=window,
+        dtype=dtype,
+        device=device,
+        index=index,
+        policy=policy,
+        directory=directory,
+    )
     if not isinstance(added, bool | Added):
         raise ValueError(f"expected added to be True, False or an Added, got {added!r}")
+    with torch.inference_mode(False):  # what is made here outlives it
+        return _attach(model, layers, added, options)
+
+
+def _attach(model: Any, layers: str | Iterable[int], added: bool | Added, options: Options) -> AttachedMemory:
     served, refused = probe(model)
-    _check_chunk(model, served, checked.chunk)
+    _check_chunk(model, served, options.chunk)
     numbers = _numbers(model, layers, served, refused)
     for number in numbers:
         interface.backend_of(served[number].module, served[number].module.config)
-    reading = Reading([0], torch.zeros(1, dtype=torch.int64))
-    sites: list[Site]
+    shared = Shared(model, State({}, Ledger(), []))
+    made: list[BaseLayer]
     if added:
-        if checked.window is not None:
+        if options.window is not None:
             raise ValueError("expected write='read' with an added layer, got write='window'")
         numbers = list(induction_scores(model, served))[:1] if layers == "auto" else numbers
-        sites = _added(model, [served[number] for number in numbers], added, checked, reading)
+        made = _added(model, [served[number] for number in numbers], added, options, shared)
     else:
-        sites = [MemoryLayer(served[number], checked, reading, positions_of(model)) for number in numbers]
-    return AttachedMemory(model, sites, reading, checked)
+        made = [MemoryLayer(served[number], options, shared, positions_of(model)) for number in numbers]
+    return AttachedMemory(model, made, shared, options)
 
 
 def _check_chunk(model: Any, served: dict[int, Layer], chunk: int) -> None:
@@ -77,15 +119,14 @@ def _check_chunk(model: Any, served: dict[int, Layer], chunk: int) -> None:
         raise ValueError(f"expected chunk to be at most {most}, the positions that the model has, got {chunk}")
 
 
-def _added(model: Any, layers: list[Layer], added: bool | Added, options: Options, reading: Reading) -> list[Site]:
+def _added(model: Any, layers: list[Layer], added: bool | Added, options: Options, shared: Shared) -> list[BaseLayer]:
     """A layer after each of these."""
     sizes = Added() if isinstance(added, bool) else added
     width = model.config.get_text_config().hidden_size
     names = {module: name for name, module in model.named_modules()}
     whole = [model.get_submodule(names[layer.module].rpartition(".")[0]) for layer in layers]
     return [
-        AddedLayer(layer.index, module, width, sizes, options, reading)
-        for layer, module in zip(layers, whole, strict=True)
+        AddedLayer(layer, module, width, sizes, options, shared) for layer, module in zip(layers, whole, strict=True)
     ]
 
 

@@ -6,48 +6,47 @@ Shapes: B rows of a batch, R rows of the memory, N tokens of a document, T token
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.huggingface.calls import Call, Calls
-from memorizing_transformers_pytorch.huggingface.contents import Contents
-from memorizing_transformers_pytorch.huggingface.keeping import Keeping
-from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
-from memorizing_transformers_pytorch.huggingface.options import Options
-from memorizing_transformers_pytorch.huggingface.reader import Reader
-from memorizing_transformers_pytorch.huggingface.segments import Segments
-from memorizing_transformers_pytorch.huggingface.site import Reading, Site
-from memorizing_transformers_pytorch.huggingface.texts import Titles, checked_texts, checked_titles
+from memorizing_transformers_pytorch.huggingface.attachment import Attachment
+from memorizing_transformers_pytorch.huggingface.calls import Shared, State, WatchedRow
+from memorizing_transformers_pytorch.huggingface.contents import Titles
+from memorizing_transformers_pytorch.huggingface.hooks import Hooks
+from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
 from memorizing_transformers_pytorch.huggingface.trained import load_parameters, save_parameters
-from memorizing_transformers_pytorch.huggingface.window import Window, ends_of
-from memorizing_transformers_pytorch.memory.ledger import Document
-from memorizing_transformers_pytorch.utils.fingerprint import Weights
+from memorizing_transformers_pytorch.huggingface.writing import Segment
+from memorizing_transformers_pytorch.memory.disk.save import check_folder
+from memorizing_transformers_pytorch.memory.documents import DocumentTable
+from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.memory.retrieved import Origin
 
 
-class AttachedMemory(Keeping):
+class AttachedMemory:
     """The memory of a model, from `attach_memory`.
 
     options: what it was attached with. layers: those with a memory, by number.
+
+    Several threads may call the model at the same time, also while one of them changes the memory. `enabled`,
+    `read_only`, `watched_row` and `writing` hold for the thread (or task) that is inside of them alone. A change of the
+    memory waits until other changes are over; a call that only looks up waits for nothing.
     """
 
-    def __init__(self, model: Any, sites: list[Site], reading: Reading, options: Options) -> None:
+    def __init__(self, model: Any, layers: list[BaseLayer], shared: Shared, options: Options) -> None:
         self.model, self.options = model, options
-        self.layers = {site.index: site for site in sites}
-        contents = Contents(sites, reading)
-        window = None if options.window is None else Window(contents, options.window, ends_of(model))
-        super().__init__(contents, Weights(model, BIAS), Segments(contents, options.skip_first), window)
-        self._is_reading = False
-        for site in sites:
-            site.attach()
-        self._calls = Calls(model, self._before_call, self._after_call)
+        self._at_work = Attachment(model, layers, shared, options)
+        self._at_work.handle = self
+        self._contents = self._at_work.contents
+        self.layers = self._contents.layers
 
     def __repr__(self) -> str:
-        if not self._attached:
+        if not self._at_work.is_attached:
             return "AttachedMemory(detached)"
-        entries = {index: site.num_entries for index, site in self.layers.items()}
+        entries = {index: layer.num_entries for index, layer in self.layers.items()}
         return f"AttachedMemory(layers={list(self.layers)}, entries={entries}, bytes={self.num_bytes:,})"
 
     def read(
@@ -64,17 +63,16 @@ class AttachedMemory(Keeping):
             all rows of a batch later; one of several is for as many prompts, or a multiple. (The beams of fewer prompts
             cannot be told from them, and would each see another document.) The first read decides on R; `clear()` lets
             the next one decide again.
-        attention_mask: (R, N), 0 for padding, which may be anywhere and is not remembered.
+        attention_mask: (R, N), 0 for padding, which may be anywhere and is not stored.
         document: a title, or one for each row.
-        look_up: whether each chunk sees what was read before. What is remembered then is a little nearer to what the
+        look_up: whether each chunk sees what was read before. What is stored then is a little nearer to what the
             model would make of the whole text, but a chunk takes longer the more is remembered.
 
         Raises ValueError, with nothing read, for shapes that do not fit, token ids that the model does not have,
         empty texts, other weights than those that have read before, or inside `read_only()`.
         """
-        self._expect_writable()
-        with contextlib.nullcontext() if look_up else self.enabled(False):
-            self._read(input_ids, attention_mask, document, progress, losses=False)
+        self._at_work.expect_writable()
+        self._at_work.read(input_ids, attention_mask, document, progress, look_up=look_up)
 
     def score(
         self,
@@ -88,9 +86,9 @@ class AttachedMemory(Keeping):
 
         A token is predicted from the part of its chunk before it, and the memory. The first of a document is NaN, and
         with skip_first=0, where chunks do not overlap, the first of each chunk. Inside `read_only()` nothing is
-        remembered, so each chunk sees only what was read before this text.
+        stored, so each chunk sees only what was read before this text.
         """
-        return self._read(input_ids, attention_mask, document, progress, losses=True)
+        return self._at_work.read(input_ids, attention_mask, document, progress, losses=True)
 
     def go_on(self, document: int, input_ids: Tensor, progress: bool = True) -> None:
         """Read on in a document that was not read to its end, the last of the only row.
@@ -98,45 +96,12 @@ class AttachedMemory(Keeping):
         document: its number. input_ids: (N,), the whole document from its beginning.
         Raises ValueError, with nothing read, for another document, or one that is no longer.
         """
-        self._expect_writable()
-        known = self.last_document
-        if known is None or known.number != document or input_ids.numel() < known.tokens:
-            raise ValueError(f"expected more of the last document in the only row, {known}, got document {document}")
-        with self.enabled(False):
-            self._read(input_ids, None, None, progress, losses=False, goes_on=known)
-
-    def _read(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        document: Titles,
-        progress: bool,
-        losses: bool,
-        goes_on: Document | None = None,
-    ) -> list[Tensor]:
-        self._expect_attached()
-        if self._segments.is_open:
-            raise ValueError("expected a call of the model inside writing(), got read() or score()")
-        texts = checked_texts(input_ids, attention_mask, self.model.get_input_embeddings().weight.shape[0])
-        titles = checked_titles(document, len(texts))
-        if self._contents.ledger:
-            self._weights.refuse_others()
-        if self._window is not None and self._writable:
-            self._window.end()
-        self._contents.make_rows(len(texts))
-        numbers = self._contents.begin(titles) if goes_on is None else [goes_on.number]
-        known = [0] * len(texts) if goes_on is None else [goes_on.tokens]
-        self._is_reading = True
-        self._weights.have_written()
-        try:
-            reader = Reader(self.model, self._contents, self.options, numbers, known, store=self._writable)
-            return reader.read_all(texts, losses=losses, progress=progress)
-        finally:
-            self._is_reading = False
+        self._at_work.expect_writable()
+        self._at_work.read(input_ids, None, None, progress, look_up=False, goes_on=document)
 
     @contextlib.contextmanager
     def writing(self, document: Titles = None) -> Iterator[None]:
-        """Inside, one call of the model, and its backward pass, after which its tokens are remembered: for training.
+        """Inside, one call of the model, and its backward pass, after which its tokens are stored: for training.
 
             for segment in book.split(512, dim=1):  # (R, 512)
                 with memory.writing():
@@ -145,109 +110,192 @@ class AttachedMemory(Keeping):
 
         Documents are read in order: each row goes on with its own until `clear` has emptied it. As in the paper
         (section 3), what was read stays as the weights of then have made it, however they change. The first
-        `skip_first` tokens of each segment are not remembered. If something is raised inside, nothing is.
+        `skip_first` tokens of each segment are not stored. If something is raised inside, nothing is.
 
         Raises ValueError inside `read_only()`, and for a batch of other rows than the memory has.
         """
-        self._expect_attached()
-        self._expect_writable()
-        if self._window is not None:
-            self._window.end()
-        with self._segments.remembered(document):
-            yield
-        self._weights.have_written()
+        self._at_work.expect_attached()
+        self._at_work.expect_writable()
+        with self._at_work.lock:
+            segment = Segment(self._contents, document, self.options.skip_first)
+            with self._at_work.writer.at(segment):
+                yield
+            segment.store()
+            self._at_work.weights.have_written()
 
     @contextlib.contextmanager
     def read_only(self) -> Iterator[None]:
-        """Inside, the memory is used but nothing is remembered, whatever passes; `read` and `writing` refuse."""
-        before, self._writable = self._writable, False
-        try:
+        """Inside, the memory is used but nothing is stored, whatever passes; `read` and `writing` refuse."""
+        with self._at_work.writable.at(False):
             yield
-        finally:
-            self._writable = before
-
-    def _before_call(self, see: Callable[[], Call]) -> None:
-        self._contents.reading.call = see() if any(site.sees_calls for site in self._contents.sites) else None
-        if self._is_reading:
-            return
-        if self._segments.is_open:
-            self._segments.before(see())
-            return
-        if self._contents.ledger:
-            self._weights.warn_of_others()
-        if self._window is not None and self._writable:
-            first = not self._contents.ledger
-            self._window.before(see())
-            if first:
-                self._weights.have_written()
-        elif self._window is not None and self._window.goes_on_with(see().cache):
-            raise ValueError("expected a new conversation inside read_only(), got one that is being remembered")
-
-    def _after_call(self) -> None:
-        if self._window is not None and not self._is_reading and not self._segments.is_open:
-            self._window.after()
 
     @contextlib.contextmanager
     def enabled(self, on: bool = True) -> Iterator[None]:
         """Inside, the memory is read, or with False it is not: the model is as it was."""
-        before = {site: site.enabled for site in self.layers.values()}
-        for site in before:
-            site.enabled = on
-        try:
+        with self._at_work.enabled.at(on):
             yield
-        finally:
-            for site, enabled in before.items():
-                site.enabled = enabled
+
+    @contextlib.contextmanager
+    def watched_row(self, row: int) -> Iterator[WatchedRow]:
+        """Inside, calls of the model with one row read this row of the memory -> what the last of them has found."""
+        watched = WatchedRow(row)
+        with self._at_work.watched.at(watched):
+            yield watched
 
     @property
     def last_retrieved(self) -> dict[int, Tensor]:
-        """What the last call of the model looked up in each layer: origins (R, H, T, K, 3), as document number,
-        position in the document and token id; -1 where nothing was found."""
-        found = {index: site.last_retrieved for index, site in self.layers.items()}
-        places = {index: origins for index, origins in found.items() if origins is not None}
-        return {index: self._contents.ledger.in_documents(origins) for index, origins in places.items()}
+        """What the last call of the model that is over looked up in each layer: origins (R, H, T, K, 3), as document
+        number, position in the document and token id; -1 where nothing was found."""
+        found = {index: each.origins() for index, each in self._at_work.last.items()}
+        in_documents = self._contents.ledger.in_documents
+        return {index: in_documents(origins) for index, origins in found.items() if origins is not None}
 
-    @contextlib.contextmanager
-    def watched_row(self, row: int) -> Iterator[None]:
-        """Inside, calls of the model with one row read this row of the memory, and layers keep their weights on it."""
-        reading = self._contents.reading
-        before = reading.offsets
-        reading.rows, reading.offsets = [row], before[[row]]
-        for site in self.layers.values():
-            site.keeps_weights = True
-        try:
-            yield
-        finally:
-            reading.stand_at(before)
-            for site in self.layers.values():
-                site.keeps_weights = False
-                site.forget_last()
+    @property
+    def num_rows(self) -> int:
+        """R: how many documents are remembered side by side."""
+        return self._contents.num_rows
+
+    @property
+    def ledger(self) -> Ledger:
+        """Which documents are remembered."""
+        return self._contents.ledger
+
+    @property
+    def last_document(self) -> Document | None:
+        """With which document `go_on` can go on."""
+        return self._contents.last_document()
+
+    @property
+    def num_bytes(self) -> int:
+        """What the entries take: keys, values, origins and ages."""
+        self._at_work.expect_attached()
+        return sum(layer.num_bytes for layer in self.layers.values())
 
     def place_of(self, row: int) -> int:
         """How many tokens were read into a row."""
-        return int(self._contents.reading.offsets[self._contents.reading.rows.index(row)])
+        return self._contents.state.offsets[row]
+
+    def documents(self) -> DocumentTable:
+        """What was read since the rows were last cleared, and what is held of each document."""
+        self._at_work.expect_attached()
+        return self._contents.memories().documents()
+
+    def entries(self, row: int, layer: int) -> Iterator[Origin]:
+        """Where each entry of a row comes from, in the layer of this number, the oldest first: document number, place
+        in the row and token id. Raises ValueError for a row or a layer that there is not."""
+        self._at_work.expect_attached()
+        if layer not in self.layers:
+            raise ValueError(f"expected a layer with a memory among {list(self.layers)}, got {layer}")
+        return chain.from_iterable(memory.entries(row) for memory in reversed(self.layers[layer].memories))
+
+    def forget(
+        self,
+        document: int | str | Iterable[int | str] | None = None,
+        *,
+        where: Callable[[Document], bool] | None = None,
+    ) -> int:
+        """Remove every entry of some documents; see `KNNMemoryList.forget`. A chat that is going on ends."""
+        self._at_work.expect_attached()
+        with self._at_work.lock:
+            numbers = self._contents.memories().chosen(document, where)
+            self._at_work.end_conversation()
+            self._at_work.last = {}
+            return self._contents.forget(numbers)
+
+    def save(self, path: str | Path, *, overwrite: bool = False, compact: bool = False) -> None:
+        """Write what is remembered to a folder; see `KNNMemoryList.save`. (What was trained: `save_parameters`.) A chat
+        that is going on ends."""
+        self._at_work.expect_attached()
+        with self._at_work.lock:
+            check_folder(path, self._contents.state.marks, overwrite=overwrite)
+            self._at_work.end_conversation()
+            self._contents.save(path, self._at_work.weights.written_by, overwrite=overwrite, compact=compact)
+
+    def load(
+        self, path: str | Path, *, mmap: bool = False, verify: bool | None = None, other_weights: bool = False
+    ) -> None:
+        """Remember what `save` has written, and nothing else; see `KNNMemoryList.load`.
+
+        other_weights: also take what other weights than those of the model have read; it counts as theirs from then on.
+        Raises ValueError, changing nothing, for what cannot be loaded or is not of these layers.
+        """
+        with self._at_work.replacing():
+            self._contents.use(self._at_work.loaded(path, mmap=mmap, verify=verify, other_weights=other_weights))
+            self._at_work.weights.have_written()
+            if self._at_work.window is not None:
+                self._at_work.window.drop()
+
+    def search_with(self, index: str) -> None:
+        """Search what is remembered, apart from recent entries, like this from now on: what was loaded is searched as
+        it was when it was saved. Raises ValueError for an unknown index."""
+        self._at_work.expect_attached()
+        for layer in self.layers.values():
+            layer.memories[-1].search_with(index)
+
+    def exchange(self, kept: State | None) -> State:
+        """Remember what was kept, or nothing, and give what was remembered until now, to be kept: several memories
+        take turns with one model. Raises ValueError inside `writing()` and `read_only()`."""
+        with self._at_work.replacing():
+            self._at_work.end_conversation()
+            before = self._contents.exchange(kept, self._at_work.weights.writer)
+            self._at_work.weights.writer = None if kept is None else kept.writer
+            return before
+
+    def merge(self, path: str | Path) -> None:
+        """Add what was saved by the same weights, with as many rows, as if it had been read before what is read next.
+
+        Where the memory has entries at their true distances (`recent`), the added ones are older than those. Oldest
+        entries are evicted where not all fit. Raises ValueError as `load`, and if other weights have read what is
+        remembered.
+        """
+        with self._at_work.replacing():
+            if self._contents.ledger:
+                self._at_work.weights.refuse_others()
+            loaded = self._at_work.loaded(path, mmap=True, verify=True, other_weights=False)
+            added = self._contents.parts_to_merge(loaded)
+            self._at_work.end_conversation()
+            self._contents.merge(added)
+            self._at_work.weights.have_written()
+
+    def clear(self, rows: int | Iterable[int] | None = None) -> None:
+        """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""
+        self._at_work.expect_attached()
+        with self._at_work.lock:
+            cleared = self._contents.memories()[0].rows_to_clear(rows)
+            if self._at_work.window is not None:
+                self._at_work.window.end() if len(cleared) < self.num_rows else self._at_work.window.drop()
+            self._contents.clear(cleared)
+            self._at_work.last = {}
 
     def parameters(self) -> list[nn.Parameter]:
         """What was added to the model: the bias of each head of each layer with a memory, or the added layer."""
-        self._expect_attached()
-        return [parameter for site in self.layers.values() for parameter in site.parameters()]
+        self._at_work.expect_attached()
+        return [parameter for layer in self.layers.values() for parameter in layer.parameters()]
 
     def save_parameters(self, path: str | Path) -> None:
         """Write `parameters()` to a safetensors file: all that has been trained, if the model itself was frozen."""
-        self._expect_attached()
+        self._at_work.expect_attached()
         save_parameters(self.layers, path)
 
     def load_parameters(self, path: str | Path) -> None:
         """Take them from such a file. Raises ValueError, changing nothing, for those of another attachment, and for a
         file that is missing or damaged."""
-        self._expect_attached()
+        self._at_work.expect_attached()
         load_parameters(self.layers, path)
 
     def detach(self) -> None:
         """Take the memory away, and forget what it holds. The model is bit for bit what it was."""
-        if not self._attached:
-            return
-        self._attached = False
-        self._calls.remove()
-        for site in self.layers.values():
-            site.detach()
+        self._at_work.detach()
+
+
+def memory_of(model: Any) -> AttachedMemory:
+    """The memory that is attached to a model: of a copy, say, or of a model that `torch.load` has read.
+
+    Raises ValueError for a model without one.
+    """
+    for hook in model._forward_pre_hooks.values():
+        hooks = getattr(hook, "__self__", None)
+        if isinstance(hooks, Hooks):
+            found: AttachedMemory = hooks.begin.__self__.handle  # type: ignore[attr-defined]
+            return found
+    raise ValueError(f"no memory is attached to this {type(model).__name__}: use attach_memory()")

@@ -1,203 +1,232 @@
 """What the layers of a model remember, together: the same rows, documents and tokens.
 
-Shapes: R rows, N tokens, G key/value heads, D head width.
+Shapes: R rows, N tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.site import Reading, Site
-from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.huggingface.calls import Shared, State
+from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Entries
+from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import MOST_COUNTED
-from memorizing_transformers_pytorch.memory.disk.save import Marks
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
 from memorizing_transformers_pytorch.memory.moving import check_nothing_twice
 from memorizing_transformers_pytorch.memory.policy import OLDEST
-
-Pairs = tuple[Tensor, Tensor]
-"""Keys and values (R, G, N, D)."""
-
+from memorizing_transformers_pytorch.utils.fingerprint import Writer
 
 KIND = "attached to a Hugging Face model"
+Titles = str | Sequence[str] | None
+"""Of all documents, of each, or of none."""
 
 
-class Kept(NamedTuple):
-    """What is remembered while it is not in use: as in `Contents`, and the fingerprint of the weights that wrote it."""
+class Passed(NamedTuple):
+    """What has passed through the model, to be stored.
 
-    memories: list[list[KNNMemory]]
-    ledger: Ledger
-    marks: Marks | None
-    offsets: Tensor
-    written_by: str | None
+    rows: of the batch. entries: by layer. tokens: by document, how many more it has. offsets: by row, how many tokens
+    it has read now. begun: by row, the title of a document that begins; they get the next numbers, in this order.
+    """
+
+    rows: list[int]
+    entries: Mapping[int, Entries]
+    tokens: Mapping[int, int]
+    offsets: Mapping[int, int]
+    begun: Mapping[int, str | None]
 
 
 class Contents:
     """The memories of some layers. Either all of them change, or none."""
 
-    def __init__(self, sites: list[Site], reading: Reading) -> None:
-        self.sites, self.reading, self.ledger = sites, reading, Ledger()
-        self._marks: Marks | None = None
+    def __init__(self, layers: Sequence[BaseLayer], shared: Shared) -> None:
+        self.layers, self._shared = {layer.index: layer for layer in layers}, shared
+        self.empty()
+
+    @property
+    def state(self) -> State:
+        return self._shared.state
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.state.ledger
 
     @property
     def num_rows(self) -> int:
-        return self.sites[0].num_rows
+        return len(self.state.offsets)
 
-    def make_rows(self, rows: int) -> None:
-        """Have so many rows. Raises ValueError if there are others, and something is remembered."""
+    def empty(self, rows: int = 1, ledger: Ledger | None = None) -> State:
+        """A state of so many rows in which nothing is remembered, now in use."""
+        self._shared.state = self._empty(rows, ledger or Ledger())
+        return self.state
+
+    def _empty(self, rows: int, ledger: Ledger) -> State:
+        return State({index: layer.new_memories(rows) for index, layer in self.layers.items()}, ledger, [0] * rows)
+
+    def places_of(self, rows: int) -> tuple[list[int], list[int]]:
+        """Which rows of the memory a batch of so many texts reads, and how many tokens each text has before it. An
+        empty memory of other rows, which gets these as soon as something is stored, is read through its first row.
+
+        Raises ValueError for other rows than those of what is remembered.
+        """
         if rows == self.num_rows:
-            return
+            return list(range(rows)), list(self.state.offsets)
         if self.ledger:
             raise ValueError(f"expected the {self.num_rows} rows of what is remembered, got {rows}: clear() it first")
-        made = [site.new_memories(rows) for site in self.sites]
-        for site, memories in zip(self.sites, made, strict=True):
-            site.use_memories(memories)
-        self.reading.stand_at(torch.zeros(rows, dtype=torch.int64))
+        return [0], [0] * rows
 
-    def begin(self, titles: Sequence[str | None]) -> list[int]:
-        """Begin a document in each row -> their numbers."""
-        return [self.begin_in(row, title) for row, title in enumerate(titles)]
+    def store(self, num_rows: int, passed: Passed) -> None:
+        """Store what has passed through the model in a batch of so many rows. Raises ValueError, changing nothing, for
+        what cannot be stored."""
+        state = self.state if num_rows == self.num_rows else self._empty(num_rows, self.ledger)
+        staged = []
+        for index, each in passed.entries.items():
+            if bool(each.mask.any()):
+                layer, memories = self.layers[index], state.memories[index]
+                staged.append((layer, memories, layer.stage(memories, each, passed.rows)))
+        with KNNMemoryList(each for memories in state.memories.values() for each in memories).locked():
+            self._shared.state = state
+            for row, title in passed.begun.items():
+                self._begin(row, title)
+            for layer, memories, entries in staged:
+                layer.commit(memories, entries)
+            for number, tokens in passed.tokens.items():
+                self.ledger.grow(number, tokens)
+            offsets = [passed.offsets.get(row, known) for row, known in enumerate(state.offsets)]
+            self._shared.state = state._replace(offsets=offsets)
 
-    def begin_in(self, row: int, title: str | None) -> int:
-        """Begin a document in this row -> its number. Those of which nothing is remembered any more are struck out."""
-        policy = self.sites[0].options.policy
-        sites = self.sites[:1] if policy == OLDEST else self.sites  # other policies choose for each layer
-        held = set().union(*(set(memory.store.numbers_in(row).tolist()) for site in sites for memory in site.memories))
+    def _begin(self, row: int, title: str | None) -> None:
+        """Begin a document in this row. Those of which nothing is remembered any more are struck out."""
+        layers = list(self.layers.values())
+        if layers[0].options.policy == OLDEST:  # other policies choose for each layer
+            layers = layers[:1]
+        held = set().union(*(memory.store.numbers_in(row).tolist() for layer in layers for memory in layer.memories))
         self.ledger.prune(row, held)
-        self._let_grow_old([row])
-        return self.ledger.begin(title, row, int(self.reading.offsets[row]))
+        self._demote([row])
+        self.ledger.begin(title, row, self.state.offsets[row])
 
-    def rows_to_clear(self, rows: int | Iterable[int] | None) -> list[int]:
-        """Which rows `clear` would empty. Raises ValueError for rows that there are not."""
-        return self.sites[0].memories[0].rows_to_clear(rows)
+    def _demote(self, rows: Iterable[int]) -> None:
+        """What stands too far behind where these rows are now."""
+        for row in rows:
+            for index, layer in self.layers.items():
+                layer.demote(self.state.memories[index], row, self.state.offsets[row])
 
-    def clear(self, rows: int | Iterable[int] | None) -> None:
-        """Forget what these rows hold, or all. Raises ValueError for rows that there are not."""
-        cleared = self.rows_to_clear(rows)
-        for site in self.sites:
-            site.clear(cleared)
-        self.ledger.clear(cleared)
-        offsets = self.reading.offsets.clone()
-        offsets[cleared] = 0
-        self.reading.offsets = offsets
+    def clear(self, rows: list[int]) -> None:
+        """Forget what these rows hold."""
+        with self._bare().locked():
+            for memories in self.state.memories.values():
+                for memory in memories:
+                    memory.clear(rows)
+            self.ledger.clear(rows)
+            offsets = [0 if row in rows else known for row, known in enumerate(self.state.offsets)]
+            self._shared.state = self.state._replace(offsets=offsets)
 
     def last_document(self) -> Document | None:
         """The document that was begun last in the only row, if it is there and has reached to where the row stands."""
         latest = self.ledger.latest(0) if self.num_rows == 1 else None
         known = None if latest is None else self.ledger[latest]
-        return known if known and known.start + known.tokens == int(self.reading.offsets[0]) else None
+        return known if known and known.start + known.tokens == self.state.offsets[0] else None
 
     def memories(self) -> KNNMemoryList:
         """Those of all layers, one after the other, with the ledger."""
-        memories = self._bare_memories()
-        sizes = [len(site.memories) for site in self.sites]
-        memories.extra = {"offsets": self.reading.offsets.tolist(), "memories": sizes, **self._arrangement()}
+        memories = self._bare()
+        sizes = [len(each) for each in self.state.memories.values()]
+        memories.extra = {"offsets": list(self.state.offsets), "memories": sizes, **self._arrangement()}
+        memories.marks = self.state.marks
         return memories
 
-    def _bare_memories(self) -> KNNMemoryList:
-        return KNNMemoryList((memory for site in self.sites for memory in site.memories), self.ledger)
+    def _bare(self) -> KNNMemoryList:
+        state = self.state
+        return KNNMemoryList((memory for each in state.memories.values() for memory in each), state.ledger)
 
-    def forget(self, document: int | str | Iterable[int | str] | None, where: Callable[[Document], bool] | None) -> int:
+    def forget(self, numbers: Sequence[int]) -> int:
         """As `KNNMemoryList.forget`."""
-        count = self.memories().forget(document, where=where)
-        for site in self.sites:
-            site.forget_last()
-        self._let_grow_old(range(self.num_rows))
+        count = self._bare().forget(numbers)
+        self._demote(range(self.num_rows))
         return count
-
-    def _let_grow_old(self, rows: Iterable[int]) -> None:
-        """What stands too far behind where these rows are now."""
-        for row in rows:
-            for site in self.sites:
-                site.let_grow_old(row, int(self.reading.offsets[row]))
 
     def save(self, path: str | Path, fingerprint: str | None, *, overwrite: bool, compact: bool) -> None:
         """As `KNNMemoryList.save`."""
         memories = self.memories()
-        memories.fingerprint, memories.marks = fingerprint, self._marks
+        memories.fingerprint = fingerprint
         memories.save(path, overwrite=overwrite, compact=compact)
-        self._marks = memories.marks
+        self._shared.state = self.state._replace(marks=memories.marks)
 
     def _arrangement(self) -> dict[str, Any]:
         """Which layers have memories, and how what they hold is arranged."""
-        return {
-            "kind": KIND,
-            "layers": [site.index for site in self.sites],
-            "arranged": [site.arrangement for site in self.sites],
-        }
+        arranged = [layer.arrangement for layer in self.layers.values()]
+        return {"kind": KIND, "layers": list(self.layers), "arranged": arranged}
 
     def use(self, loaded: KNNMemoryList) -> None:
         """Remember what was loaded instead. Raises ValueError, changing nothing, if it is not of such layers."""
-        parts = self._parts_of(loaded)
-        for site, memories in zip(self.sites, parts, strict=True):
-            site.use_memories(memories)
-        self.ledger, self._marks = loaded.ledger, loaded.marks
-        self.reading.stand_at(torch.tensor(loaded.extra["offsets"]))
+        self._shared.state = self._as_state(loaded)
 
-    def exchange(self, kept: Kept | None, written_by: str | None) -> Kept:
+    def exchange(self, kept: State | None, writer: Writer | None) -> State:
         """Remember what was kept, or nothing; what was remembered until now."""
-        if kept is None:
-            empty = [site.new_memories(1) for site in self.sites]
-            kept = Kept(empty, Ledger(), None, torch.zeros(1, dtype=torch.int64), None)
-        offsets = self.reading.offsets
-        memories = [site.exchange(each) for site, each in zip(self.sites, kept.memories, strict=True)]
-        before = Kept(memories, self.ledger, self._marks, offsets, written_by)
-        self.ledger, self._marks = kept.ledger, kept.marks
-        self.reading.stand_at(kept.offsets)
+        before = self.state._replace(writer=writer)
+        self._shared.state = self._empty(1, Ledger()) if kept is None else kept
         return before
 
-    def _parts_of(self, loaded: KNNMemoryList) -> list[list[KNNMemory]]:
-        """The memories of each layer. Raises ValueError for those of other layers."""
-        extra, own = loaded.extra, self._arrangement()
+    def _as_state(self, loaded: KNNMemoryList) -> State:
+        """Raises ValueError for memories of other layers."""
+        extra, own, offsets = loaded.extra, self._arrangement(), loaded.extra.get("offsets")
         if (got := {name: extra.get(name) for name in own}) != own:
             raise ValueError(f"expected a memory of {own}, got one of {got}")
-        parts = [loaded[i : i + len(site.memories)] for i, site in zip(_starts(self.sites), self.sites, strict=True)]
-        for site, memories in zip(self.sites, parts, strict=True):
-            site.check_memories(memories)
-        offsets = extra.get("offsets")
+        rest, memories = list(loaded), {}
+        for index, layer in self.layers.items():
+            count = len(layer.memories)
+            memories[index], rest = rest[:count], rest[count:]
+            layer.check_memories(memories[index])
         counts = offsets if isinstance(offsets, list) else []
         if len(counts) != loaded[0].num_indices or not all(
             type(each) is int and 0 <= each < MOST_COUNTED for each in counts
         ):
             raise ValueError(f"expected how many tokens each row has read, got {offsets}")
-        return parts
+        return State(memories, loaded.ledger, counts, loaded.marks)
 
-    def merge(self, loaded: KNNMemoryList) -> None:
-        """Add what was loaded as if it had been read long ago. Raises ValueError as `use`, and for other rows."""
-        check_nothing_twice(self._bare_memories(), self._marks, loaded, loaded.marks)
-        parts = self._parts_of(loaded)
-        if loaded[0].num_indices != self.num_rows or loaded[0].dtype != self.sites[0].memories[0].dtype:
-            raise ValueError(f"expected {self.num_rows} rows and {self.sites[0].memories[0].dtype}, got {loaded[0]}")
-        offsets, numbers = self.reading.offsets.tolist(), self.ledger.next_number
-        for site, others in zip(self.sites, parts, strict=True):
-            for row, places in enumerate(offsets):
-                site.memories[-1].commit(site.carried_over(others, row, numbers, places))
-        self.ledger.merge(loaded.ledger, offsets)
-        self.reading.stand_at(self.reading.offsets + torch.tensor(loaded.extra["offsets"]))
-        self._let_grow_old(range(self.num_rows))
+    def parts_to_merge(self, loaded: KNNMemoryList) -> State:
+        """What `merge` takes. Raises ValueError as `use`, and for other rows."""
+        check_nothing_twice(self._bare(), self.state.marks, loaded, loaded.marks)
+        added = self._as_state(loaded)
+        own = self._bare()[0]
+        if loaded[0].num_indices != self.num_rows or loaded[0].dtype != own.dtype:
+            raise ValueError(f"expected {self.num_rows} rows and {own.dtype}, got {loaded[0]}")
+        return added
 
-    def store(self, pairs: list[Pairs | None], masks: list[Tensor], origins: list[Tensor]) -> None:
-        """Remember, in each layer, pairs of the rows being read, where its mask (R, N) is True; origins (R, N, 3)."""
-        staged = []
-        for site, pair, mask, origin in zip(self.sites, pairs, masks, origins, strict=True):
-            if pair is not None and bool(mask.any()):
-                staged.append((site, site.stage(*pair, mask, origin)))
-        with self._bare_memories().locked():
-            for site, entries in staged:
-                site.commit(entries)
+    def merge(self, added: State) -> None:
+        """Add this as if it had been read long ago."""
+        state, numbers = self.state, self.ledger.next_number
+        with self._bare().locked():
+            for index, layer in self.layers.items():
+                for row, places in enumerate(state.offsets):
+                    entries = layer.carried_over(added.memories[index], row, numbers, places)
+                    state.memories[index][-1].commit(entries)
+            self.ledger.merge(added.ledger, state.offsets)
+            offsets = [before + more for before, more in zip(state.offsets, added.offsets, strict=True)]
+            self._shared.state = state._replace(offsets=offsets)
+            self._demote(range(self.num_rows))
 
-
-def origins_of(numbers: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
-    """Documents (R,), places in the row and tokens (R, N) -> (R, N, 3)."""
-    return torch.stack((numbers[:, None].expand_as(tokens), places, tokens), dim=-1)
+    def close(self) -> None:
+        """Forget everything."""
+        for memory in self._bare():
+            memory.cleanup()
 
 
-def _starts(sites: list[Site]) -> list[int]:
-    """Where the memories of each site begin among those of all."""
-    return [0, *accumulate(len(site.memories) for site in sites)][:-1]
+def origins_of(numbers: Sequence[int], places: Tensor, tokens: Tensor) -> Tensor:
+    """Documents (R), places in the row and tokens (R, N) -> (R, N, 3)."""
+    return torch.stack((torch.tensor(numbers)[:, None].expand_as(tokens), places, tokens), dim=-1)
+
+
+def checked_titles(titles: Titles, rows: int) -> list[str | None]:
+    """A title for each of the documents. Raises ValueError for another number."""
+    if titles is None or isinstance(titles, str):
+        return [titles] * rows
+    if not isinstance(titles, Sequence) or not all(title is None or isinstance(title, str) for title in titles):
+        raise ValueError(f"expected titles as text, got {titles!r}")
+    if len(titles) != rows:
+        raise ValueError(f"expected a title for each of {rows} documents, got {len(titles)}")
+    return list(titles)

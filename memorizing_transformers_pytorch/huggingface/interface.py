@@ -116,8 +116,6 @@ def backend_of(module: nn.Module, config: Any) -> AttentionFunction:
 
 def use(module: Any, extension: Extension) -> None:
     """From now on the extension takes part in the attention of this layer. Nothing but the layer's `config` changes."""
-    if NAME not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
     object.__setattr__(module, "_memorizing", (extension, module.config))
     module.config = copy.copy(module.config)
     module.config._attn_implementation_internal = NAME
@@ -131,3 +129,6 @@ def leave(module: Any) -> None:
 
 def is_used(module: nn.Module) -> bool:
     return hasattr(module, "_memorizing")
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attend)  # here, for models that are unpickled in another process

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from memorizing_transformers_pytorch.attention.merge import gated, merged, share
 from memorizing_transformers_pytorch.attention.ops import found_weights, memory_attention
 from memorizing_transformers_pytorch.huggingface import interface
-from memorizing_transformers_pytorch.huggingface.devices import device_of
+from memorizing_transformers_pytorch.huggingface.calls import Call, Shared
 from memorizing_transformers_pytorch.huggingface.interface import Extension, Local
-from memorizing_transformers_pytorch.huggingface.options import Options
+from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options, Shape, of_rows, parameters_in_use
 from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.huggingface.rotary import CosSin
-from memorizing_transformers_pytorch.huggingface.site import Reading, Shape, Site, parameters_in_use
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries
 from memorizing_transformers_pytorch.memory.vectors import Vectors
@@ -46,38 +45,37 @@ class HeadBias(nn.Module):
         return self.bias.to(like.device, torch.float32).view(-1, 1, 1)
 
 
-class MemoryLayer(Extension, Site):
+class MemoryLayer(Extension, BaseLayer):
     """The memory of one layer, taking part in its attention.
 
     context: the longest that the model was made for, if it says.
     Entries that are older than `recent` ones lie in a memory of their own, turned back to position 0.
     """
 
-    def __init__(self, layer: Layer, options: Options, reading: Reading, context: int | None) -> None:
-        weight = next(layer.module.parameters())
-        self.layer = layer
-        true_places = layer.rotary is not None and options.positions == "true"
-        self.context = context
+    def __init__(self, layer: Layer, options: Options, shared: Shared, context: int | None) -> None:
+        self.layer, self.context = layer, context
         recent = options.recent or (None if context is None else max(context // 2, 1))
+        true_places = layer.rotary is not None and options.positions == "true"
         parted = true_places and recent is not None and recent < options.max_memories
         self._recent_of_new = recent if parted else None
-        shape = Shape(layer.kv_heads, layer.width, device_of(layer.module), weight.dtype)
-        super().__init__(layer.index, shape, options, reading)
-        self._position_embeddings: Any = None
+        shape = Shape(layer.kv_heads, layer.width, layer.device, layer.dtype)
+        super().__init__(layer.index, layer.module, shape, options, shared)
         self._far: CosSin | None = None  # the table that turns by `distance`
         self._hook: Any = None
 
     def attach(self) -> None:
         start = 0.0 if self.options.combine == "softmax" else GATE_START
-        self.layer.module.add_module(BIAS, HeadBias(self.layer.heads, start, device_of(self.layer.module)))
-        interface.use(self.layer.module, self)
-        self._hook = self.layer.module.register_forward_pre_hook(self._remember_positions, with_kwargs=True)
+        self.module.add_module(BIAS, HeadBias(self.layer.heads, start, self.layer.device))
+        interface.use(self.module, self)
+        self._hook = self.module.register_forward_pre_hook(self._note_positions, with_kwargs=True)
 
     def detach(self) -> None:
         self._hook.remove()
-        interface.leave(self.layer.module)
-        delattr(self.layer.module, BIAS)
-        self.close()
+        interface.leave(self.module)
+        delattr(self.module, BIAS)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return parameters_in_use(self.module.get_submodule(BIAS))
 
     def new_memories(self, rows: int) -> list[KNNMemory]:
         recent = self._recent_of_new
@@ -110,113 +108,126 @@ class MemoryLayer(Extension, Site):
         turned = self.layer.rotary.turned(entries.keys.floats(), turns)
         return entries._replace(keys=Vectors.of(turned, self.memories[-1].dtype))
 
-    def commit(self, entries: StagedEntries) -> None:
-        """As `Site.commit`. Entries that must make room grow old."""
-        if self.recent is None:
-            super().commit(entries)
+    def commit(self, memories: list[KNNMemory], entries: StagedEntries) -> None:
+        """As `BaseLayer.commit`. Recent entries that are about to be overwritten are demoted."""
+        recent = memories[0]
+        if len(memories) == 1:
+            recent.commit(entries)
             return
-        recent = self.memories[0]
-        for some in entries.portions(self.recent):
+        for some in entries.portions(recent.max_memories):
             for row, count in zip(some.rows, some.counts(), strict=True):
-                self._copy_to_older(row, recent.num_entries[row] + count - recent.max_memories)
-            super().commit(some)
+                self._copy_to_older(memories, row, recent.num_entries[row] + count - recent.max_memories)
+            recent.commit(some)
 
-    def let_grow_old(self, row: int, place: int) -> None:
+    def demote(self, memories: list[KNNMemory], row: int, place: int) -> None:
         """Entries more than `recent` places before this one are old, however few there are. Where documents in between
         were forgotten, or others merged, they would else stand at distances that the model has never seen."""
-        if self.recent is None:
+        if len(memories) == 1:
             return
-        recent = self.memories[0]
+        recent = memories[0]
         positions = recent.store.origins[row, recent.store.places_in_order(row), POSITION]
         too_far = int((place - positions > recent.max_memories).sum())
         if too_far:
-            self._copy_to_older(row, too_far)
+            self._copy_to_older(memories, row, too_far)
             oldest = recent.store.places_in_order(row)[:too_far]
             recent.remove(row, torch.zeros_like(positions, dtype=torch.bool).index_fill_(0, oldest, True))
 
-    def _copy_to_older(self, row: int, count: int) -> None:
-        """The oldest of the recent entries, so many, turned back to position 0."""
-        recent, older = self.memories
+    def _copy_to_older(self, memories: list[KNNMemory], row: int, count: int) -> None:
+        """The oldest `count` of the recent entries, turned back to position 0."""
+        recent, older = memories
         if count > 0 and self.layer.rotary is not None:
             leaving = recent.store.oldest(row, count)
             bare = self.layer.rotary.turned(leaving.keys.floats(), -leaving.origins[..., POSITION])
             older.commit(leaving._replace(keys=Vectors.of(bare, older.dtype)))
 
-    def parameters(self) -> list[nn.Parameter]:
-        return parameters_in_use(self.layer.module.get_submodule(BIAS))
-
-    def _remember_positions(self, _module: nn.Module, _inputs: Any, options: dict[str, Any]) -> None:
-        self._position_embeddings = options.get("position_embeddings")
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _note_positions(self, _module: nn.Module, _inputs: Any, options: dict[str, Any]) -> None:
+        call = self.shared.call.now
+        if call is not None:
+            call.position_embeddings[self.index] = options.get("position_embeddings")
 
     def joined(self, module: nn.Module, out: Tensor, query: Tensor, local: Local) -> Tensor:
         """As `Extension.joined`."""
-        self.begin_call(len(query))
-        if self.reading.staging:
-            count = query.shape[2]
-            self.arrived = self._placed(local.key[:, :, -count:]), local.value[:, :, -count:].detach()
-        bias: Tensor = module.get_submodule(BIAS)(query)
-        if self.is_silent:  # the same numbers, but with the bias in the graph, as DistributedDataParallel needs
-            return out + 0 * bias.sum().to(out) if torch.is_grad_enabled() and bias.requires_grad else out
-        join: Any = self._join
+        join: Any = self._joined
         if torch.compiler.is_compiling():  # a search cannot be compiled
             join = torch.compiler.disable(join)  # type: ignore[no-untyped-call]
-        joined: Tensor = join(out, query, local, bias)
+        joined: Tensor = join(module.get_submodule(BIAS), out, query, local)
         return joined
 
-    def _join(self, out: Tensor, query: Tensor, local: Local, bias: Tensor) -> Tensor:
-        options, holding = self.options, filter(self._holds_something, self.memories)
+    def _joined(self, head_bias: nn.Module, out: Tensor, query: Tensor, local: Local) -> Tensor:
+        call = self.running_call()
+        if call is None:
+            return out
+        if call.keeps_pairs and self.index not in call.pairs:
+            count = query.shape[2]
+            keys = self._placed(call, local.key[:, :, -count:].detach())
+            call.pairs[self.index] = keys, local.value[:, :, -count:].detach()
+        bias: Tensor = head_bias(query)
+        if not self.found(call).is_empty:
+            return self._join(call, out, query, local, bias)
+        # The same numbers, but with the bias in the graph, as DistributedDataParallel needs.
+        return out + 0 * bias.sum().to(out) if torch.is_grad_enabled() and bias.requires_grad else out
+
+    def _join(self, call: Call, out: Tensor, query: Tensor, local: Local, bias: Tensor) -> Tensor:
         multiplier, softcap = local.multiplier(query), local.options.get("softcap")
-        found, parts = self.look_up(self._queries(query)), []
-        corrections = [self._length_corrections(memory, query) for memory in holding]
-        for (own, lookup), less in zip(found, corrections, strict=True):
-            parts.append(memory_attention(own, lookup, multiplier, less=less, softcap=softcap))
+        found, corrections = self.look_up(call, self._queries(call, query)), self._length_corrections(call, query)
+        parts = [
+            memory_attention(own, lookup, multiplier, less=less, softcap=softcap)
+            for (own, lookup), less in zip(found, corrections, strict=True)
+        ]
         here = out.transpose(1, 2), local.total(query).squeeze(-1)
-        if options.combine == "softmax":
-            together, total = merged([*((each, lse + bias.squeeze(-1)) for each, lse in parts), here])
-            shares = [share(lse + bias.squeeze(-1), total) for _, lse in parts]
+        if self.options.combine == "softmax":
+            biased = [(each, lse + bias.squeeze(-1)) for each, lse in parts]
+            together, total = merged([*biased, here])
+            shares = [share(lse, total) for _, lse in biased]
         else:
-            of_memory, total = merged(parts)
-            together = gated(here[0], (of_memory, total), bias)
-            shares = [share(lse, total) * bias.sigmoid() for _, lse in parts]
-        if self.keeps_weights:
+            of_memory = merged(parts)
+            together = gated(here[0], of_memory, bias)
+            shares = [share(lse, of_memory[1]) * bias.sigmoid() for _, lse in parts]
+        if call.keeps_weights:
             weights = [
                 found_weights(lookup, multiplier, lse, less=less, softcap=softcap) * each
                 for (_, lookup), (_, lse), less, each in zip(found, parts, corrections, shares, strict=True)
             ]
-            self.last_weights = torch.cat(weights, dim=-1).detach()
+            self.found(call).weights = torch.cat(weights, dim=-1).detach()
         return together.transpose(1, 2).to(out.dtype)
 
-    def _length_corrections(self, memory: KNNMemory, query: Tensor) -> Tensor | None:
-        """(B, 1, 1, 1) log(N / context) for rows with more entries N than that; None if there are none.
+    def _length_corrections(self, call: Call, query: Tensor) -> list[Tensor | None]:
+        """log(N / context) for each memory, (B, 1, 1, 1): one whose rows hold N entries, more than that; else None.
 
         Of more tokens than the model has ever seen at once, more fit a query by chance; all together should weigh as
         much as those of one context.
         """
-        counts = [memory.num_entries[row] for row in self.reading.rows]
-        less = [math.log(max(count / (self.context or math.inf), 1.0)) for count in counts]
-        if not any(less):
-            return None
-        return self.of_rows(torch.tensor(less), len(query)).view(-1, 1, 1, 1).to(query.device)
+        corrections: list[Tensor | None] = []
+        for counts in self.found(call).counts:
+            less = [math.log(max(count / (self.context or math.inf), 1.0)) for count in counts]
+            corrections.append(of_rows(less, len(query), query).view(-1, 1, 1, 1) if any(less) else None)
+        return corrections
 
-    def _queries(self, query: Tensor) -> list[Tensor]:
+    def _queries(self, call: Call, query: Tensor) -> list[Tensor]:
         """Queries (B, H, T, D) for each of the memories: turned to where they stand, or to one distance."""
-        rotary = self.layer.rotary
+        rotary, memories = self.layer.rotary, call.memories[self.index]
         if rotary is None:
             return [query]
-        offsets = self.of_rows(self.reading.offsets, len(query)).unsqueeze(1)
-        here = [rotary.turned(query, offsets)] if self.options.positions == "true" else []
-        if self.recent is None and here:
+        here = [self._turned_on(call, query)] if self.options.positions == "true" else []
+        if here and len(memories) == 1:
             return here
-        bare = rotary.unturned(query, self._position_embeddings)
+        bare = rotary.unturned(query, call.position_embeddings[self.index])
         if self._far is None:
-            self._far = rotary.table(torch.full((1, 1), self.options.distance, device=query.device))
+            with torch.inference_mode(False):  # it outlives this call
+                self._far = rotary.table(torch.full((1, 1), self.options.distance, device=query.device))
         return [*here, rotary.turned_as(bare, self._far)]
 
-    def _placed(self, keys: Tensor) -> Tensor:
-        """Keys (B, G, T, D), turned to where they stand in the document, or to position 0."""
+    def _placed(self, call: Call, keys: Tensor) -> Tensor:
+        """Keys (B, G, T, D), turned to where they stand in the row, or to position 0."""
         rotary = self.layer.rotary
         if rotary is None:
             return keys
         if self.options.positions == "true":
-            return rotary.turned(keys, self.of_rows(self.reading.offsets, len(keys)).unsqueeze(1))
-        return rotary.unturned(keys, self._position_embeddings)
+            return self._turned_on(call, keys)
+        return rotary.unturned(keys, call.position_embeddings[self.index])
+
+    def _turned_on(self, call: Call, x: Tensor) -> Tensor:
+        """x (B, H or G, T, D), turned on by as many positions as were read before."""
+        assert self.layer.rotary is not None
+        return self.layer.rotary.turned(x, of_rows(call.offsets, len(x), x).unsqueeze(1))

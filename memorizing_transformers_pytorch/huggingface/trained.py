@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from memorizing_transformers_pytorch.huggingface.site import Site
+from memorizing_transformers_pytorch.huggingface.layer import BaseLayer
 from memorizing_transformers_pytorch.model.checkpoint import check_dtypes, read_weights
 
 
-def save_parameters(sites: Mapping[int, Site], path: str | Path) -> None:
+def save_parameters(layers: Mapping[int, BaseLayer], path: str | Path) -> None:
     """Write the parameters of these layers to a safetensors file."""
-    save_file({name: each.detach().cpu().contiguous() for name, each in _named(sites).items()}, path)
+    save_file({name: each.detach().cpu().contiguous() for name, each in _named(layers).items()}, path)
 
 
-def load_parameters(sites: Mapping[int, Site], path: str | Path) -> None:
+def load_parameters(layers: Mapping[int, BaseLayer], path: str | Path) -> None:
     """Take them from such a file. Raises ValueError, changing nothing, for those of other layers, and for a file that
     is missing or damaged."""
-    found, own = read_weights(path), _named(sites)
+    found, own = read_weights(path), _named(layers)
     expected = {name: tuple(each.shape) for name, each in own.items()}
     got = {name: tuple(each.shape) for name, each in found.items()}
     if got != expected:
@@ -32,5 +32,5 @@ def load_parameters(sites: Mapping[int, Site], path: str | Path) -> None:
             parameter.copy_(found[name])
 
 
-def _named(sites: Mapping[int, Site]) -> dict[str, nn.Parameter]:
-    return {f"{index}.{i}": each for index, site in sites.items() for i, each in enumerate(site.parameters())}
+def _named(layers: Mapping[int, BaseLayer]) -> dict[str, nn.Parameter]:
+    return {f"{index}.{i}": each for index, layer in layers.items() for i, each in enumerate(layer.parameters())}

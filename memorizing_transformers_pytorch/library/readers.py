@@ -81,9 +81,12 @@ def load_memories(run: LoadedRun, folder: Path, *, mmap: bool = False, index: st
     """The memory that the model of a run has built. mmap: leave it on disk (on a CPU). index: how it is searched, if
     not as before. Raises ValueError for that of another model."""
     device = run.model.device
-    memories = KNNMemoryList.load(
-        folder, mmap=mmap and device.type == "cpu", fingerprint=Weights(run.model).fingerprint(), device=device
+    memories, weights = (
+        KNNMemoryList.load(folder, mmap=mmap and device.type == "cpu", device=device),
+        Weights(run.model),
     )
+    weights.check(memories.fingerprint)
+    memories.fingerprint = weights.fingerprint()
     own = run.model.create_knn_memories(batch_size=1, max_memories=1)
     expected, got = ([(m.num_indices, m.num_kv_heads, m.dim) for m in each] for each in (own, memories))
     if memories.extra.get("kind") != OF_RUN or expected != got:
@@ -128,7 +131,7 @@ class HubReader:
         return tokens > self.memory.options.skip_first
 
     def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
-        from memorizing_transformers_pytorch.huggingface.texts import stops_of
+        from memorizing_transformers_pytorch.huggingface.reading import stops_of
 
         ids: torch.Tensor = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
         if not len(ids):

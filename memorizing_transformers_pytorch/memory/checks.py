@@ -15,6 +15,8 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.utils.integers import as_int64
+
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -95,12 +97,13 @@ def checked_entries(memories: Tensor, rows: int, heads: int, dim: int) -> Tensor
     return memories
 
 
-def check_mask_and_origins(mask: Tensor | None, origins: Tensor, shape: tuple[int, int], fields: int) -> None:
-    """mask: bool (R, N), or None for all. origins: integers (R, N, fields)."""
+def checked_origins(mask: Tensor | None, origins: Tensor, shape: tuple[int, int], fields: int) -> Tensor:
+    """mask: bool (R, N), or None for all. origins: integers (R, N, fields), returned as int64."""
     if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
         raise ValueError(f"expected a bool mask {shape}, got {mask.dtype} {tuple(mask.shape)}")
-    if origins.is_floating_point() or origins.shape != (*shape, fields):
-        raise ValueError(f"expected integer origins {(*shape, fields)}, got {origins.dtype} {tuple(origins.shape)}")
+    if origins.shape != (*shape, fields):
+        raise ValueError(f"expected origins {(*shape, fields)}, got {tuple(origins.shape)}")
+    return as_int64(origins, "origins")
 
 
 def check_finite(entries: Tensor, mask: Tensor | None) -> None:

@@ -110,16 +110,21 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         document: numbers or titles. where: instead, a function of a document that tells whether it shall go.
         Returns how many entries that were, in all memories. Raises ValueError for documents that there are not.
         """
-        if (document is None) == (where is None):
-            raise ValueError("expected a document or where=, got both or none")
         with self.locked():
-            if where is not None:
-                numbers = [each.number for each in self.documents() if where(each)]
-            else:
-                numbers = known_numbers(document, self, self.ledger)
+            numbers = self.chosen(document, where)
             count = sum(memory.forget(numbers) for memory in self)
             self.ledger.forget_documents(numbers)
             return count
+
+    def chosen(
+        self, document: int | str | Iterable[int | str] | None, where: Callable[[Document], bool] | None
+    ) -> list[int]:
+        """The numbers of these documents; see `forget`."""
+        if (document is None) == (where is None):
+            raise ValueError("expected a document or where=, got both or none")
+        if where is not None:
+            return [each.number for each in self.documents() if where(each)]
+        return known_numbers(document, self, self.ledger)
 
     def entries(self, row: int, layer: int = 0) -> Iterator[Origin]:
         """Where each entry of a row of the layer-th memory comes from, the oldest first."""

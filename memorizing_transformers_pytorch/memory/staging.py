@@ -24,9 +24,9 @@ def staged(
     memories = checks.checked_entries(memories, len(rows), sizes.kv_heads, sizes.dim)
     shape = len(rows), memories.shape[2]
     origins = torch.full((*shape, ORIGIN_FIELDS), UNKNOWN) if origins is None else origins
-    checks.check_mask_and_origins(mask, origins, shape, ORIGIN_FIELDS)
+    origins = checks.checked_origins(mask, origins, shape, ORIGIN_FIELDS)
     floats = memories.detach().to(store.device, store.keys.float_dtype)
     checks.check_finite(floats, mask)
     keys, values = (Vectors.of(part, sizes.dtype) for part in floats.unbind(dim=-2))
     mask = None if mask is None else mask.to(store.device)
-    return StagedEntries(list(rows), keys, values, origins.to(store.device, torch.int64), mask)
+    return StagedEntries(list(rows), keys, values, origins.to(store.device), mask)

@@ -212,9 +212,8 @@ class MemorizingTransformer(nn.Module):
         tensors = {"labels": labels, "mask": mask, "origins": origins, "starts": starts, "hide_memory": hide_memory}
         check_devices(self.device, x=x, **tensors)
         segment = make_segment(x, mask, origins, config.pad_id, starts)
-        check_tokens(config, x, labels)
+        labels = check_tokens(config, segment.tokens, labels)
         check_rows(hide_memory, batch_size=x.shape[0])
-        labels = None if labels is None else labels.long()
         memories = check_memories(config, knn_memories, batch_size=x.shape[0])
         state = check_state(config, xl_memories, self.initial_state(x.shape[0]))
         boundaries = find_boundaries(segment, config)

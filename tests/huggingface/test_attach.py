@@ -199,11 +199,11 @@ def test_what_was_looked_up_is_forgotten_with_what_was_read() -> None:
 
 
 def test_a_failure_while_attaching_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    from memorizing_transformers_pytorch.huggingface import site
+    from memorizing_transformers_pytorch.huggingface import layer as base
 
     model, made = tiny("llama"), []
 
-    class Failing(site.KNNMemory):
+    class Failing(base.KNNMemory):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             made.append(1)
             if len(made) == 2:
@@ -211,7 +211,7 @@ def test_a_failure_while_attaching_leaves_the_model_untouched(monkeypatch: pytes
             super().__init__(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(site, "KNNMemory", Failing)
+        patched.setattr(base, "KNNMemory", Failing)
         with pytest.raises(MemoryError):
             attach_memory(model, layers="all")
     attach_memory(model, layers="all")
@@ -298,7 +298,7 @@ def test_constant_positions_do_not_depend_on_where_it_was_read() -> None:
         if before:
             memory.read(filler[:, :before], progress=False)
             memory.clear()
-            memory._contents.reading.offsets[:] = before
+            memory._contents.state.offsets[:] = [before]
         memory.read(ids, progress=False)
         found.append(logits(model, tokens(1, 5, seed=4)))
         memory.detach()
@@ -346,10 +346,10 @@ def test_weights_that_have_changed_since_they_read_are_noticed() -> None:
     memory.read(ids, progress=False)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
-    with pytest.warns(UserWarning, match="the weights have changed since they read"):
+    with pytest.warns(UserWarning, match="model weights changed after this memory was written"):
         logits(model, ids)
     logits(model, ids)  # once for each change
-    with pytest.raises(ValueError, match="expected the weights that have read what is remembered, got others"):
+    with pytest.raises(ValueError, match="model weights changed after this memory was written"):
         memory.read(ids, progress=False)
     assert len(memory.documents()) == 2
     memory.clear()
@@ -368,7 +368,7 @@ def test_an_adapter_counts_as_other_weights_and_can_be_trained() -> None:
     memory.read(ids, progress=False)
     adapted(input_ids=ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for name, parameter in adapted.named_parameters() if "lora_" in name)
-    with adapted.disable_adapter(), pytest.warns(UserWarning, match="the weights have changed"):
+    with adapted.disable_adapter(), pytest.warns(UserWarning, match="model weights changed"):
         adapted(input_ids=ids)
 
 
@@ -539,7 +539,7 @@ def test_parameters_of_an_adapter_are_its_own_and_all_that_it_saves(tmp_path: Pa
     with torch.no_grad():
         bias.fill_(-1.5)
     changed = logits(adapted, ids)
-    with adapted.disable_adapter(), pytest.warns(UserWarning, match="the weights have changed"):
+    with adapted.disable_adapter(), pytest.warns(UserWarning, match="model weights changed"):
         assert not torch.equal(logits(adapted, ids), changed)
     adapted.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from memorizing_transformers_pytorch.huggingface import attach_memory
-from memorizing_transformers_pytorch.huggingface.texts import stops_of
+from memorizing_transformers_pytorch.huggingface.reading import stops_of
 from tests.huggingface.families import tiny
 from tests.huggingface.test_attach import EVERYTHING, logits, tokens
 
@@ -53,7 +53,7 @@ def test_other_weights_are_refused_unless_they_are_wanted(tmp_path: Path) -> Non
     with torch.no_grad():
         memory.model.model.embed_tokens.weight.mul_(2)
     before = memory.documents()
-    with pytest.raises(ValueError, match="expected a memory written by weights with the fingerprint"):
+    with pytest.raises(ValueError, match="this memory was written by other weights"):
         memory.load(tmp_path / "memory")
     assert memory.documents() == before
     memory.load(tmp_path / "memory", other_weights=True)
@@ -190,7 +190,7 @@ def test_a_merge_with_what_other_weights_have_read_is_refused(tmp_path: Path) ->
         new.model.model.embed_tokens.weight.mul_(2)
     new.read(tokens(1, 20), progress=False)
     new.save(tmp_path / "new")
-    with pytest.raises(ValueError, match="expected the weights that have read what is remembered"):
+    with pytest.raises(ValueError, match="model weights changed after this memory was written"):
         memory.merge(tmp_path / "new")
 
 

@@ -83,7 +83,7 @@ def test_weights_that_change_between_segments_are_expected() -> None:
         with memory.writing():
             memory.model(input_ids=segment, labels=segment).loss.backward()
         optimizer.step()
-    with pytest.warns(UserWarning, match="the weights have changed since they read"):
+    with pytest.warns(UserWarning, match="model weights changed after this memory was written"):
         logits(memory.model, ids)
 
 
@@ -137,7 +137,7 @@ def test_a_chat_goes_on_with_its_cache_and_the_next_one_remembers_it() -> None:
     model.generate(tokens(1, 3, seed=6), max_new_tokens=1, **WRITING)
     assert [each.tokens for each in memory.documents()] == [13, 3]
     assert entries(memory)[1][:, 1].tolist() == list(range(13))
-    assert memory._contents.reading.offsets.tolist() == [13]
+    assert memory.place_of(0) == 16  # after both
     with pytest.raises(ValueError, match="expected the cache of the last conversation, or an empty one"):
         model.generate(more, past_key_values=first.past_key_values, max_new_tokens=1, **WRITING)
 
@@ -222,8 +222,9 @@ def test_a_call_that_fails_ends_the_conversation_but_not_the_memory() -> None:
         logits(model, ids[:, :1], past_key_values=cache)
     assert [each.tokens for each in memory.documents()] == [11]
     assert entries(memory)[1][:, 1].tolist() == list(range(11))
+    assert memory.place_of(0) == 11
     model.generate(ids, max_new_tokens=9, **WRITING)
-    assert memory._contents.reading.offsets.tolist() == [11]
+    assert memory.place_of(0) == 11 + 9 + 8
 
 
 def test_clearing_one_row_leaves_the_other_as_if_the_chat_had_ended() -> None:
@@ -232,7 +233,7 @@ def test_clearing_one_row_leaves_the_other_as_if_the_chat_had_ended() -> None:
     model.generate(ids, max_new_tokens=5, **WRITING)
     memory.clear([0])
     assert memory.layers[1].num_entries == (0, 13)
-    assert memory._contents.reading.offsets.tolist() == [0, 13]
+    assert [memory.place_of(row) for row in range(2)] == [0, 13]
     assert entries(memory, row=1)[1][:, 1].tolist() == list(range(13))
 
 
@@ -249,7 +250,7 @@ def test_what_generate_adds_to_answers_that_have_ended_is_padding() -> None:
     memory.read(tokens(2, 3), progress=False)
     assert [each.tokens for each in memory.documents()] == [10, 12, 3, 3]
     assert entries(memory)[1][:, 2].tolist() == [*ids[0].tolist(), 7, *tokens(2, 3)[0].tolist()]
-    assert memory._contents.reading.offsets.tolist() == [13, 15]
+    assert [memory.place_of(row) for row in range(2)] == [13, 15]
 
 
 def test_a_chat_that_is_remembered_does_not_go_on_where_it_cannot() -> None:

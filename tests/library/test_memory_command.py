@@ -261,7 +261,7 @@ def test_bad_input_is_one_line(texts: Path, tmp_path: Path, capsys: pytest.Captu
         lock.unlink()
     before = picture(tmp_path)
     for arguments, message in {
-        ("build", memory, texts, "--model", other): "expected a memory written by weights with the fingerprint",
+        ("build", memory, texts, "--model", other): "this memory was written by other weights",
         (*build, "--max-memories", 7): "--max-memories and --dtype are for a new memory only",
         ("build", memory, tmp_path / "no", "--model", model): "there is no file or folder",
         (

@@ -75,13 +75,7 @@ def save(
             refuse_others(folder)
         make_folder(folder)
         with locked(folder):
-            old = _old_state(folder, overwrite=overwrite)
-            goes_on = old is not None and marks is not None and (marks.folder, marks.state) == (folder, old.state)
-            if old is not None and not goes_on and not overwrite:
-                raise ValueError(
-                    f"expected {str(folder)!r} to hold what was saved or loaded here before, got something else: "
-                    "load that, save elsewhere, or use overwrite=True"
-                )
+            old, goes_on = _old_state(folder, marks, overwrite=overwrite)
             try:
                 return _save(memories, folder, belongings, None if compact or not goes_on else marks, old)
             finally:
@@ -92,15 +86,31 @@ def save(
         raise SaveError(f"could not save to {str(folder)!r}, where nothing has changed: {error}") from error
 
 
-def _old_state(folder: Path, *, overwrite: bool) -> Manifest | None:
+def check_folder(path: str | Path, marks: Marks | None, *, overwrite: bool) -> None:
+    """Raises ValueError for a folder to which `save` would not write, as others have."""
+    folder = Path(path).resolve()
+    if not overwrite:
+        refuse_others(folder)
+    _old_state(folder, marks, overwrite=overwrite)
+
+
+def _old_state(folder: Path, marks: Marks | None, *, overwrite: bool) -> tuple[Manifest | None, bool]:
+    """What the folder holds, and whether the marks belong to it. Raises ValueError if they do not, unless overwrite."""
     try:
-        return read_manifest(folder)
+        old = read_manifest(folder)
     except FileNotFoundError:
-        return None
+        return None, False
     except ValueError:
         if overwrite:
-            return None
+            return None, False
         raise
+    goes_on = marks is not None and (marks.folder, marks.state) == (folder, old.state)
+    if not goes_on and not overwrite:
+        raise ValueError(
+            f"expected {str(folder)!r} to hold what was saved or loaded here before, got something else: "
+            "load that, save elsewhere, or use overwrite=True"
+        )
+    return old, goes_on
 
 
 def _save(

@@ -1,0 +1,166 @@
+"""A memory at work in a model: the calls that it takes part in, and who may change it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Lock, PerContext, Shared, WatchedRow
+from memorizing_transformers_pytorch.huggingface.contents import Contents, Titles, checked_titles
+from memorizing_transformers_pytorch.huggingface.hooks import Hooks
+from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
+from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
+from memorizing_transformers_pytorch.huggingface.probe import vocabulary_of
+from memorizing_transformers_pytorch.huggingface.reading import Reader, checked_texts
+from memorizing_transformers_pytorch.huggingface.writing import Segment, Window
+from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.memory.ledger import Document
+from memorizing_transformers_pytorch.utils.fingerprint import Weights
+
+
+class Attachment:
+    """What `AttachedMemory` stands on.
+
+    lock: whoever changes the memory holds it. enabled, writable, watched, and writer (what stores the calls of the
+    model instead of a conversation): of this thread or task. last: what the last call that is over found in each layer.
+    handle: the `AttachedMemory` that stands on this.
+    """
+
+    def __init__(self, model: Any, layers: list[BaseLayer], shared: Shared, options: Options) -> None:
+        self.model, self.options = model, options
+        self.contents = Contents(layers, shared)
+        self.weights, self.lock = Weights(model, BIAS), Lock()
+        self.window = None if options.window is None else Window(self.contents, options.window, model, self.lock)
+        self.last: dict[int, Found] = {}
+        self.enabled, self.writable = PerContext(True), PerContext(True)
+        self.writer: PerContext[Reader | Segment | None] = PerContext(None)
+        self.watched: PerContext[WatchedRow | None] = PerContext(None)
+        for layer in layers:
+            layer.attach()
+        self.is_attached = True
+        self.handle: Any = None
+        self._hooks = Hooks(model, layers[0].module, shared.call, self._begin_call, self._end_call)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what the last call found stays behind."""
+        return self.__dict__ | {"last": {}}
+
+    def detach(self) -> None:
+        """Take the memory away, and forget what it holds."""
+        with self.lock:
+            if not self.is_attached:
+                return
+            self.is_attached, self.last = False, {}
+            self._hooks.remove()
+            for layer in self.contents.layers.values():
+                layer.detach()
+            self.contents.close()
+
+    def _begin_call(self, given: dict[str, Any]) -> Call:
+        state, watched = self.contents.state, self.watched.now
+        rows = list(range(len(state.offsets))) if watched is None else [watched.row]
+        call = Call(given, state.memories, rows, [state.offsets[row] for row in rows], self.enabled.now)
+        if watched is not None:
+            call.keeps_weights, watched.place = True, call.offsets[0]
+        for layer in self.contents.layers.values():
+            layer.check(call)
+        writer: Reader | Segment | Window | None = self.writer.now
+        if writer is None:
+            if self.contents.ledger:
+                self.weights.warn_of_others()
+            if self.window is not None and self.writable.now and call.cache is not None:
+                writer = self.window
+            elif self.window is not None and self.window.goes_on_with(call.cache):
+                raise ValueError("expected a new conversation inside read_only(), got one that is being remembered")
+        if writer is None:
+            call.check_rows()
+        else:
+            writer.before(call)
+            call.writer = writer
+            if isinstance(writer, Segment):
+                self.end_conversation()
+        return call
+
+    def _end_call(self, call: Call, failed: bool) -> None:
+        was_empty = not self.contents.ledger
+        if call.writer is not None:
+            call.writer.after(call, failed)
+        if failed or isinstance(call.writer, Reader):
+            return
+        if isinstance(call.writer, Window) and was_empty:
+            self.weights.have_written()
+        self.last = call.found
+        if (watched := self.watched.now) is not None:
+            watched.found = call.found
+
+    def end_conversation(self) -> None:
+        if self.window is not None:
+            self.window.end()
+
+    def read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        document: Titles,
+        progress: bool,
+        *,
+        losses: bool = False,
+        look_up: bool = True,
+        goes_on: int | None = None,
+    ) -> list[Tensor]:
+        """See `AttachedMemory.read`, `score` and `go_on`."""
+        self.expect_attached()
+        if self.writer.now is not None:
+            raise ValueError("expected a call of the model inside writing(), got read() or score()")
+        texts = checked_texts(input_ids, attention_mask, vocabulary_of(self.model))
+        titles, store = checked_titles(document, len(texts)), self.writable.now
+        with self.lock if store else contextlib.nullcontext():
+            known = None if goes_on is None else self._document_to_go_on_with(goes_on, len(texts[0]))
+            if self.contents.ledger:
+                self.weights.refuse_others()
+            reader = Reader(self.model, self.contents, self.options, titles, known, store=store, look_up=look_up)
+            if store:
+                self.end_conversation()
+                self.weights.have_written()
+            self.last = {}
+            with self.writer.at(reader):
+                return reader.read_all(texts, losses=losses, progress=progress)
+
+    def _document_to_go_on_with(self, number: int, tokens: int) -> Document:
+        known = self.contents.last_document()
+        if known is None or known.number != number or tokens < known.tokens:
+            raise ValueError(f"expected more of the last document in the only row, {known}, got document {number}")
+        return known
+
+    @contextlib.contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Inside, another memory may take the place of this one. Raises ValueError where it must not."""
+        self.expect_attached()
+        self.expect_writable()
+        if self.writer.now is not None:
+            raise ValueError("expected a call of the model inside writing(), got another memory")
+        with self.lock, torch.inference_mode(False):
+            yield
+            self.last = {}
+
+    def loaded(self, path: str | Path, *, mmap: bool, verify: bool | None, other_weights: bool) -> KNNMemoryList:
+        """See `AttachedMemory.load`."""
+        device = self.contents.memories()[0].device
+        mmap, directory = mmap and device.type == "cpu", self.options.directory
+        loaded = KNNMemoryList.load(path, mmap=mmap, verify=verify, device=device, directory=directory)
+        if not other_weights:
+            self.weights.check(loaded.fingerprint)
+        return loaded
+
+    def expect_attached(self) -> None:
+        if not self.is_attached:
+            raise ValueError("expected an attached memory, got one that detach() has taken away")
+
+    def expect_writable(self) -> None:
+        if not self.writable.now:
+            raise ValueError("expected a memory that may be written, got one inside read_only()")

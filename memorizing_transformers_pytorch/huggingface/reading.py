@@ -1,0 +1,174 @@
+"""Reading texts into a memory, a piece at a time: what a piece brings is stored after its forward pass.
+
+Shapes: R rows of the memory, B rows in a batch, N tokens of a text, T tokens of a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from memorizing_transformers_pytorch.huggingface.calls import Call
+from memorizing_transformers_pytorch.huggingface.contents import Contents, Passed, origins_of
+from memorizing_transformers_pytorch.huggingface.devices import device_of
+from memorizing_transformers_pytorch.huggingface.layer import Entries, Options
+from memorizing_transformers_pytorch.huggingface.probe import evaluating, run
+from memorizing_transformers_pytorch.memory.ledger import Document
+from memorizing_transformers_pytorch.utils.integers import as_int64
+
+
+class Piece(NamedTuple):
+    """Tokens start ... stop - 1 of the text in a row, of which the last `new` were in no piece before."""
+
+    row: int
+    start: int
+    stop: int
+    new: int
+
+
+class Reader:
+    """Reads texts, one for each row, in evaluation mode and without learning.
+
+    titles: of the documents that begin. goes_on: instead, the only one, of which some was read before. store: whether
+    what is read is stored. look_up: whether pieces see what is remembered.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        contents: Contents,
+        options: Options,
+        titles: list[str | None],
+        goes_on: Document | None,
+        *,
+        store: bool,
+        look_up: bool,
+    ) -> None:
+        self._model, self._contents, self._options = model, contents, options
+        self._store, self._look_up = store, look_up
+        self._begun = {} if goes_on else dict(enumerate(titles))
+        first = contents.ledger.next_number
+        self._numbers = [goes_on.number] if goes_on else [first + row for row in range(len(titles))]
+        self._known = goes_on.tokens if goes_on else 0
+        _, read = contents.places_of(len(titles))
+        self._starts = [place - self._known for place in read]
+        self._pieces: list[Piece] = []
+        self._call: Call | None = None
+
+    def read_all(self, texts: list[Tensor], *, losses: bool, progress: bool) -> list[Tensor]:
+        """Read what is not known of the texts -> if wanted, the loss of each of their tokens, NaN where there is none.
+
+        What was read before an error stays.
+        """
+        found = [torch.full((len(text),), torch.nan) for text in texts]
+        lengths, options = [len(text) for text in texts], self._options
+        pieces = pieces_of(lengths, options.chunk, options.skip_first, self._known)
+        bar = tqdm(total=sum(lengths) - self._known, unit=" tokens", disable=not progress)
+        with torch.inference_mode(False), evaluating(self._model), bar:
+            for self._pieces in pieces:
+                self._read(texts, found if losses else None)
+                bar.update(sum(piece.new for piece in self._pieces))
+        return found
+
+    def before(self, call: Call) -> None:
+        """Have the call read the pieces of now."""
+        rows, _ = self._contents.places_of(len(self._starts))
+        call.rows = [piece.row for piece in self._pieces] if len(rows) == len(self._starts) else rows
+        call.offsets = [self._starts[piece.row] + piece.start for piece in self._pieces]
+        call.enabled, call.keeps_pairs = call.enabled and self._look_up, self._store
+        self._call = call
+
+    def after(self, call: Call, failed: bool) -> None:
+        """What the call has brought is stored by `read_all`."""
+
+    def _read(self, texts: list[Tensor], losses: list[Tensor] | None) -> None:
+        """Run the model on a piece of each of some texts, then store what it has brought; losses: to be filled in."""
+        pieces = self._pieces
+        tokens, mask = _padded([texts[piece.row][piece.start : piece.stop] for piece in pieces])
+        mask_there = mask.to(device_of(self._model))
+        out = run(self._model, tokens, attention_mask=mask_there, logits_to_keep=0 if losses is not None else 1)
+        if losses is not None:
+            _fill_in(losses, pieces, tokens, out.logits)
+        if self._store and self._call is not None:
+            self._remember(self._call, tokens, mask)
+
+    def _remember(self, call: Call, tokens: Tensor, mask: Tensor) -> None:
+        pieces = self._pieces
+        mask[:, : max(self._options.skip_first, self._known - pieces[0].start)] = 0  # the latter was read before
+        starts = torch.tensor([self._starts[piece.row] + piece.start for piece in pieces])
+        places = (starts[:, None] + torch.arange(tokens.shape[1])).expand_as(tokens)
+        origins = origins_of([self._numbers[piece.row] for piece in pieces], places, tokens)
+        passed = Passed(
+            [piece.row for piece in pieces],
+            {index: Entries(*pair, mask.bool(), origins) for index, pair in call.pairs.items()},
+            {self._numbers[piece.row]: min(piece.new, piece.stop - self._known) for piece in pieces},
+            {piece.row: self._starts[piece.row] + piece.stop for piece in pieces},
+            self._begun,
+        )
+        self._contents.store(len(self._starts), passed)
+        self._begun = {}
+
+
+def _padded(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) padded on the right with 0, and where they are: 1."""
+    tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts])
+    return tokens, (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+
+
+def _fill_in(losses: list[Tensor], pieces: list[Piece], tokens: Tensor, logits: Tensor) -> None:
+    """The losses of those tokens of the pieces that were in no piece before and have a token before them."""
+    for piece, own, predicted in zip(pieces, tokens, logits, strict=True):
+        size = piece.stop - piece.start
+        each = F.cross_entropy(predicted[: size - 1].float(), own[1:size].to(predicted.device), reduction="none").cpu()
+        first = max(size - piece.new, 1)
+        losses[piece.row][piece.start + first : piece.stop] = each[first - 1 :]
+
+
+def checked_texts(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> list[Tensor]:
+    """input_ids (N,) or (R, N) and their mask -> the tokens of each row. Raises ValueError for what cannot be read."""
+    input_ids = as_int64(input_ids, "input_ids")
+    if input_ids.ndim not in (1, 2):
+        raise ValueError(f"expected input_ids (N,) or (rows, N), got {tuple(input_ids.shape)}")
+    if input_ids.numel() == 0:
+        raise ValueError(
+            f"expected at least one token in each document, got input_ids of shape {tuple(input_ids.shape)}"
+        )
+    if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:
+        given = str(tuple(attention_mask.shape)) if isinstance(attention_mask, Tensor) else repr(type(attention_mask))
+        raise ValueError(f"expected an attention_mask of shape {tuple(input_ids.shape)}, got {given}")
+    rows = input_ids.cpu().reshape(-1, input_ids.shape[-1])
+    mask = torch.ones_like(rows) if attention_mask is None else attention_mask.cpu().reshape(rows.shape)
+    texts = [row[kept] for row, kept in zip(rows, mask.bool(), strict=True)]
+    for row, text in enumerate(texts):
+        if len(text) == 0:
+            raise ValueError(f"expected at least one token in each document, got none in row {row}")
+        if int(text.min()) < 0 or int(text.max()) >= vocabulary:
+            found = f"{int(text.min())} to {int(text.max())}"
+            raise ValueError(f"expected token ids of the model, 0 to {vocabulary - 1}, got {found} in row {row}")
+    return texts
+
+
+def stops_of(length: int, size: int, overlap: int, pieces: int) -> list[int]:
+    """Where to stop reading a text of this length for a while, every so many pieces; the last is its end."""
+    step = pieces * (size - overlap)
+    return [*range(step + overlap, length, step), length]
+
+
+def pieces_of(lengths: list[int], size: int, overlap: int, read: int = 0) -> Iterator[list[Piece]]:
+    """The texts of these lengths side by side, so many tokens at a time, each piece beginning with the last ones of the
+    piece before; texts that have ended are left out, and pieces of which all was read."""
+    for start in range(0, max(lengths), size - overlap):
+        known = overlap if start else 0  # tokens that the piece before had
+        pieces = [
+            Piece(row, start, min(start + size, length), min(start + size, length) - start - known)
+            for row, length in enumerate(lengths)
+            if start + known < length
+        ]
+        if pieces and start + size > read:
+            yield pieces
