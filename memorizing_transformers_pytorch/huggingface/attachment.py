@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Lock, PerContext, Shared, WatchedRow
+from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Lock, Shared, WatchedRow
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Titles, checked_titles
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
@@ -20,6 +20,7 @@ from memorizing_transformers_pytorch.huggingface.reading import Reader, checked_
 from memorizing_transformers_pytorch.huggingface.writing import Segment, Window
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.ledger import Document
+from memorizing_transformers_pytorch.utils.context import PerContext
 from memorizing_transformers_pytorch.utils.fingerprint import Weights
 
 

@@ -9,16 +9,13 @@ those before them, K retrieved, D head width.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +24,10 @@ from memorizing_transformers_pytorch.memory import UNKNOWN, KNNMemory
 from memorizing_transformers_pytorch.memory.disk.save import Marks
 from memorizing_transformers_pytorch.memory.ledger import Ledger
 from memorizing_transformers_pytorch.memory.retrieved import Lookup
+from memorizing_transformers_pytorch.utils.context import PerContext
 from memorizing_transformers_pytorch.utils.fingerprint import Writer
 
 T = TypeVar("T")
-_values: ContextVar[Mapping[PerContext[Any], Any]] = ContextVar("values", default=MappingProxyType({}))
 
 
 def deepcopied(what: T, model: nn.Module, memo: dict[int, Any]) -> T:
@@ -59,32 +56,6 @@ class Lock:
 
     def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
         return Lock, ()
-
-
-class PerContext(Generic[T]):
-    """A value of the thread or task that has set it; all others see the usual one."""
-
-    def __init__(self, usual: T) -> None:
-        self._usual = usual
-
-    @property
-    def now(self) -> T:
-        found: T = _values.get().get(self, self._usual)
-        return found
-
-    def put(self, value: T) -> None:
-        others = {key: each for key, each in _values.get().items() if key is not self}
-        _values.set(others if value is self._usual else {**others, self: value})
-
-    @contextlib.contextmanager
-    def at(self, value: T) -> Iterator[None]:
-        """Inside, this value."""
-        before = self.now
-        self.put(value)
-        try:
-            yield
-        finally:
-            self.put(before)
 
 
 class State(NamedTuple):

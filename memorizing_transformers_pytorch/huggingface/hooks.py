@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from memorizing_transformers_pytorch.huggingface.calls import Call, PerContext, deepcopied, refuse_in_backward
+from memorizing_transformers_pytorch.huggingface.calls import Call, deepcopied, refuse_in_backward
+from memorizing_transformers_pytorch.utils.context import PerContext
 
 
 class Checkpointed:

@@ -26,11 +26,12 @@ from memorizing_transformers_pytorch.memory.index.structure import some
 from memorizing_transformers_pytorch.memory.lease import token_for
 from memorizing_transformers_pytorch.memory.policy import BY_DOCUMENT, OLDEST, POLICIES, of_oldest_documents
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Origin, Retrieved
-from memorizing_transformers_pytorch.memory.scope import checked_scoped_rows, rows_in_scope, scope
-from memorizing_transformers_pytorch.memory.search import hidden_in, search_rows, without_rows
+from memorizing_transformers_pytorch.memory.scope import Scope
+from memorizing_transformers_pytorch.memory.search import Hidden, search_rows, without_rows
 from memorizing_transformers_pytorch.memory.snapshot import restored, take_snapshot
 from memorizing_transformers_pytorch.memory.staging import staged
 from memorizing_transformers_pytorch.memory.store import Store
+from memorizing_transformers_pytorch.utils.context import PerContext
 
 
 class KNNMemory(AbstractContextManager["KNNMemory"]):
@@ -38,8 +39,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     Each row keeps the last `max_memories` entries added since it was last cleared (unless `policy` says otherwise).
 
-    dim: width D of keys and values.
-    max_memories: capacity M of each row.
+    dim: width D of keys and values. max_memories: capacity M of each row.
     num_indices: number of rows; each remembers its own document.
     num_kv_heads: key/value heads G. Query head h reads key/value head h // (H / G).
     dtype: of stored keys and values: torch.float32, bfloat16, float16, or int8 for codes with a scale for each vector
@@ -52,12 +52,9 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         and the end of a `with` block remove the files.
     policy: what is evicted from a full row: "oldest", the oldest entries; or "by-document", the whole oldest document.
     memmap_filename, multiprocessing: of the original package. The first only chooses the directory; both warn once.
-
     Several threads may use it: each call sees the memory before or after any other. A scope belongs to the thread (or
     task) that entered it. A pickle carries entries in RAM by value, and those in files by the paths of these.
-
     `seconds_searching` adds up the time that look-ups took. `searcher` is the `Index`: it may be exchanged.
-
     Raises ValueError for sizes below 1, another dtype, an unknown index, or a directory or faiss index with a GPU.
     """
 
@@ -84,10 +81,12 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
             raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
         self.dim, self.max_memories, self.num_indices, self.num_kv_heads = sizes.values()
         self.dtype, self.index, self.policy = dtype, index, policy
+        self._scope = Scope(num_indices)
+        self.hidden: PerContext[Hidden | None] = PerContext(None)  # what this thread must not find
         self.seconds_searching, self._number = 0.0, traced.number_for(self)
         self.searcher: Index = make_index(index, dim, self.device)
-        sizes_of_store = Sizes(num_indices, num_kv_heads, max_memories, dim, dtype)
-        self._open_store: Store | None = Store(sizes_of_store, self.device, directory)
+        sized = Sizes(num_indices, num_kv_heads, max_memories, dim, dtype)
+        self._open_store: Store | None = Store(sized, self.device, directory)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "searcher"}
@@ -126,33 +125,32 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     @property
     def scoped_indices(self) -> list[int]:
         """The rows that batches consist of: all, unless inside `at_batch_indices`."""
-        return rows_in_scope(self, self.num_indices)
+        return self._scope.rows
 
     @contextmanager
     def at_batch_indices(self, indices: Iterable[int]) -> Iterator[Self]:
         """Inside, batches of this thread consist of just these rows, in this order, and no other row changes. An inner
         scope replaces the outer one until it ends. Raises ValueError for rows out of range, repeated or none."""
-        with scope(self, indices, self.num_indices):
+        with self._scope.at(indices):
             yield self
 
     def rows_to_clear(self, batch_indices: int | Iterable[int] | None = None) -> list[int]:
         """Check which rows `clear` would empty, emptying none: several memories can so change all or none."""
         _ = self.store  # refuses a closed memory
-        return checked_scoped_rows(self, batch_indices, self.num_indices)
+        return self._scope.checked(batch_indices)
 
     def retrieve(self, queries: Tensor, topk: int, *, rows: Sequence[int] | None = None) -> Retrieved:
         """The `topk` entries of its own row and head with the largest inner product, for each query.
 
         queries: (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of G.
         rows: to search, instead of those in scope.
-        Returns slots, scores and mask, each (R, ..., topk), on the device of the queries. Keys and values stay where
-        they are. Raises ValueError for other shapes or topk < 1, and on a CPU NonFiniteError for queries that are not
-        finite (on a GPU that would wait for the device).
+        Returns slots, scores and mask, each (R, ..., topk), on the device of the queries. Raises ValueError for other
+        shapes or topk < 1, and on a CPU (a GPU would have to wait) NonFiniteError for queries that are not finite.
         """
         rows = self.scoped_indices if rows is None else rows
         checks.check_queries(queries, topk, len(rows), self.num_kv_heads, self.dim)
         with self.lock:
-            return search_rows(self.store, self.searcher, rows, queries, topk, hidden_in(self))
+            return search_rows(self.store, self.searcher, rows, queries, topk, self.hidden.now)
 
     def look_up(
         self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None, *, rows: Sequence[int] | None = None
@@ -206,8 +204,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         mask: (R, N) bool; entries where it is False (padding) are not stored.
         origins: (R, N, 3) integers: document id, position in the document, token id; unknown (-1) unless given.
 
-        Raises ValueError, before anything is stored, for other shapes, entries that are not floating-point numbers,
-        or (NonFiniteError) entries that are not finite in the memory's dtype (in float32 for codes).
+        Raises ValueError, with nothing stored, for other shapes, entries that are not floating-point numbers, or
+        (NonFiniteError) not finite in the memory's dtype (in float32 for codes).
         """
         self.commit(self.stage(memories, mask, origins))
 
@@ -228,8 +226,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
             self.store.write(entries)
 
     def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
-        """Empty these rows (numbered as in the whole memory), or every row in scope. Raises ValueError for rows that
-        are out of range or outside the scope."""
+        """Empty these rows, or every row in scope. Raises ValueError for rows out of range or outside the scope."""
         rows = self.rows_to_clear(batch_indices)
         with self.lock:
             self.store.clear(rows)

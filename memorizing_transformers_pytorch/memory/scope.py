@@ -6,31 +6,36 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from memorizing_transformers_pytorch.memory.checks import checked_rows
-from memorizing_transformers_pytorch.utils.context import current, setting
+from memorizing_transformers_pytorch.utils.context import PerContext
 
 
-def rows_in_scope(memory: object, num_rows: int) -> list[int]:
-    """The rows of the innermost scope of this memory, else all."""
-    rows: list[int] | None = current(memory, "rows")
-    return list(range(num_rows)) if rows is None else rows
+class Scope:
+    """The rows of a memory, some of which are in scope."""
 
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._chosen: PerContext[list[int] | None] = PerContext(None)
 
-@contextmanager
-def scope(memory: object, rows: Iterable[int], num_rows: int) -> Iterator[None]:
-    """Inside, batches of this thread consist of these rows. Raises ValueError for rows that do not fit, or none."""
-    chosen = checked_rows(rows, num_rows)
-    if not chosen:
-        raise ValueError("a scope needs at least one row")
-    with setting(memory, "rows", chosen):
-        yield
+    @property
+    def rows(self) -> list[int]:
+        """Those of the innermost scope that this thread is in, else all."""
+        chosen = self._chosen.now
+        return list(range(self._num_rows)) if chosen is None else chosen
 
+    @contextmanager
+    def at(self, rows: Iterable[int]) -> Iterator[None]:
+        """Inside, these rows. Raises ValueError for rows that do not fit, or none."""
+        chosen = checked_rows(rows, self._num_rows)
+        if not chosen:
+            raise ValueError("a scope needs at least one row")
+        with self._chosen.at(chosen):
+            yield
 
-def checked_scoped_rows(memory: object, rows: int | Iterable[int] | None, num_rows: int) -> list[int]:
-    """Rows as a list; those in scope for None. Raises ValueError for rows outside the scope."""
-    in_scope = rows_in_scope(memory, num_rows)
-    if rows is None:
-        return in_scope
-    chosen = checked_rows(rows if isinstance(rows, Iterable) else [rows], num_rows)
-    if not set(chosen) <= set(in_scope):
-        raise ValueError(f"expected rows of the scope {in_scope}, got {chosen}")
-    return chosen
+    def checked(self, rows: int | Iterable[int] | None) -> list[int]:
+        """Rows as a list; those in scope for None. Raises ValueError for rows outside the scope."""
+        if rows is None:
+            return self.rows
+        chosen = checked_rows(rows if isinstance(rows, Iterable) else [rows], self._num_rows)
+        if not set(chosen) <= set(self.rows):
+            raise ValueError(f"expected rows of the scope {self.rows}, got {chosen}")
+        return chosen

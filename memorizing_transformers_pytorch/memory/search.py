@@ -5,8 +5,7 @@ Shapes: R rows, H query heads, G key/value heads, Q queries of a head, K retriev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from torch.nn.functional import pad
 from memorizing_transformers_pytorch.memory.index.exact import Index
 from memorizing_transformers_pytorch.memory.retrieved import Retrieved
 from memorizing_transformers_pytorch.memory.store import Store
-from memorizing_transformers_pytorch.utils.context import current, setting
 
 
 class Hidden(NamedTuple):
@@ -30,20 +28,6 @@ class Hidden(NamedTuple):
         """origins (..., 3) -> (...) bool."""
         position = origins[..., 1]
         return (origins[..., 0] == self.document) & (position >= self.first) & (position <= self.last)
-
-
-@contextmanager
-def hiding(memory: object, document: int, first: int, last: int) -> Iterator[None]:
-    """Inside, this thread finds the best of all entries of a `KNNMemory` but those of a document from position `first`
-    to `last`: what a model would have found, had it not read these. (Slower: so many more entries are retrieved.)"""
-    with setting(memory, "hidden", Hidden(document, first, last)):
-        yield
-
-
-def hidden_in(memory: object) -> Hidden | None:
-    """What this thread must not find in a memory."""
-    hidden: Hidden | None = current(memory, "hidden")
-    return hidden
 
 
 def search_rows(

@@ -9,24 +9,33 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-Key = tuple[int, str]
-"""The `id` of an object, and the name of a value of it."""
-
-_values: ContextVar[Mapping[Key, Any]] = ContextVar("_values", default=MappingProxyType({}))
+T = TypeVar("T")
+_values: ContextVar[Mapping[PerContext[Any], Any]] = ContextVar("_values", default=MappingProxyType({}))
 
 
-@contextmanager
-def setting(owner: object, name: str, value: Any) -> Iterator[None]:
-    """Inside, `current(owner, name)` gives this value."""
-    token = _values.set({**_values.get(), (id(owner), name): value})
-    try:
-        yield
-    finally:
-        _values.reset(token)
+class PerContext(Generic[T]):
+    """A value of the thread or task that has set it; all others see the usual one."""
 
+    def __init__(self, usual: T) -> None:
+        self._usual = usual
 
-def current(owner: object, name: str, default: Any = None) -> Any:
-    """The value set by the innermost `setting` that this thread or task is in, or the default."""
-    return _values.get().get((id(owner), name), default)
+    @property
+    def now(self) -> T:
+        found: T = _values.get().get(self, self._usual)
+        return found
+
+    def put(self, value: T) -> None:
+        others = {key: each for key, each in _values.get().items() if key is not self}
+        _values.set(others if value is self._usual else {**others, self: value})
+
+    @contextmanager
+    def at(self, value: T) -> Iterator[None]:
+        """Inside, this value."""
+        before = self.now
+        self.put(value)
+        try:
+            yield
+        finally:
+            self.put(before)
