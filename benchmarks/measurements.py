@@ -105,7 +105,7 @@ def look_up(setting: Setting) -> RESULT:
     kinds = ("trained", "random") if setting.device == "cpu" else ("trained",)  # exact search knows no difference
     for size, keys in itertools.product(setting.sizes, kinds):
         options = {"entries": size} | ({} if keys == "trained" else {"vectors": None})
-        names = indices(size, keys == "trained") if setting.device == "cpu" else ["exact"]
+        names = ["exact"] if setting.device != "cpu" else indices(size) if keys == "trained" else ["exact", "auto"]
         racers = {name: setting.ours("look_up", index=name, **options) for name in names}
         racers["product"] = setting.ours("product", entries=size)
         efforts = EFFORTS if keys == "trained" else EFFORTS[:1]
@@ -124,11 +124,8 @@ def sweep(setting: Setting) -> RESULT:
     """Recall against time for every index, by how far it looks, with trained keys."""
     found = {}
     for size in [size for size in setting.sizes if size > 8 * K]:
-        efforts = {"IVF": [1, 2, 4, 8, 16, 32, 64, 128], "HNSW": [32, 64, 128, 256, 512, 1_024]}
-        racers = {}
-        for name in indices(size, True)[2:]:
-            kind = "HNSW" if name.startswith("HNSW") else "IVF"
-            racers[name] = setting.ours("sweep", entries=size, index=name, efforts=efforts[kind])
+        efforts = [2**i for i in range(8)]
+        racers = {name: setting.ours("sweep", entries=size, index=name, efforts=efforts) for name in indices(size)[2:]}
         racers["exact"] = setting.ours("look_up", entries=size)
         raced = setting.race(racers, 1 if setting.quick else 3)
         found[f"{size}"] = {
@@ -144,13 +141,12 @@ def middle(points: Sequence[Record]) -> Record:
     return sorted(points, key=lambda point: float(point["seconds"]))[len(points) // 2]
 
 
-def indices(size: int, trained: bool) -> list[str]:
-    """Exact, the automatic choice, and for trained keys some structures of faiss."""
-    if not trained or size < 65_536:
+def indices(size: int) -> list[str]:
+    """Exact, the automatic choice, and for many entries inverted lists with other codes."""
+    if size < 65_536:
         return ["exact", "auto"]
     lists = 2 ** round(math.log2(2 * math.sqrt(size)))
-    graph = ["HNSW15"] if size < 1_000_000 else []  # it is built anew too often for more
-    return ["exact", "auto", f"IVF{lists},Flat", f"IVF{lists},SQ8", f"IVF{lists},PQ32", *graph]
+    return ["exact", "auto", f"IVF{lists},Flat", f"IVF{lists},SQ8"]
 
 
 def writing(setting: Setting) -> RESULT:

@@ -197,7 +197,7 @@ def sweep(
     vectors: str | None = None,
     device: str = "cpu",
 ) -> Action:
-    """Time and recall of a search by how far it looks (lists that are probed, nodes that are visited)."""
+    """Time and recall of a search by how many lists it probes."""
     keys, queries = entries_of(vectors, entries)
     memory = KNNMemory(DIM_HEAD, entries, index=index)
     fill(memory, keys)
@@ -207,7 +207,7 @@ def sweep(
     def action() -> dict[str, Any]:
         points = []
         for effort in efforts:
-            row.training.effort = effort
+            row.training.probes = effort
             began = time.perf_counter()
             memory.retrieve(queries[None], TOPK)
             seconds = time.perf_counter() - began

@@ -9,6 +9,7 @@ E model width. Pairs are (B, G, n, 2, D): keys at [..., 0, :], values at [..., 1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -17,16 +18,28 @@ from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.attention.causal import causal_attention
 from memorizing_transformers_pytorch.attention.heads import join_past, local_bias
-from memorizing_transformers_pytorch.attention.retrieval import Lookup
+from memorizing_transformers_pytorch.attention.ops import found_weights
+from memorizing_transformers_pytorch.memory.retrieved import Lookup
+
+Search = Callable[[Tensor, int], Lookup]
+"""A search with queries (B, H, T, D) for so many entries each."""
 
 
 class Reading(NamedTuple):
-    """What a layer read in its memory, without gradient: queries (B, H, T, D), what each found, and the attention
-    weights (B, H, T, K) on that, after the gate and dropout. The model packs padded rows to the left first."""
+    """What a layer read in its memory, without gradient: queries (B, H, T, D) and what each found; of that the
+    multiplier and lse of `memory_attention`, and its share (B, H, T, 1) of all attention. The model packs padded rows
+    to the left first."""
 
     queries: Tensor
     lookup: Lookup
-    weights: Tensor
+    multiplier: Tensor
+    lse: Tensor
+    share: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """The attention (B, H, T, K) on what was found, without dropout."""
+        return found_weights(self.lookup, self.multiplier, self.lse) * self.share
 
 
 class Attended(NamedTuple):

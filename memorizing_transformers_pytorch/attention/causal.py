@@ -22,6 +22,7 @@ from memorizing_transformers_pytorch.attention.heads import (
     grouped_sums,
     shared_sums,
 )
+from memorizing_transformers_pytorch.attention.merge import NOTHING, Part
 
 QUERIES_AT_ONCE = 128
 
@@ -42,7 +43,7 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor
     """
     learns = torch.is_grad_enabled() and any(each.requires_grad for each in (queries, keys, values, bias))
     if learns and _fused(queries, dropout):
-        return _attend(queries, keys, values, bias, None)[0]
+        return _attend(queries, keys, values, bias)[0]
     bias = bias.to(queries.dtype)
     blocks = [
         F.scaled_dot_product_attention(
@@ -59,60 +60,47 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor
     return torch.cat(blocks, dim=2)
 
 
-def joint_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, others: Tensor, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """`causal_attention` in one softmax with the logits of K other entries (B, H, T, K); and the weights of those."""
+def causal_part(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, dropout: float = 0.0) -> Part:
+    """`causal_attention`, with the logarithm of the sum of the exponentials of its logits; see `attention.merge`."""
     if _fused(queries, dropout):
-        return _attend(queries, keys, values, bias, others)
-    sums, of_others = [], []
+        return _attend(queries, keys, values, bias)
+    sums, totals = [], []
     for block, seen in causal_blocks(queries, keys.shape[2]):
         logits = _logits(queries[:, :, block], keys[:, :, seen], bias[:, :, block, seen])
-        weights = F.dropout(torch.cat((others[:, :, block], logits), dim=-1).softmax(dim=-1), dropout)
-        sums.append(grouped_sums(weights[..., others.shape[-1] :], values[:, :, seen]))
-        of_others.append(weights[..., : others.shape[-1]])
-    return torch.cat(sums, dim=2), torch.cat(of_others, dim=2)
+        sums.append(grouped_sums(F.dropout(logits.softmax(dim=-1), dropout), values[:, :, seen]))
+        totals.append(logits.logsumexp(dim=-1))
+    return torch.cat(sums, dim=2), torch.cat(totals, dim=2)
 
 
 def _fused(queries: Tensor, dropout: float) -> bool:
     return dropout == 0 and queries.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _attend(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, others: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Part:
     apply: Any = _Attention.apply
-    return cast(tuple[Tensor, Tensor], apply(queries, keys, values, bias, others))
+    return cast(Part, apply(queries, keys, values, bias))
 
 
 class _Attention(torch.autograd.Function):
     """Keeps for each query the logarithm of the sum of its exponentials, from which its weights are found again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, others: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if others is None:
-            others = at_least_float32(queries.new_empty(*queries.shape[:3], 0))
-        out, totals = torch.empty_like(queries), others.logsumexp(dim=-1, keepdim=True)
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Part:
+        out = torch.empty_like(queries)
+        totals = at_least_float32(queries.new_empty(*queries.shape[:3], 1))
         for block, seen in causal_blocks(queries, keys.shape[2]):
-            logits, total = (
-                _logits(queries[:, :, block], keys[:, :, seen], bias[:, :, block, seen]),
-                totals[:, :, block],
-            )
-            torch.logaddexp(total, logits.logsumexp(dim=-1, keepdim=True), out=total)
-            total.masked_fill_(total == -torch.inf, 0)  # a query that sees nothing gets 0
+            logits = _logits(queries[:, :, block], keys[:, :, seen], bias[:, :, block, seen])
+            total = logits.logsumexp(dim=-1, keepdim=True).clamp_min(NOTHING)  # a query that sees nothing gets 0
+            totals[:, :, block] = total
             out[:, :, block] = grouped_sums(logits.sub_(total).exp_(), values[:, :, seen])
-        of_others = (others - totals).exp_()
-        ctx.save_for_backward(queries, keys, values, bias, out, totals, of_others)
-        return out, of_others
+        ctx.save_for_backward(queries, keys, values, bias, out, totals)
+        return out, totals.squeeze(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_others: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values, bias, out, totals, of_others = ctx.saved_tensors
-        means = at_least_float32(grad * out).sum(dim=-1, keepdim=True)
-        means += (grad_others * of_others).sum(dim=-1, keepdim=True)
+    def backward(ctx: Any, grad: Tensor, grad_totals: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, bias, out, totals = ctx.saved_tensors
+        means = at_least_float32(grad * out).sum(dim=-1, keepdim=True) - grad_totals.unsqueeze(-1)
         of_queries, of_keys, of_values = (torch.zeros_like(each) for each in (queries, keys, values))
         of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         for block, seen in causal_blocks(queries, keys.shape[2]):
@@ -125,8 +113,7 @@ class _Attention(torch.autograd.Function):
                 of_bias[:, :, block, seen] = of_logits if len(bias) > 1 else of_logits.sum(dim=0, keepdim=True)
             of_queries[:, :, block] = grouped_sums(of_logits, keys[:, :, seen])
             of_keys[:, :, seen] += shared_sums(of_logits, queries[:, :, block], keys.shape[1])
-        of_other_logits = of_others * (grad_others - means) if ctx.needs_input_grad[4] else None
-        return of_queries, of_keys, of_values, of_bias, of_other_logits
+        return of_queries, of_keys, of_values, of_bias
 
 
 def _logits(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:

@@ -12,14 +12,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.attention.attention import Attended, AttentionBase, Reading
-from memorizing_transformers_pytorch.attention.causal import causal_attention, joint_attention
+from memorizing_transformers_pytorch.attention.attention import Attended, AttentionBase, Reading, Search
+from memorizing_transformers_pytorch.attention.causal import causal_attention, causal_part
 from memorizing_transformers_pytorch.attention.heads import (
     join_past,
     unit,
 )
-from memorizing_transformers_pytorch.attention.retrieval import LookUp, Memory, retrieved_logits, retrieved_values
+from memorizing_transformers_pytorch.attention.merge import gated, merged, share
+from memorizing_transformers_pytorch.attention.ops import memory_attention
 from memorizing_transformers_pytorch.attention.short_conv import ShortConv, induction_taps
+from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 
 # The query heads of an induction start differ from the key projection by this share of their own random start.
 INDUCTION_NOISE = 0.3
@@ -100,7 +102,7 @@ class KNNAttention(AttentionBase):
         *,
         bias: Tensor,
         past: Tensor | None = None,
-        look_up: LookUp | None = None,
+        look_up: Search | None = None,
         conv_state: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Attended:
@@ -108,16 +110,23 @@ class KNNAttention(AttentionBase):
         documents (B, T), over whose borders it does not reach; bias and look_up must hide the others themselves."""
         queries, pairs, conv_inputs = self._project(x, conv_state, documents)
         keys, values = join_past(past, pairs).unbind(dim=-2)
-        lookup = None if look_up is None else look_up(queries, self.num_retrieved_memories)
         temperature = self.scale.exp()
         local = ((queries * temperature).to(queries.dtype), keys, values, bias)
-        if lookup is None:
-            return Attended(self._out(self._alone(local, None), x), pairs, conv_inputs)
-        logits = retrieved_logits(queries, lookup) * temperature
-        logits = logits.masked_fill(~lookup.mask, torch.finfo(logits.dtype).min)
-        out, weights = self._together(local, logits, lookup.mask)
-        out = self._out(out + retrieved_values(weights, lookup), x)
-        return Attended(out, pairs, conv_inputs, Reading(queries.detach(), lookup, weights.detach()))
+        dropout = self.dropout.p if self.training else 0.0
+        if look_up is None:
+            unused = 0 if self.gate is None else 0 * self.gate  # in the graph, as DistributedDataParallel needs
+            return Attended(self._out(causal_attention(*local, dropout) + unused, x), pairs, conv_inputs)
+        found = look_up(queries, self.num_retrieved_memories)
+        part = memory_attention(queries, found, temperature, dropout=dropout)
+        if self.gate is None:
+            here = causal_part(*local, dropout)
+            out, total = merged([part, here])
+            of_memory = share(part[1], total)
+        else:
+            out = gated(causal_attention(*local, dropout), part, self.gate)
+            of_memory = self.gate.sigmoid() * found.mask.any(dim=-1, keepdim=True)
+        reading = Reading(queries.detach(), found, temperature.detach(), part[1].detach(), of_memory.detach())
+        return Attended(self._out(out, x), pairs, conv_inputs, reading)
 
     def _out(self, sums: Tensor, x: Tensor) -> Tensor:
         """Sums of values (B, H, T, D) -> (B, T, E) in the dtype of x."""
@@ -137,28 +146,11 @@ class KNNAttention(AttentionBase):
         values = rearrange(values, "b t (g d) -> b g t d", g=self.num_kv_heads)
         return queries, torch.stack((keys, values.to(keys)), dim=-2), conv_inputs
 
-    def _alone(self, local: Local, found: Tensor | None) -> Tensor:
-        """Sums of local values (B, H, T, D), with the share that a gate leaves them. found: (B, H, T, K) bool."""
-        sums = causal_attention(*local, self.dropout.p if self.training else 0.0)
-        return sums if self.gate is None else sums * (1 - self._share(found))
-
-    def _share(self, found: Tensor | None) -> Tensor:
-        """What the gate gives the memory: nothing where nothing was found, but it stays in the graph (as
-        DistributedDataParallel needs)."""
-        assert self.gate is not None
-        return self.gate.sigmoid() * (0.0 if found is None else found.any(dim=-1, keepdim=True))
-
-    def _together(self, local: Local, logits: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of local values (B, H, T, D), and the weights of what was retrieved with these logits (B, H, T, K)."""
-        if self.gate is None:
-            return joint_attention(*local, logits, self.dropout.p if self.training else 0.0)
-        return self._alone(local, found), self.dropout(logits.softmax(dim=-1)) * self._share(found)
-
     def forward(
         self,
         x: Tensor,
         *,
-        knn_memory: Memory | None = None,
+        knn_memory: KNNMemory | None = None,
         xl_memory: Tensor | None = None,
         add_knn_memory: bool = True,
         rel_pos_bias: Tensor | None = None,

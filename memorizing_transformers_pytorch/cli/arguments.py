@@ -16,7 +16,7 @@ from memorizing_transformers_pytorch.training.run import RUNS, SHIPPED, newest_r
 
 Options = TypeVar("Options")
 
-MORE_ROOM = " (--max-memories, for a new memory)"  # what to do where documents had to make room
+MORE_ROOM = " (--max-memories, for a new memory)"  # what to do if documents were evicted
 _BOX = "╭╮╰╯│─ "
 
 

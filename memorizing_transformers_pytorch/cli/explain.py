@@ -22,9 +22,14 @@ from memorizing_transformers_pytorch.cli.arguments import (
 from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import ENTRIES, write_page
-from memorizing_transformers_pytorch.library.build import files_below, text_of
+from memorizing_transformers_pytorch.library.build import (
+    evicted_since,
+    files_below,
+    held_titles,
+    room_messages,
+    text_of,
+)
 from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader
-from memorizing_transformers_pytorch.library.room import Room, in_words
 from memorizing_transformers_pytorch.utils.progress import bar
 
 REPORT = Path("report.html")
@@ -42,7 +47,7 @@ class Explain:
     memory: Path | None = None
     """Look up in what this folder holds, built by `memory build` with this model; it stays as it is."""
     read: tuple[str, ...] = ()
-    """Text files, and folders of them, to read before the prompt; what is no text is left out of a folder."""
+    """Text files, and folders of them, to read before the prompt; files of a folder that are not text are skipped."""
     pattern: str = "*"
     """Which files of folders to read, such as *.py."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -78,9 +83,14 @@ def explain_text(options: Explain) -> None:
     reader = opened(options, model)
     check_length(reader, prompt)
     read_all(reader, texts)
-    network, tokenizer, memory = reader.parts()
-    contribution = None if options.contribution == "none" else options.contribution
-    found = explain(network, prompt, memory, tokenizer=tokenizer, row=options.row, contribution=contribution)
+    found = explain(
+        reader.model,
+        prompt,
+        reader.memory,
+        tokenizer=reader.tokenizer,
+        row=options.row,
+        contribution=None if options.contribution == "none" else options.contribution,
+    )
     if options.json:
         print(json.dumps(as_json(found, all_entries=options.all_entries), indent=1))
         return
@@ -127,13 +137,12 @@ def opened(options: Explain, model: str) -> DocumentReader:
 
 def check_length(reader: DocumentReader, prompt: str) -> None:
     """Raises ValueError for a prompt that the model cannot be given at once."""
-    _, tokenizer, _ = reader.parts()
-    if reader.longest is not None and (count := len(tokenizer.encode(prompt))) > reader.longest:
+    if reader.longest is not None and (count := len(reader.tokenizer.encode(prompt))) > reader.longest:
         raise ValueError(f"expected at most {reader.longest:,} tokens of prompt, got {count:,} (--read longer texts)")
 
 
 def texts_of(sources: Sequence[str], pattern: str) -> dict[str, str]:
-    """What files say, by their names. What is no text is left out, and named, where it was found below a folder; raises
+    """The texts of files, by their names. A file below a folder that is not text is skipped, with a message. Raises
     ValueError for such a file that was given itself."""
     given, texts = set(map(Path, sources)), dict[str, str]()
     for path in files_below(sources, pattern):
@@ -142,23 +151,27 @@ def texts_of(sources: Sequence[str], pattern: str) -> dict[str, str]:
         except (OSError, ValueError) as error:
             if path in given:
                 raise
-            print(f"left out {path}: {error}", file=sys.stderr)
+            print(f"skipped {error}", file=sys.stderr)
     return texts
 
 
 def read_all(reader: DocumentReader, texts: dict[str, str]) -> None:
-    """Read texts by their names, with a progress bar; what there was no room for is said."""
+    """Read texts by their names, with a progress bar, and say which were too short or evicted."""
     if not texts:
         return
-    room = Room(reader)
+    held, too_short = held_titles(reader.memory), list[str]()
     with bar(total=sum(map(len, texts.values())), desc="reading", unit_scale=True) as progress:
         for name, text in texts.items():
             done = 0.0
             for part in reader.read(name, text, {}, None):
                 progress.update((part - done) * len(text))
                 done = part
-            room.note_read(reader.ledger.documents()[-1])
-    for line in in_words(room.too_short, room.made(), MORE_ROOM):
+            document = reader.memory.ledger.last
+            if reader.remembers(document.tokens):
+                held[document.number] = name
+            else:
+                too_short.append(name)
+    for line in room_messages(too_short, evicted_since(held, reader.memory), MORE_ROOM):
         print(line, file=sys.stderr)
 
 

@@ -16,7 +16,6 @@ import tyro
 from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, parse_arguments
 from memorizing_transformers_pytorch.library.build import Builder, files_below
 from memorizing_transformers_pytorch.library.readers import open_reader
-from memorizing_transformers_pytorch.library.room import in_words
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.folder import locked, make_folder, refuse_others
 from memorizing_transformers_pytorch.memory.disk.load import How, load, state_of
@@ -30,8 +29,8 @@ Memory = tyro.conf.Positional[Path]
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """Read files into a memory on disk, which is made unless it is there. Files that are in it are skipped, those that
-    have changed are read anew; after it was broken off the same command goes on."""
+    """Read files into a memory on disk, a new one or one that exists. Unchanged files are skipped, changed ones read
+    again, and documents whose files are no longer text removed. If interrupted, the same command continues."""
 
     memory: Memory
     """Folder of the memory."""
@@ -42,24 +41,24 @@ class Build:
     pattern: str = "*"
     """Which files of folders to read, such as *.py."""
     max_memories: int | None = None
-    """Entries that each layer can hold, for a new memory; 262,144 unless given."""
+    """Capacity of each layer, in entries, of a new memory; by default 262,144."""
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
-    """How keys and values are kept, for a new memory of a model of transformers; as in the model unless given."""
+    """How a new memory of a model of transformers stores keys and values; by default as in the model."""
     index: str | None = None
-    """How the memory is searched: exact, auto or a faiss factory string; as before unless given."""
+    """How the memory is searched: exact, auto or a faiss factory string; by default as before."""
     device: str | None = None
-    """Such as cpu or cuda; unless given, cuda where there is one."""
+    """Such as cpu or cuda; by default cuda if there is one."""
     save_every: float = 30.0
-    """Seconds between saves while it is built."""
+    """Seconds between saves."""
     prune: bool = False
-    """Forget documents whose files are not among those given."""
+    """Remove documents whose files are not among those given, or cannot be opened."""
     json: bool = False
     """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """What a memory is, and how much it holds."""
+    """Show the model, the size and the contents of a memory."""
 
     memory: Memory
     json: bool = False
@@ -68,7 +67,7 @@ class Info:
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """The documents in a memory."""
+    """List the documents in a memory."""
 
     memory: Memory
     json: bool = False
@@ -90,7 +89,7 @@ class Forget:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Compare every file of a memory with its checksum, and look whether what it says can be."""
+    """Check every file of a memory against its checksum, and whether its contents are valid."""
 
     memory: Memory
     json: bool = False
@@ -99,7 +98,7 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True)
 class Compact:
-    """Write a memory anew without what it no longer needs."""
+    """Rewrite a memory without anything that was forgotten or overwritten."""
 
     memory: Memory
     json: bool = False
@@ -108,47 +107,49 @@ class Compact:
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Write a new memory with the documents of others, of the same model."""
+    """Write a new memory with the documents of two or more others, all of the same model."""
 
     output: Memory
     """Folder to write, which must not hold a memory."""
     memories: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of memories."""
     model: str | None = None
-    """The model, which is needed for memories of models of transformers: their keys are turned to new positions."""
+    """The model; needed for memories of models of transformers, whose keys are moved to new positions."""
     json: bool = False
     """Print JSON."""
 
 
 def build(options: Build) -> dict[str, Any]:
-    files = files_below(options.files, options.pattern)
+    exists = (options.memory / NAME).exists()
+    files = files_below(options.files, options.pattern, may_be_none=options.prune and exists)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    there = (options.memory / NAME).exists()
-    if there and (options.max_memories is not None or dtype is not None):
-        raise ValueError("expected --max-memories and --dtype for a new memory only, got them for one that is there")
+    if exists and (options.max_memories is not None or dtype is not None):
+        raise ValueError(f"{str(options.memory)!r} exists: --max-memories and --dtype are for a new memory only")
     refuse_others(options.memory)
     device = chosen_device(options.device)
     reader = open_reader(options.model, device, max_memories=options.max_memories, dtype=dtype, index=options.index)
     folder = options.memory.resolve()
+    state = state_of(folder).state if exists else None
+    if exists:
+        reader.load(folder)  # before anything is written: it may be refused
     make_folder(folder)
     with locked(folder), stopping_on_signals() as wish:
-        if there:
+        if exists and state_of(folder).state != state:  # another process has written it since
             reader.load(folder)
-        total = sum(path.stat().st_size for path in files)
+        total = sum(path.stat().st_size for path in files if path.is_file())
         with bar(total=total, unit="B", unit_scale=True) as progress:
 
             def tell(name: str, size: float) -> None:
                 progress.set_postfix_str(Path(name).name, refresh=False)
                 progress.update(min(size, total - progress.n))
 
-            builder = Builder(reader, lambda: reader.save(folder), options.save_every, wish)
+            builder = Builder(reader, lambda: reader.memory.save(folder), options.save_every, wish)
             outcome = builder.build(files, tell, prune=options.prune)
-        reader.save(folder, compact=True)
-    for name, why in outcome.left_out.items():
-        print(f"left out {name}: {why}", file=sys.stderr)
-    for line in in_words(outcome.too_short, outcome.made_room, MORE_ROOM):
+        reader.memory.save(folder, compact=True)
+    for line in outcome.messages(MORE_ROOM):
         print(line, file=sys.stderr)
-    return {name: len(each) for name, each in asdict(outcome).items()} | {"documents": len(reader.ledger.documents())}
+    counts = {name: len(each) for name, each in asdict(outcome).items()}
+    return counts | {"documents": len(reader.memory.ledger.documents())}
 
 
 def info(options: Info) -> dict[str, Any]:
@@ -181,30 +182,23 @@ def documents(options: Documents) -> DocumentTable:
 
 def forget(options: Forget) -> dict[str, Any]:
     if bool(options.document) == (options.where is not None):
-        raise ValueError("expected --document or --where, got both or none")
-    with locked(_existing(options.memory)):
-        memories = KNNMemoryList.load(options.memory, mmap=True, verify=True)
-        before = len(memories.documents())
-        if options.where is not None:
-            pattern = options.where
-            count = memories.forget(where=lambda each: fnmatch.fnmatch(each.title, pattern))
-        else:
-            titles = {each.title for each in memories.documents()}
-            count = memories.forget([name if name in titles else _number(name) for name in options.document])
-        memories.save(options.memory, compact=True)  # also of documents whose entries have made room before
-    return {"documents": before - len(memories.documents()), "entries": count}
+        raise ValueError("choose documents either by --document or by --where")
+    memories = KNNMemoryList.load(options.memory, mmap=True, verify=True)
+    table = memories.documents()
+    if options.where is not None:
+        pattern = options.where
+        count = memories.forget(where=lambda each: fnmatch.fnmatch(each.title, pattern))
+    else:
+        titles = {each.title for each in table}
+        count = memories.forget([name if name in titles else _number(name) for name in options.document])
+    memories.save(options.memory, compact=True)
+    return {"documents": len(table) - len(memories.documents()), "entries": count}
 
 
 def _number(name: str) -> int:
-    if not name.isdigit():
-        raise ValueError(f"expected the title or number of a document, got {name!r}")
+    if not name.isdecimal():
+        raise ValueError(f"{name!r} is neither the title nor the number of a document; `memory documents` lists them")
     return int(name)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, resolved. Raises ValueError if there is no memory in it."""
-    state_of(folder)
-    return folder.resolve()
 
 
 def verify(options: Verify) -> dict[str, Any]:
@@ -213,42 +207,46 @@ def verify(options: Verify) -> dict[str, Any]:
 
 
 def compact(options: Compact) -> dict[str, Any]:
-    with locked(_existing(options.memory)):
-        memories = KNNMemoryList.load(options.memory, mmap=True, verify=True)
-        before = state_of(options.memory).num_bytes
-        memories.save(options.memory, compact=True)
+    memories = KNNMemoryList.load(options.memory, mmap=True, verify=True)
+    before = state_of(options.memory).num_bytes
+    memories.save(options.memory, compact=True)
     return {"bytes_before": before, "bytes": state_of(options.memory).num_bytes}
 
 
 def merge(options: Merge) -> dict[str, Any]:
-    if (options.output / NAME).exists():
-        raise ValueError(f"expected a folder without a memory, got {str(options.output)!r}")
+    check_different(options.output, options.memories)
     refuse_others(options.output)
-    if len(options.memories) < 2:
-        raise ValueError(f"expected at least two memories, got {len(options.memories)}")
     if options.model is not None:
-        return merge_with(options.model, options)
-    if any("arranged" in state_of(path).extra for path in options.memories):
-        raise ValueError("expected --model, to merge memories of a model of transformers, got none")
-    first, *others = [KNNMemoryList.load(path, mmap=True, verify=True) for path in options.memories]
-    for other in others:
-        first.merge(other)
-    first.save(options.output)
-    return {"documents": len(first.documents()), "entries": [sum(memory.num_entries) for memory in first]}
+        reader = open_reader(options.model, "cpu", max_memories=None, dtype=None, index=None)
+        reader.load(options.memories[0])
+        for folder in options.memories[1:]:
+            reader.merge(folder)
+        merged = reader.memory
+    elif any("arranged" in state_of(path).extra for path in options.memories):
+        raise ValueError("add --model: it is needed to merge memories of a model of transformers")
+    else:
+        merged, *others = [KNNMemoryList.load(path, mmap=True, verify=True) for path in options.memories]
+        for other in others:
+            merged.merge(other)
+    merged.save(options.output)
+    table = merged.documents()
+    return {"documents": len(table), "entries": [sum(each) for each in zip(*(d.entries for d in table), strict=True)]}
 
 
-def merge_with(model: str, options: Merge) -> dict[str, Any]:
-    reader = open_reader(model, "cpu", max_memories=None, dtype=None, index=None)
-    first, *others = options.memories
-    reader.load(first)
-    for other in others:
-        reader.merge(other)
-    reader.save(options.output)
-    documents = reader.documents()
-    return {
-        "documents": len(documents),
-        "entries": [sum(each) for each in zip(*(d.entries for d in documents), strict=True)],
-    }
+def check_different(output: Path, memories: Sequence[Path]) -> None:
+    """Raises ValueError for fewer than two memories, for one that is given twice, as another folder or a copy, and for
+    an output that holds a memory."""
+    if len(memories) < 2:
+        raise ValueError(f"merge needs two or more memories, got {len(memories)}")
+    given: dict[str, Path] = {}
+    for path in memories:
+        if path.resolve() == output.resolve():
+            raise ValueError(f"{str(path)!r} is both a memory to merge and the folder to write")
+        first = given.setdefault(state_of(path).state, path)
+        if first is not path:
+            raise ValueError(f"{str(first)!r} and {str(path)!r} hold the same saved state: name it once")
+    if (output / NAME).exists():
+        raise ValueError(f"{str(output)!r} holds a memory: write to a new folder")
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {
@@ -279,7 +277,7 @@ def main(arguments: Sequence[str], program: str) -> None:
 
 
 def show(result: Any, *, as_json: bool) -> None:
-    """Print what a command has found."""
+    """Print the result of a command."""
     if isinstance(result, DocumentTable):
         print(json.dumps(result.to_dicts(), indent=1) if as_json else result)
     elif as_json:

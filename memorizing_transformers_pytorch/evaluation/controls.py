@@ -12,6 +12,7 @@ Shapes: R rows in scope, G key/value heads, N entries of a row, D head width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
@@ -60,13 +61,13 @@ def shuffled_values(memory: KNNMemory, generator: torch.Generator) -> AbstractCo
     def permuted(values: Vectors) -> Vectors:
         return values[:, torch.randperm(values.shape[1], generator=generator).to(values.device)]
 
-    return _replaced(memory, memory.store.values, permuted)
+    return _replaced(memory, "values", permuted)
 
 
 def random_keys(memory: KNNMemory, generator: torch.Generator) -> AbstractContextManager[None]:
     """Inside, the keys of each row in scope have random directions, and the lengths they had; only for reading.
 
-    (As the memory keeps numbers: rounded.) Raises RuntimeError if a backward pass may still need them.
+    (As the memory keeps numbers: rounded.)
     """
 
     def turned(keys: Vectors) -> Vectors:
@@ -74,23 +75,21 @@ def random_keys(memory: KNNMemory, generator: torch.Generator) -> AbstractContex
         lengths: Tensor = keys.floats(torch.float32).norm(dim=-1, keepdim=True)
         return Vectors.of(directions.mul(lengths), memory.dtype)
 
-    return _replaced(memory, memory.store.keys, turned)
+    return _replaced(memory, "keys", turned)
 
 
 @contextmanager
-def _replaced(memory: KNNMemory, table: Vectors, change: Callable[[Vectors], Vectors]) -> Iterator[None]:
-    """Inside, the entries (G, N, D) of each row in scope of the table (rows, G, M, D) are changed so."""
-    if memory.store.readers:
-        raise RuntimeError("the entries of this memory may still be needed by a backward pass: change them later")
+def _replaced(memory: KNNMemory, name: str, change: Callable[[Vectors], Vectors]) -> Iterator[None]:
+    """Inside, the memory is a copy in which the keys or values (G, N, D) of each row in scope are changed so."""
+    store = copy.deepcopy(memory.store)
+    for row in memory.scoped_indices:
+        entries = getattr(store, name)[row, :, : store.filled[row]]
+        entries.copy_(change(entries.clone()))
     # An index that keeps something of the entries must not learn from what they are for a while.
     searcher, memory.searcher = memory.searcher, ExactIndex()
-    entries = [table[row, :, : memory.store.filled[row]] for row in memory.scoped_indices]
-    kept = [view.clone() for view in entries]
+    before = memory.swap_store(store)
     try:
-        for view, before in zip(entries, kept, strict=True):
-            view.copy_(change(before))
         yield
     finally:
-        for view, before in zip(entries, kept, strict=True):
-            view.copy_(before)
+        memory.swap_store(before).close()
         memory.searcher = searcher

@@ -93,7 +93,7 @@ class RunDesk(Desk):
         # A session stores what it has read when a segment is full, or it is closed: here neither happens.
         session = Session(
             self._run.model,
-            self._own.memories if with_memory else None,
+            self._own.memory if with_memory else None,
             batch_size=1,
             segment_length=self.longest,
         )
@@ -104,7 +104,7 @@ class RunDesk(Desk):
         return new
 
     def explained(self, tokens: list[int], *, measure: bool) -> Explanation:
-        return _explained(self._run.model, tokens, self._own.memories, self._run.tokenizer, measure)
+        return _explained(self._run.model, tokens, self._own.memory, self._run.tokenizer, measure)
 
 
 class HubDesk(Desk):

@@ -12,9 +12,8 @@ from pathlib import Path
 from memorizing_transformers_pytorch.explorer.chosen import chosen
 from memorizing_transformers_pytorch.explorer.desk import PASSAGE, Desk, HubDesk, RunDesk, Sampling
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
-from memorizing_transformers_pytorch.library.build import COMPLETE, DIGEST, text_of
-from memorizing_transformers_pytorch.library.readers import DocumentReader, HubReader, RunReader
-from memorizing_transformers_pytorch.library.room import Room, in_words
+from memorizing_transformers_pytorch.library.build import DIGEST, evicted_since, held_titles, room_messages, text_of
+from memorizing_transformers_pytorch.library.readers import DocumentReader, RunReader
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
 
 MAX_BYTES = 20_000_000  # of one text
@@ -49,7 +48,6 @@ class Service:
     def _made(self) -> Desk:
         if isinstance(self._reader, RunReader):
             return RunDesk(self._reader, self._memory)
-        assert isinstance(self._reader, HubReader)
         return HubDesk(self._reader, self._memory)
 
     @contextmanager
@@ -76,7 +74,7 @@ class Service:
 
     def documents(self, session: str) -> DocumentTable:
         with self._at(session) as desk:
-            return desk.reader.documents()
+            return desk.reader.memory.documents()
 
     def read(self, session: str, name: str, data: bytes, progress: Progress = lambda part: None) -> str:
         """Read a text -> what has happened, in words. progress: is told which part was read.
@@ -89,8 +87,8 @@ class Service:
             raise ValueError(f"expected at most {MAX_BYTES:,} bytes in {title!r}, got {len(data):,}")
         text, digest = text_of(data, title), hashlib.sha256(data).hexdigest()
         with self._at(session) as desk:
-            ledger, before = desk.reader.ledger, {each.number for each in desk.reader.ledger.documents()}
-            room = Room(desk.reader)
+            memory, ledger = desk.reader.memory, desk.reader.memory.ledger
+            before, held = set(ledger.numbers), held_titles(memory)
             known = next((each for each in ledger.documents() if each.about.get(DIGEST) == digest), None)
             if known is not None:
                 raise ValueError(f"expected a text that is not remembered yet, got that of {known.title!r}")
@@ -100,24 +98,24 @@ class Service:
                     if session in self._gone:
                         raise ValueError("expected somebody who waits for what is read, got a closed session")
             except BaseException:
-                for each in [each for each in ledger.documents() if each.number not in before]:
-                    desk.reader.forget(each.number)
+                memory.forget([number for number in ledger.numbers if number not in before])
                 raise
-            newest = ledger.documents()[-1]
-            ledger.note(newest.number, {COMPLETE: "yes"})
-            room.note_read(newest)
-            said = [f"{line[0].upper()}{line[1:]}." for line in in_words(room.too_short, room.made())]
+            newest = ledger.last
+            if stored := desk.reader.remembers(newest.tokens):
+                held[newest.number] = title
+            messages = room_messages([] if stored else [title], evicted_since(held, memory))
+            said = [f"{line[0].upper()}{line[1:]}." for line in messages]
             return " ".join([f"Read {title}: {newest.tokens:,} tokens.", *said])
 
     def forget(self, session: str, numbers: Sequence[int]) -> int:
         """Forget documents -> how many. Raises ValueError for those that there are not, forgetting none."""
         self._expect_changes()
         with self._at(session) as desk:
-            there = {each.number for each in desk.reader.documents()}
+            there = {each.number for each in desk.reader.memory.documents()}
             if not numbers or (unknown := [number for number in numbers if number not in there]):
                 raise ValueError(f"expected documents of the memory, got {unknown if numbers else 'none'}")
             for number in numbers:
-                desk.reader.forget(number)
+                desk.reader.memory.forget(number)
             desk.answer = None
             return len(numbers)
 
@@ -153,7 +151,7 @@ class Service:
             raise ValueError("expected a folder to save to, got none")
         path = Path(folder.strip()).expanduser().resolve()
         with self._at(session) as desk:
-            desk.reader.save(path)
+            desk.reader.memory.save(path)
         return str(path)
 
     def _expect_changes(self) -> None:

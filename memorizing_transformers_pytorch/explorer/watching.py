@@ -16,6 +16,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.ledger import Ledger
+from memorizing_transformers_pytorch.memory.search import Hidden
 from memorizing_transformers_pytorch.model.memory_step import shifted
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 
@@ -71,7 +72,7 @@ class Watched(ABC):
         """Inside, look-ups find the best of what else there is than these places (`last` included) of a document."""
         with ExitStack() as stack:
             for memory in self._all_memories():
-                stack.enter_context(memory.hiding(document, first, last))
+                stack.enter_context(memory.hidden.at(Hidden(document, first, last)))
             yield
 
     @abstractmethod

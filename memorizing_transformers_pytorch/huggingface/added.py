@@ -18,9 +18,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
 from memorizing_transformers_pytorch.huggingface.calls import Call, Shared
-from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options, Shape, parameters_in_use
-from memorizing_transformers_pytorch.huggingface.probe import ADDED
+from memorizing_transformers_pytorch.huggingface.probe import ADDED, Layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +55,12 @@ class AddedLayer(BaseLayer):
     """
 
     def __init__(
-        self, index: int, module: nn.Module, width: int, sizes: Added, options: Options, shared: Shared
+        self, layer: Layer, module: nn.Module, width: int, sizes: Added, options: Options, shared: Shared
     ) -> None:
-        weight, device = next(module.parameters()), device_of(module)
-        super().__init__(
-            index, module, Shape(sizes.num_kv_heads, sizes.dim_head, device, weight.dtype), options, shared
-        )
+        shape = Shape(sizes.num_kv_heads, sizes.dim_head, layer.device, layer.dtype)
+        super().__init__(layer.index, module, shape, options, shared)
         self._sizes = sizes
-        self._added = AddedAttention(width, sizes, options.topk, options.combine).to(device, weight.dtype)
+        self._added = AddedAttention(width, sizes, options.topk, options.combine).to(layer.device, layer.dtype)
         self._hook: Any = None
 
     def attach(self) -> None:
@@ -101,7 +98,7 @@ class AddedLayer(BaseLayer):
             added.norm(hidden),
             bias=_bias(seen, hidden),
             past=past,
-            look_up=None if found.is_empty else lambda queries, _: self.look_up(call, [queries])[0],
+            look_up=None if found.is_empty else lambda queries, _: self.look_up(call, [queries])[0][1],
             conv_state=conv_state,
             documents=(~seen[:, -hidden.shape[1] :]).long(),
         )

@@ -100,7 +100,7 @@ def _attach(model: Any, layers: str | Iterable[int], added: bool | Added, option
     numbers = _numbers(model, layers, served, refused)
     for number in numbers:
         interface.backend_of(served[number].module, served[number].module.config)
-    shared = Shared(State({}, Ledger(), []))
+    shared = Shared(model, State({}, Ledger(), []))
     made: list[BaseLayer]
     if added:
         if options.window is not None:
@@ -126,8 +126,7 @@ def _added(model: Any, layers: list[Layer], added: bool | Added, options: Option
     names = {module: name for name, module in model.named_modules()}
     whole = [model.get_submodule(names[layer.module].rpartition(".")[0]) for layer in layers]
     return [
-        AddedLayer(layer.index, module, width, sizes, options, shared)
-        for layer, module in zip(layers, whole, strict=True)
+        AddedLayer(layer, module, width, sizes, options, shared) for layer, module in zip(layers, whole, strict=True)
     ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from memorizing_transformers_pytorch.huggingface.attachment import Attachment
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State, WatchedRow
 from memorizing_transformers_pytorch.huggingface.contents import Titles
+from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
 from memorizing_transformers_pytorch.huggingface.trained import load_parameters, save_parameters
 from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment
@@ -38,6 +39,7 @@ class AttachedMemory:
     def __init__(self, model: Any, layers: list[BaseLayer], shared: Shared, options: Options) -> None:
         self.model, self.options = model, options
         self._at_work = Attachment(model, layers, shared, options)
+        self._at_work.handle = self
         self._contents = self._at_work.contents
         self.layers = self._contents.layers
 
@@ -237,8 +239,8 @@ class AttachedMemory:
         take turns with one model. Raises ValueError inside `writing()` and `read_only()`."""
         with self._at_work.replacing():
             self._at_work.end_conversation()
-            before = self._contents.exchange(kept, self._at_work.weights.written_by)
-            self._at_work.weights.were_written_by(None if kept is None else kept.written_by)
+            before = self._contents.exchange(kept, self._at_work.weights.writer)
+            self._at_work.weights.writer = None if kept is None else kept.writer
             return before
 
     def merge(self, path: str | Path) -> None:
@@ -286,3 +288,16 @@ class AttachedMemory:
     def detach(self) -> None:
         """Take the memory away, and forget what it holds. The model is bit for bit what it was."""
         self._at_work.detach()
+
+
+def memory_of(model: Any) -> AttachedMemory:
+    """The memory that is attached to a model: of a copy, say, or of a model that `torch.load` has read.
+
+    Raises ValueError for a model without one.
+    """
+    for hook in model._forward_pre_hooks.values():
+        hooks = getattr(hook, "__self__", None)
+        if isinstance(hooks, Hooks):
+            found: AttachedMemory = hooks.begin.__self__.handle  # type: ignore[attr-defined]
+            return found
+    raise ValueError(f"no memory is attached to this {type(model).__name__}: use attach_memory()")

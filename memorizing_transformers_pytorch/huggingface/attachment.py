@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.calls import Call, Found, PerContext, Shared, WatchedRow
+from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Lock, Shared, WatchedRow
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Titles, checked_titles
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
+from memorizing_transformers_pytorch.huggingface.probe import vocabulary_of
 from memorizing_transformers_pytorch.huggingface.reading import Reader, checked_texts
 from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment, Window
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.ledger import Document
+from memorizing_transformers_pytorch.utils.context import PerContext
 from memorizing_transformers_pytorch.utils.fingerprint import Weights
 
 
@@ -28,12 +29,13 @@ class Attachment:
 
     lock: whoever changes the memory holds it. enabled, writable, watched, and writer (what stores the calls of the
     model instead of a conversation): of this thread or task. last: what the last call that is over found in each layer.
+    handle: the `AttachedMemory` that stands on this.
     """
 
     def __init__(self, model: Any, layers: list[BaseLayer], shared: Shared, options: Options) -> None:
         self.model, self.options = model, options
         self.contents = Contents(layers, shared)
-        self.weights, self.lock = Weights(model, BIAS), threading.RLock()
+        self.weights, self.lock = Weights(model, BIAS), Lock()
         self.window = None if options.window is None else Window(self.contents, options.window, model, self.lock)
         self.last: dict[int, Found] = {}
         self.enabled, self.writable = PerContext(True), PerContext(True)
@@ -42,7 +44,12 @@ class Attachment:
         for layer in layers:
             layer.attach()
         self.is_attached = True
+        self.handle: Any = None
         self._hooks = Hooks(model, layers[0].module, shared.call, self._begin_call, self._end_call)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what the last call found stays behind."""
+        return self.__dict__ | {"last": {}}
 
     def detach(self) -> None:
         """Take the memory away, and forget what it holds."""
@@ -109,7 +116,7 @@ class Attachment:
         self.expect_attached()
         if self.writer.now is not None:
             raise ValueError("expected a call of the model inside writing(), got read() or score()")
-        texts = checked_texts(input_ids, attention_mask, self.model.get_input_embeddings().weight.shape[0])
+        texts = checked_texts(input_ids, attention_mask, vocabulary_of(self.model))
         titles, store = checked_titles(document, len(texts)), self.writable.now
         with self.lock if store else contextlib.nullcontext():
             known = None if goes_on is None else self._document_to_go_on_with(goes_on, len(texts[0]))
@@ -143,14 +150,11 @@ class Attachment:
     def loaded(self, path: str | Path, *, mmap: bool, verify: bool | None, other_weights: bool) -> KNNMemoryList:
         """See `AttachedMemory.load`."""
         device = self.contents.memories()[0].device
-        return KNNMemoryList.load(
-            path,
-            mmap=mmap and device.type == "cpu",
-            verify=verify,
-            fingerprint=None if other_weights else self.weights.fingerprint(),
-            device=device,
-            directory=self.options.directory,
-        )
+        mmap, directory = mmap and device.type == "cpu", self.options.directory
+        loaded = KNNMemoryList.load(path, mmap=mmap, verify=verify, device=device, directory=directory)
+        if not other_weights:
+            self.weights.check(loaded.fingerprint)
+        return loaded
 
     def expect_attached(self) -> None:
         if not self.is_attached:

@@ -9,14 +9,13 @@ those before them, K retrieved, D head width.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import sys
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,43 +24,43 @@ from memorizing_transformers_pytorch.memory import UNKNOWN, KNNMemory
 from memorizing_transformers_pytorch.memory.disk.save import Marks
 from memorizing_transformers_pytorch.memory.ledger import Ledger
 from memorizing_transformers_pytorch.memory.retrieved import Lookup
+from memorizing_transformers_pytorch.utils.context import PerContext
+from memorizing_transformers_pytorch.utils.fingerprint import Writer
 
 T = TypeVar("T")
-_values: ContextVar[Mapping[PerContext[Any], Any]] = ContextVar("values", default=MappingProxyType({}))
 
 
-class PerContext(Generic[T]):
-    """A value of the thread or task that has set it; all others see the usual one."""
+def deepcopied(what: T, model: nn.Module, memo: dict[int, Any]) -> T:
+    """A deep copy of something that belongs to a model, if the model is copied too. Copies of parts of the model, as
+    PEFT makes them, share it."""
+    if id(model) not in memo:
+        return what
+    memo[id(what)] = twin = object.__new__(type(what))
+    for name, value in vars(what).items():
+        object.__setattr__(twin, name, copy.deepcopy(value, memo))
+    return twin
 
-    def __init__(self, usual: T) -> None:
-        self._usual = usual
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PerContext[T]:
-        return self  # copies of a model share the memory
+class Lock:
+    """A lock that a thread that holds it can take again. A copy is a lock that nobody holds."""
 
-    @property
-    def now(self) -> T:
-        found: T = _values.get().get(self, self._usual)
-        return found
+    def __init__(self) -> None:
+        lock = threading.RLock()
+        self.acquire, self.release = lock.acquire, lock.release
 
-    def put(self, value: T) -> None:
-        others = {key: each for key, each in _values.get().items() if key is not self}
-        _values.set(others if value is self._usual else {**others, self: value})
+    def __enter__(self) -> None:
+        self.acquire()
 
-    @contextlib.contextmanager
-    def at(self, value: T) -> Iterator[None]:
-        """Inside, this value."""
-        before = self.now
-        self.put(value)
-        try:
-            yield
-        finally:
-            self.put(before)
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
 
 
 class State(NamedTuple):
     """What is remembered: the memories of each layer, the documents in them, how many tokens each row has read, where
-    it was saved last, and, while it is not in use, the fingerprint of the weights that wrote it.
+    it was saved last, and, while it is not in use, which weights wrote it.
 
     It is replaced as a whole, so that a call that begins meanwhile sees all of the old state or all of the new one.
     """
@@ -70,13 +69,14 @@ class State(NamedTuple):
     ledger: Ledger
     offsets: list[int]
     marks: Marks | None = None
-    written_by: str | None = None
+    writer: Writer | None = None
 
 
 @dataclass(eq=False)
 class Shared:
     """What the layers of a model share: what is remembered, and the call that is running in this thread or task."""
 
+    model: nn.Module
     state: State
     call: PerContext[Call | None] = field(default_factory=lambda: PerContext(None))
 

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.model.session import Session
+from memorizing_transformers_pytorch.utils.integers import as_int64
 
 MODEL_TYPE = "memorizing_transformer"
 Output: Any = CausalLMOutputWithPast
@@ -135,6 +136,8 @@ class MemorizingTransformerForCausalLM(PreTrainedModel, GenerationMixin):  # typ
         Returns a `CausalLMOutputWithPast` with logits (B, T, V); with use_cache (without gradient) they are only those
         of the last token of each row (B, 1, V).
         """
+        input_ids = as_int64(input_ids, "input_ids")
+        labels = None if labels is None else as_int64(labels, "labels")
         seen = torch.ones_like(input_ids).bool()
         if attention_mask is not None:
             seen = attention_mask[:, -input_ids.shape[1] :].bool()

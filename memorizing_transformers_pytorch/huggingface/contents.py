@@ -17,7 +17,9 @@ from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Entries
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import MOST_COUNTED
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.memory.moving import check_nothing_twice
 from memorizing_transformers_pytorch.memory.policy import OLDEST
+from memorizing_transformers_pytorch.utils.fingerprint import Writer
 
 KIND = "attached to a Hugging Face model"
 Titles = str | Sequence[str] | None
@@ -102,8 +104,8 @@ class Contents:
         layers = list(self.layers.values())
         if layers[0].options.policy == OLDEST:  # other policies choose for each layer
             layers = layers[:1]
-        held = set().union(*(memory.documents_in(row) for layer in layers for memory in layer.memories))
-        self.ledger.strike_out(row, held)
+        held = set().union(*(memory.store.numbers_in(row).tolist() for layer in layers for memory in layer.memories))
+        self.ledger.prune(row, held)
         self._demote([row])
         self.ledger.begin(title, row, self.state.offsets[row])
 
@@ -119,7 +121,7 @@ class Contents:
             for memories in self.state.memories.values():
                 for memory in memories:
                     memory.clear(rows)
-            self.ledger.forget(rows)
+            self.ledger.clear(rows)
             offsets = [0 if row in rows else known for row, known in enumerate(self.state.offsets)]
             self._shared.state = self.state._replace(offsets=offsets)
 
@@ -163,9 +165,9 @@ class Contents:
         """Remember what was loaded instead. Raises ValueError, changing nothing, if it is not of such layers."""
         self._shared.state = self._as_state(loaded)
 
-    def exchange(self, kept: State | None, written_by: str | None) -> State:
+    def exchange(self, kept: State | None, writer: Writer | None) -> State:
         """Remember what was kept, or nothing; what was remembered until now."""
-        before = self.state._replace(written_by=written_by)
+        before = self.state._replace(writer=writer)
         self._shared.state = self._empty(1, Ledger()) if kept is None else kept
         return before
 
@@ -188,6 +190,7 @@ class Contents:
 
     def parts_to_merge(self, loaded: KNNMemoryList) -> State:
         """What `merge` takes. Raises ValueError as `use`, and for other rows."""
+        check_nothing_twice(self._bare(), self.state.marks, loaded, loaded.marks)
         added = self._as_state(loaded)
         own = self._bare()[0]
         if loaded[0].num_indices != self.num_rows or loaded[0].dtype != own.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import nn
 
@@ -12,4 +14,4 @@ def device_of(module: nn.Module) -> torch.device:
         hook = getattr(each, "_hf_hook", None)
         if hook is not None and getattr(hook, "execution_device", None) is not None:
             return torch.device(hook.execution_device)
-    return next(module.parameters()).device
+    return next(chain(module.parameters(), module.buffers())).device

@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from memorizing_transformers_pytorch.huggingface.calls import Call, PerContext, refuse_in_backward
+from memorizing_transformers_pytorch.huggingface.calls import Call, deepcopied, refuse_in_backward
+from memorizing_transformers_pytorch.utils.context import PerContext
 
 
 class Checkpointed:
     """The function that transformers runs layers with for gradient checkpointing; the same call is known when a layer
     runs again in the backward pass, in whatever thread."""
 
-    def __init__(self, function: Callable[..., Any], call: PerContext[Call | None]) -> None:
-        self.function, self._call = function, call
+    def __init__(self, function: Callable[..., Any], hooks: Hooks) -> None:
+        self.function, self._hooks = function, hooks
 
     def __call__(self, layer: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        call = self._call.now
+        call = self._hooks.current.now
 
         def run(*inputs: Any, **options: Any) -> Any:
-            with self._call.at(call):
+            with self._hooks.current.at(call):
                 return layer(*inputs, **options)
 
         return self.function(run, *inputs, **options)
@@ -44,14 +45,14 @@ class Hooks:
         begin: Callable[[dict[str, Any]], Call],
         end: Callable[[Call, bool], None],
     ) -> None:
-        self._model, self._current, self._begin, self._end = model, current, begin, end
+        self._model, self.current, self.begin, self._end = model, current, begin, end
         self._handles = []
         for module in _around(model, layer):
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
-        return self
+        return deepcopied(self, self._model, memo)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -65,12 +66,12 @@ class Hooks:
     def _enter(self, module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
         refuse_in_backward()
         self._leave(module, inputs, None)  # if the last one was interrupted: then no hooks are called
-        if self._current.now is not None:
+        if self.current.now is not None:
             return
         given = inspect.signature(module.forward).bind_partial(*inputs, **options).arguments
-        call = self._begin({**given.pop("kwargs", {}), **given})
+        call = self.begin({**given.pop("kwargs", {}), **given})
         call.module = module
-        self._current.put(call)
+        self.current.put(call)
         if module.training and torch.is_grad_enabled():
             self._follow_checkpoints(module)
 
@@ -78,13 +79,13 @@ class Hooks:
         for each in module.modules():
             function = each.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, Checkpointed):
-                each.__dict__["_gradient_checkpointing_func"] = Checkpointed(function, self._current)
+                each.__dict__["_gradient_checkpointing_func"] = Checkpointed(function, self)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, module: nn.Module, _inputs: Any, result: Any) -> None:
-        call = self._current.now
+        call = self.current.now
         if call is not None and call.module is module:
-            self._current.put(None)
+            self.current.put(None)
             self._end(call, result is None)
 
 

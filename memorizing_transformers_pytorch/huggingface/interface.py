@@ -43,6 +43,11 @@ class Local:
     def __init__(self, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
         self.key, self.value, self.mask, self.options = key, value, mask, options
 
+    def multiplier(self, like: Tensor) -> Tensor:
+        """() float32: of inner products, before the cap."""
+        scaling = self.options.get("scaling")
+        return torch.tensor(self.key.shape[-1] ** -0.5 if scaling is None else float(scaling), device=like.device)
+
     def logits(self, products: Tensor) -> Tensor:
         """Inner products of queries and keys -> logits in float32, scaled and capped as the backend does."""
         scaling = self.options.get("scaling")
@@ -111,8 +116,6 @@ def backend_of(module: nn.Module, config: Any) -> AttentionFunction:
 
 def use(module: Any, extension: Extension) -> None:
     """From now on the extension takes part in the attention of this layer. Nothing but the layer's `config` changes."""
-    if NAME not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
     object.__setattr__(module, "_memorizing", (extension, module.config))
     module.config = copy.copy(module.config)
     module.config._attn_implementation_internal = NAME
@@ -126,3 +129,6 @@ def leave(module: Any) -> None:
 
 def is_used(module: nn.Module) -> bool:
     return hasattr(module, "_memorizing")
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attend)  # here, for models that are unpickled in another process

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Shared, refuse_in_backward
+from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Shared, deepcopied, refuse_in_backward
 from memorizing_transformers_pytorch.memory import KNNMemory
+from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries
 from memorizing_transformers_pytorch.memory.policy import OLDEST, POLICIES
-from memorizing_transformers_pytorch.memory.retrieved import Lookup, Table
-from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
+from memorizing_transformers_pytorch.memory.retrieved import Lookup
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 LEAST = {"topk": 1, "distance": 0, "recent": 1, "max_memories": 1, "chunk": 1, "skip_first": 0, "window": 0}
@@ -95,8 +95,7 @@ class BaseLayer:
         self._shape = shape
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BaseLayer:
-        """Copies of a module (as PEFT makes them) share the memory."""
-        return self
+        return deepcopied(self, self.shared.model, memo)
 
     def attach(self) -> None:
         """Take part in the model from now on."""
@@ -210,18 +209,16 @@ class BaseLayer:
             call.found[self.index] = Found(memories, counts, [None] * len(memories))
         return call.found[self.index]
 
-    def look_up(self, call: Call, queries: list[Tensor]) -> list[OfBatch]:
-        """Queries (B, H, T, D) for each of the memories -> what each row of the batch found in those that hold
-        something."""
+    def look_up(self, call: Call, queries: list[Tensor]) -> list[tuple[Tensor, Lookup]]:
+        """Queries (B, H, T, D) for each of the memories -> those for memories that hold something, and what each row of
+        the batch found there."""
         found = self.found(call)
         for i, (memory, query) in enumerate(zip(found.memories, queries, strict=True)):
             if memory is not None and found.lookups[i] is None:
-                with torch.enable_grad():  # what is found must stay also where gradients come later
-                    grouped = grouped_by_row(query.detach(), len(call.rows))
-                    found.lookups[i] = memory.look_up(grouped, self.options.topk, rows=call.rows)
-        return [
-            OfBatch(lookup, query) for lookup, query in zip(found.lookups, queries, strict=True) if lookup is not None
-        ]
+                grouped = grouped_by_row(query.detach(), len(call.rows))
+                found.lookups[i] = memory.look_up(grouped, self.options.topk, rows=call.rows)
+        pairs = zip(queries, found.lookups, strict=True)
+        return [(query, of_batch(lookup, query)) for query, lookup in pairs if lookup is not None]
 
 
 def holds_any(memory: KNNMemory, rows: list[int]) -> bool:
@@ -241,28 +238,16 @@ def grouped_by_row(x: Tensor, rows: int) -> Tensor:
     return x.view(rows, batch // rows, heads, count, size).transpose(1, 2).reshape(rows, heads, -1, size)
 
 
-class OfBatch:
-    """What the rows of a batch found with a query, several of which may share a row of the memory: (B, H, T, K)."""
+def of_batch(lookup: Lookup, query: Tensor) -> Lookup:
+    """(R, H, B / R * T, K) -> (B, H, T, K): the reverse of `grouped_by_row`, for what was found with these queries."""
+    batch, heads, count, _ = query.shape
+    if len(lookup.slots) == batch:
+        return lookup
 
-    def __init__(self, lookup: Lookup, query: Tensor) -> None:
-        self.query = query
-        self._lookup, self._shape = lookup, query.shape
-        self.slots, self.scores, self.mask = map(self._of_batch, (lookup.slots, lookup.scores, lookup.mask))
+    def spread(x: Tensor) -> Tensor:
+        return x.view(len(x), heads, batch // len(x), count, -1).transpose(1, 2).reshape(batch, heads, count, -1)
 
-    def tables(self) -> list[Table]:
-        """As `Lookup.tables`."""
-        return [
-            Table(keys, values, self._of_batch(slots), None if mask is None else self._of_batch(mask))
-            for keys, values, slots, mask in self._lookup.tables()
-        ]
-
-    def _of_batch(self, x: Tensor) -> Tensor:
-        """(R, H, B / R * T, K) -> (B, H, T, K)."""
-        batch, heads, count, _ = self._shape
-        rows = len(x)
-        if rows == batch:
-            return x
-        return x.view(rows, heads, batch // rows, count, -1).transpose(1, 2).reshape(batch, heads, count, -1)
+    return lookup._replace(slots=spread(lookup.slots), scores=spread(lookup.scores), mask=spread(lookup.mask))
 
 
 def parameters_in_use(module: Any) -> list[nn.Parameter]:

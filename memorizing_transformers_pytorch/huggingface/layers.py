@@ -17,7 +17,16 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.probe import Layer, Probed, positions_of, probe, run, watching
+from memorizing_transformers_pytorch.huggingface.probe import (
+    Layer,
+    Probed,
+    positions_of,
+    probe,
+    refusing,
+    run,
+    vocabulary_of,
+    watching,
+)
 from memorizing_transformers_pytorch.utils.durable import replacing
 from memorizing_transformers_pytorch.utils.fingerprint import Weights
 from memorizing_transformers_pytorch.utils.plain_json import read_object
@@ -56,11 +65,10 @@ def induction_scores(model: Any, served: dict[int, Layer]) -> dict[int, float]:
 
 
 def _measured(model: Any, served: dict[int, Layer]) -> dict[int, float]:
-    config = model.config.get_text_config()
     repeated = min(REPEATED, (positions_of(model) or 2 * REPEATED) // 2)
     random = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (ROWS, repeated), generator=random).repeat(1, 2)
-    with watching(model, {index: layer.module for index, layer in served.items()}) as seen:
+    tokens = torch.randint(vocabulary_of(model), (ROWS, repeated), generator=random).repeat(1, 2)
+    with refusing(model), watching(model, {index: layer.module for index, layer in served.items()}) as seen:
         run(model, tokens)
         found = {index: _score(seen[index]) for index in served}
     return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.attention.retrieval import retrieved_logits, retrieved_values
+from memorizing_transformers_pytorch.attention.merge import gated, merged, share
+from memorizing_transformers_pytorch.attention.ops import found_weights, memory_attention
 from memorizing_transformers_pytorch.huggingface import interface
 from memorizing_transformers_pytorch.huggingface.calls import Call, Shared
-from memorizing_transformers_pytorch.huggingface.devices import device_of
-from memorizing_transformers_pytorch.huggingface.interface import LEAST, Extension, Local
+from memorizing_transformers_pytorch.huggingface.interface import Extension, Local
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options, Shape, of_rows, parameters_in_use
 from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.huggingface.rotary import CosSin
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.memory.store import POSITION, StagedEntries
+from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 GATE_START = -2.0
@@ -53,20 +53,19 @@ class MemoryLayer(Extension, BaseLayer):
     """
 
     def __init__(self, layer: Layer, options: Options, shared: Shared, context: int | None) -> None:
-        weight = next(layer.module.parameters())
         self.layer, self.context = layer, context
         recent = options.recent or (None if context is None else max(context // 2, 1))
         true_places = layer.rotary is not None and options.positions == "true"
         parted = true_places and recent is not None and recent < options.max_memories
         self._recent_of_new = recent if parted else None
-        shape = Shape(layer.kv_heads, layer.width, device_of(layer.module), weight.dtype)
+        shape = Shape(layer.kv_heads, layer.width, layer.device, layer.dtype)
         super().__init__(layer.index, layer.module, shape, options, shared)
         self._far: CosSin | None = None  # the table that turns by `distance`
         self._hook: Any = None
 
     def attach(self) -> None:
         start = 0.0 if self.options.combine == "softmax" else GATE_START
-        self.module.add_module(BIAS, HeadBias(self.layer.heads, start, device_of(self.module)))
+        self.module.add_module(BIAS, HeadBias(self.layer.heads, start, self.layer.device))
         interface.use(self.module, self)
         self._hook = self.module.register_forward_pre_hook(self._note_positions, with_kwargs=True)
 
@@ -130,7 +129,8 @@ class MemoryLayer(Extension, BaseLayer):
         too_far = int((place - positions > recent.max_memories).sum())
         if too_far:
             self._copy_to_older(memories, row, too_far)
-            recent.drop_oldest(row, too_far)
+            oldest = recent.store.places_in_order(row)[:too_far]
+            recent.remove(row, torch.zeros_like(positions, dtype=torch.bool).index_fill_(0, oldest, True))
 
     def _copy_to_older(self, memories: list[KNNMemory], row: int, count: int) -> None:
         """The oldest `count` of the recent entries, turned back to position 0."""
@@ -163,45 +163,46 @@ class MemoryLayer(Extension, BaseLayer):
             keys = self._placed(call, local.key[:, :, -count:].detach())
             call.pairs[self.index] = keys, local.value[:, :, -count:].detach()
         bias: Tensor = head_bias(query)
-        if self.found(
-            call
-        ).is_empty:  # the same numbers, but with the bias in the graph, as DistributedDataParallel needs
-            return out + 0 * bias.sum().to(out) if torch.is_grad_enabled() and bias.requires_grad else out
-        return self._join(call, out, query, local, bias)
+        if not self.found(call).is_empty:
+            return self._join(call, out, query, local, bias)
+        # The same numbers, but with the bias in the graph, as DistributedDataParallel needs.
+        return out + 0 * bias.sum().to(out) if torch.is_grad_enabled() and bias.requires_grad else out
 
     def _join(self, call: Call, out: Tensor, query: Tensor, local: Local, bias: Tensor) -> Tensor:
-        found = self.look_up(call, self._queries(call, query))
-        mask = torch.cat([part.mask for part in found], dim=-1)
-        products = torch.cat([retrieved_logits(part.query, part) for part in found], dim=-1)
-        logits = local.logits(products)
-        corrections = self._length_corrections(call)
-        if any(map(any, corrections)):
-            logits = logits - self._of_each(corrections, logits)
-        logits = logits.masked_fill(~mask, LEAST)
-        weights = logits.softmax(dim=-1) * mask
+        multiplier, softcap = local.multiplier(query), local.options.get("softcap")
+        found, corrections = self.look_up(call, self._queries(call, query)), self._length_corrections(call, query)
+        parts = [
+            memory_attention(own, lookup, multiplier, less=less, softcap=softcap)
+            for (own, lookup), less in zip(found, corrections, strict=True)
+        ]
+        here = out.transpose(1, 2), local.total(query).squeeze(-1)
         if self.options.combine == "softmax":
-            bias = bias + logits.logsumexp(dim=-1, keepdim=True) - local.total(query)
-        share = (bias.sigmoid() * mask.any(dim=-1, keepdim=True)).transpose(1, 2)
+            biased = [(each, lse + bias.squeeze(-1)) for each, lse in parts]
+            together, total = merged([*biased, here])
+            shares = [share(lse, total) for _, lse in biased]
+        else:
+            of_memory = merged(parts)
+            together = gated(here[0], of_memory, bias)
+            shares = [share(lse, of_memory[1]) * bias.sigmoid() for _, lse in parts]
         if call.keeps_weights:
-            self.found(call).weights = (weights * share.transpose(1, 2)).detach()
-        parts = zip(torch.split(weights, self.options.topk, dim=-1), found, strict=True)
-        first, *others = [retrieved_values(some, part) for some, part in parts]
-        of_memory = sum(others, start=first).transpose(1, 2)
-        return (out + share * (of_memory - out.float())).to(out.dtype)
+            weights = [
+                found_weights(lookup, multiplier, lse, less=less, softcap=softcap) * each
+                for (_, lookup), (_, lse), less, each in zip(found, parts, corrections, shares, strict=True)
+            ]
+            self.found(call).weights = torch.cat(weights, dim=-1).detach()
+        return together.transpose(1, 2).to(out.dtype)
 
-    def _length_corrections(self, call: Call) -> list[list[float]]:
-        """log(N / context), or 0, for each memory and each row, which holds N entries.
+    def _length_corrections(self, call: Call, query: Tensor) -> list[Tensor | None]:
+        """log(N / context) for each memory, (B, 1, 1, 1): one whose rows hold N entries, more than that; else None.
 
         Of more tokens than the model has ever seen at once, more fit a query by chance; all together should weigh as
         much as those of one context.
         """
-        longest = self.context or math.inf
-        return [[math.log(max(count / longest, 1.0)) for count in counts] for counts in self.found(call).counts]
-
-    def _of_each(self, numbers: list[list[float]], logits: Tensor) -> Tensor:
-        """A number for each memory and row -> one for each entry that is found there (B, 1, 1, n K)."""
-        by_row = torch.stack([of_rows(each, len(logits), logits) for each in numbers], dim=1).to(logits.dtype)
-        return by_row.repeat_interleave(self.options.topk, dim=1).view(len(logits), 1, 1, -1)
+        corrections: list[Tensor | None] = []
+        for counts in self.found(call).counts:
+            less = [math.log(max(count / (self.context or math.inf), 1.0)) for count in counts]
+            corrections.append(of_rows(less, len(query), query).view(-1, 1, 1, 1) if any(less) else None)
+        return corrections
 
     def _queries(self, call: Call, query: Tensor) -> list[Tensor]:
         """Queries (B, H, T, D) for each of the memories: turned to where they stand, or to one distance."""

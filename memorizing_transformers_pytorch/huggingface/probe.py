@@ -34,7 +34,8 @@ class Layer:
     """A layer that can be given a memory.
 
     index: its number. module: its attention. heads, kv_heads, width: H, G and D. rotary: how its keys are turned, None
-    if they are not. embedded: whether positions came with the embedding of the token (learned ones).
+    if they are not. embedded: whether positions came with the embedding of the token (learned ones). device, dtype: of
+    the values that it computes; its weights may be packed codes.
     """
 
     index: int
@@ -44,6 +45,8 @@ class Layer:
     width: int
     rotary: Rotary | None
     embedded: bool
+    device: torch.device
+    dtype: torch.dtype
 
 
 @dataclass
@@ -79,6 +82,12 @@ def positions_of(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
 
 
+def vocabulary_of(model: Any) -> int:
+    """How many token ids the model embeds. (The shape of quantised weights does not tell.)"""
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return int(size or model.config.get_text_config().vocab_size)
+
+
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """The attention modules by number of the layer: what has `layer_idx`, a configuration and projections of its own.
 
@@ -101,8 +110,24 @@ def probe(model: Any) -> tuple[dict[int, Layer], dict[int, str]]:
 
     Raises ValueError for models of which none can.
     """
-    modules = _candidates(model)
-    tokens = torch.arange(TOKENS) % model.config.get_text_config().vocab_size
+    with refusing(model):
+        return _probe(model, _candidates(model))
+
+
+@contextlib.contextmanager
+def refusing(model: Any) -> Iterator[None]:
+    """Raises ValueError for whatever is raised inside: a model that cannot be examined cannot have a memory."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = f"examining it raised {type(error).__name__}: {error}"
+        raise ValueError(f"{_name(model)} cannot have a memory: {reason}") from error
+
+
+def _probe(model: Any, modules: dict[int, nn.Module]) -> tuple[dict[int, Layer], dict[int, str]]:
+    tokens = torch.arange(TOKENS) % vocabulary_of(model)
     with watching(model, modules) as seen:
         for offset in OFFSETS:
             try:
@@ -225,7 +250,7 @@ def _layer(index: int, module: nn.Module, seen: Probed) -> Layer:
         raise ValueError("its attention is more than a softmax over scaled products of queries and keys")
     embedded = seen.cos_sin[0] is None and not all(_same(seen.inputs[0], other) for other in seen.inputs[1:])
     rotary = None if embedded else _rotary(module, seen)
-    return Layer(index, module, heads, key.shape[1], width, rotary, embedded)
+    return Layer(index, module, heads, key.shape[1], width, rotary, embedded, value.device, value.dtype)
 
 
 def _with_half_in_memory(query: Tensor, local: Local) -> Tensor:

@@ -19,6 +19,7 @@ from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.layer import Entries, Options
 from memorizing_transformers_pytorch.huggingface.probe import evaluating, run
 from memorizing_transformers_pytorch.memory.ledger import Document
+from memorizing_transformers_pytorch.utils.integers import as_int64
 
 
 class Piece(NamedTuple):
@@ -131,9 +132,9 @@ def _fill_in(losses: list[Tensor], pieces: list[Piece], tokens: Tensor, logits: 
 
 def checked_texts(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> list[Tensor]:
     """input_ids (N,) or (R, N) and their mask -> the tokens of each row. Raises ValueError for what cannot be read."""
-    if not isinstance(input_ids, Tensor) or input_ids.ndim not in (1, 2) or input_ids.is_floating_point():
-        got = f"{input_ids.dtype} {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else repr(type(input_ids))
-        raise ValueError(f"expected input_ids as integers (N,) or (rows, N), got {got}")
+    input_ids = as_int64(input_ids, "input_ids")
+    if input_ids.ndim not in (1, 2):
+        raise ValueError(f"expected input_ids (N,) or (rows, N), got {tuple(input_ids.shape)}")
     if input_ids.numel() == 0:
         raise ValueError(
             f"expected at least one token in each document, got input_ids of shape {tuple(input_ids.shape)}"

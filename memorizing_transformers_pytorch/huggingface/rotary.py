@@ -9,10 +9,12 @@ half of them).
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,13 +92,24 @@ class Rotary:
 def rotary_of(attention: nn.Module, position_embeddings: object, width: int) -> Rotary | None:
     """How this layer turns heads of this width, read off the cosines and sines (1, 2, C) of positions 0 and 1; None if
     it does not so."""
-    turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    turn = _turn_of(sys.modules[type(attention).__module__])
     pair = isinstance(position_embeddings, tuple) and len(position_embeddings) == 2
     if turn is None or not pair or not all(isinstance(part, Tensor) for part in position_embeddings):  # type: ignore[attr-defined]
         return None
     cos, sin = (part[0].detach().double() for part in position_embeddings)  # type: ignore[attr-defined]
     layout = layout_of(turn, width, cos.shape[-1], cos.device)
     return None if layout is None else Rotary(layout, torch.atan2(sin[1], cos[1]), float(cos[0].mean()))
+
+
+def _turn_of(family: Any) -> Turn | None:
+    """The function of a family that turns queries and keys; None if it has none, or one with other arguments."""
+    function = getattr(family, "apply_rotary_pos_emb", None)
+    if function is None:
+        return None
+    names = list(inspect.signature(function).parameters)
+    if names[:3] == ["x", "cos", "sin"]:  # Gemma 3n and later turn one tensor at a time
+        return lambda q, k, cos, sin: (function(q, cos, sin), function(k, cos, sin))
+    return function if names[:4] == ["q", "k", "cos", "sin"] else None
 
 
 def layout_of(turn: Turn, width: int, columns: int, device: torch.device) -> Layout | None:

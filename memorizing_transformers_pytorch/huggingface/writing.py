@@ -6,7 +6,6 @@ Shapes: B rows, G key/value heads, T tokens of a call, C tokens kept, D head wid
 from __future__ import annotations
 
 import functools
-import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from memorizing_transformers_pytorch.huggingface.calls import Call, runs_inside
+from memorizing_transformers_pytorch.huggingface.calls import Call, Lock, runs_inside
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Passed, Titles, checked_titles, origins_of
 from memorizing_transformers_pytorch.huggingface.layer import Entries
 
@@ -143,7 +142,7 @@ class Window:
     which nothing comes. pads: what `generate` writes instead.
     """
 
-    def __init__(self, contents: Contents, window: int, model: Any, lock: threading.RLock) -> None:
+    def __init__(self, contents: Contents, window: int, model: Any, lock: Lock) -> None:
         self._contents, self._window, self._lock = contents, window, lock
         config = getattr(model, "generation_config", None)
         self._ends = _tokens(getattr(config, "eos_token_id", None))

@@ -1,54 +1,90 @@
-"""Building a memory from files: known ones are skipped, changed ones read anew, and what was broken off goes on."""
+"""Building a memory from files: unchanged files are skipped, changed ones read again, interrupted ones continued."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from memorizing_transformers_pytorch.data.text import decode
-from memorizing_transformers_pytorch.library.readers import DocumentReader
-from memorizing_transformers_pytorch.library.room import Room
+from memorizing_transformers_pytorch.library.readers import COMPLETE, DocumentReader, NoText
 from memorizing_transformers_pytorch.memory.disk.manifest import files_of_memory
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
 
-COMPLETE = "complete"
-DIGEST = "sha256"
+DIGEST = "sha256"  # in `about` of a document: of its file
+FILE, LINK = "file", "link"  # the real path of the file, and the path that was given if a symbolic link is in it
+REMOVE_BY_PRUNE = "is still in the memory (--prune removes it)"
 
 
 @dataclass
 class Outcome:
-    """What has become of the files, by their names; left_out: why. too_short, made_room: of which nothing is held."""
+    """What became of files and documents, by name.
+
+    removed: documents that were forgotten, as their files are no text any more or (prune) not among those given.
+    kept: documents in the memory whose files are gone or cannot be opened. too_short: nothing of them is stored.
+    evicted: others took their place. skipped: file -> why it was not read.
+    """
 
     read: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)
-    gone_on: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    continued: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     too_short: list[str] = field(default_factory=list)
-    made_room: list[str] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
+    evicted: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def messages(self, remedy: str) -> list[str]:
+        """What a user should know. remedy: against eviction."""
+        removed = [f"removed from the memory: {', '.join(self.removed)}"] if self.removed else []
+        kept = [f"{title} {REMOVE_BY_PRUNE}: its file is gone or cannot be opened" for title in self.kept]
+        skipped = [f"skipped {why}" for why in self.skipped.values()]
+        return [*skipped, *removed, *kept, *room_messages(self.too_short, self.evicted, remedy)]
 
 
-def files_below(sources: Sequence[str], pattern: str) -> list[Path]:
-    """Files, and those below folders whose name matches the pattern, but hidden ones and those of a memory; each once,
-    whatever it is called. Raises ValueError for none."""
+def room_messages(too_short: Sequence[str], evicted: Sequence[str], remedy: str = "") -> list[str]:
+    """What to say about documents that the memory does not hold."""
+    said = [f"too short to be remembered: {', '.join(too_short)}"] if too_short else []
+    if evicted:
+        documents = "1 document was" if len(evicted) == 1 else f"{len(evicted):,} documents were"
+        said.append(f"the memory is full: {documents} evicted{remedy}")
+    return said
+
+
+def held_titles(memory: Any) -> dict[int, str]:
+    """Number -> title of the documents that have entries in the memory."""
+    return {each.number: each.title for each in memory.documents() if any(each.entries)}
+
+
+def evicted_since(before: Mapping[int, str], memory: Any) -> list[str]:
+    """The titles of those documents that have no entries left."""
+    held = held_titles(memory)
+    return [title for number, title in before.items() if number not in held]
+
+
+def files_below(sources: Sequence[str], pattern: str, *, may_be_none: bool = False) -> list[Path]:
+    """The given files, and those below the given folders that match the pattern, each once. Hidden files and files of
+    a memory are left out; a folder that cannot be opened is listed itself.
+
+    Raises ValueError for sources that do not exist, and if there are no files, unless there may be none.
+    """
     found: dict[str, Path] = {}
     for source in map(Path, sources):
         if not source.is_dir() and not source.is_file():
-            raise ValueError(f"expected a file or folder to read, got {str(source)!r}, which does not exist")
+            raise ValueError(f"there is no file or folder {str(source)!r} to read")
         for path in _below(source, pattern) if source.is_dir() else [source]:
-            found.setdefault(_place(path), path)
-    if not found:
-        raise ValueError(f"expected files that match {pattern!r}, got none in {', '.join(sources)}")
+            found.setdefault(real_path(path), path)
+    if not found and not may_be_none:
+        raise ValueError(f"no files match {pattern!r} in {', '.join(sources)}")
     return list(found.values())
 
 
-def _place(file: Path | str) -> str:
+def real_path(file: Path | str) -> str:
     """Where a file is, the same for every spelling of its name."""
     try:
         return os.path.realpath(file)
@@ -57,109 +93,140 @@ def _place(file: Path | str) -> str:
 
 
 def _below(root: Path, pattern: str) -> Iterator[Path]:
-    for place, folders, names in os.walk(root):
+    closed: list[Path] = []
+    for place, folders, names in os.walk(root, onerror=lambda error: closed.append(Path(error.filename))):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
         for name in sorted(set(names) - files_of_memory(Path(place), names)):
             path = Path(place, name)
             if not name.startswith(".") and path.match(pattern) and path.is_file():
                 yield path
+    yield from closed
+
+
+def text_of(data: bytes, name: str) -> str:
+    """The text of a file. Raises NoText if it is binary, empty or not UTF-8."""
+    if b"\0" in data:
+        raise NoText(f"{name}: binary file")
+    try:
+        text = data.decode("utf-8").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
+    except UnicodeDecodeError as error:
+        raise NoText(f"{name}: not UTF-8, byte 0x{data[error.start]:02x} at offset {error.start:,}") from error
+    if not text.strip():
+        raise NoText(f"{name}: empty file")
+    return text
 
 
 class Builder:
     """Reads files into the memory of a reader, and saves it now and then.
 
-    save: is called when `seconds` have passed since the last time, wherever reading stands, and at the end. wish: to
-    stop, which raises Interrupted as soon as what was read is saved.
+    save: called when `seconds` have passed since the last time, and at the end. wish: a request to stop; what was read
+    is saved, then Interrupted is raised.
     """
 
     def __init__(self, reader: DocumentReader, save: Callable[[], None], seconds: float, wish: Wish) -> None:
         self._reader, self._save, self._seconds, self._wish = reader, save, seconds, wish
         self._saved_at = time.monotonic()
-        self._room = Room(reader)
 
     def build(self, files: Sequence[Path], progress: Callable[[str, float], None], *, prune: bool = False) -> Outcome:
-        """Let the memory hold these files. progress: is told the name of a file and how many of its bytes were read.
+        """Read these files. progress: called with the name of a file and how many of its bytes were read.
 
-        prune: forget documents that came from files which are not among these.
+        prune: forget documents whose files are not among these, or cannot be opened.
         """
-        outcome, known = Outcome(), _by_place(self._reader.ledger.documents())
+        self._outcome, self._held = Outcome(), held_titles(self._reader.memory)
+        known = by_file(self._reader.memory.ledger.documents(), files)
+        unreadable = set[str]()
         for path in files:
-            *older, newest = known.get(_place(path), [None])
+            *older, newest = [None, *self._present(known.pop(real_path(path), []))]
             self._forget(older)  # a file that was in two memories which were merged
-            self._take_in(path, newest, outcome, progress)
-        for place in sorted(known.keys() - set(map(_place, files))) if prune else ():
-            self._forget(known[place])
-            outcome.removed.append(known[place][-1].title)
-        outcome.too_short, outcome.made_room = self._room.too_short, self._room.made()
+            try:
+                self._read(path, newest, progress)
+            except NoText as error:
+                self._outcome.skipped[str(path)] = str(error)
+                self._remove([newest])
+            except OSError as error:
+                self._outcome.skipped[str(path)] = f"{path}: {error.strerror or error}"
+                if newest is not None:
+                    known[real_path(path)] = [newest]
+                    unreadable.add(real_path(path))
+        for place, documents in known.items():
+            documents = self._present(documents)
+            if prune:
+                self._remove(documents)
+            elif place in unreadable or not (os.path.isfile(place) and os.access(place, os.R_OK)):
+                self._outcome.kept += [each.title for each in documents if os.path.isabs(each.about[FILE])]
+        self._outcome.evicted = evicted_since(self._held, self._reader.memory)
         self._save()
-        return outcome
+        return self._outcome
 
-    def _take_in(
-        self, path: Path, known: Document | None, outcome: Outcome, progress: Callable[[str, float], None]
-    ) -> None:
-        name = str(path)
-        try:
-            data = path.read_bytes()
-            text = text_of(data, name)
-        except (OSError, ValueError) as error:
-            outcome.left_out[name] = str(error)
-            return
-        about = {"file": _place(path), DIGEST: hashlib.sha256(data).hexdigest()}
-        if known is not None and known.about.get(DIGEST) == about[DIGEST]:
-            if known.about.get(COMPLETE):
-                outcome.known.append(name)
-                progress(name, len(data))
-                return
-            self._room.note_forgotten(known.number)  # it may be read anew, under another number
-            outcome.gone_on.append(name)
-        elif known is not None:
+    def _present(self, documents: Sequence[Document]) -> list[Document]:
+        """Those that are left: a text may contain a token that clears the memory."""
+        return [each for each in documents if each.number in self._reader.memory.ledger]
+
+    def _read(self, path: Path, known: Document | None, progress: Callable[[str, float], None]) -> None:
+        name, outcome, ledger = str(path), self._outcome, self._reader.memory.ledger
+        data = path.read_bytes()
+        text, about = text_of(data, name), about_file(path, data)
+        if known is not None and known.about.get(DIGEST) != about[DIGEST]:
             self._forget([known])
-            known = None
-            outcome.changed.append(name)
+            known, kind = None, outcome.changed
+        elif known is not None and COMPLETE in known.about:
+            ledger.note(known.number, about)
+            outcome.unchanged.append(name)
+            progress(name, len(data))
+            return
         else:
-            outcome.read.append(name)
+            kind = outcome.read if known is None else outcome.continued
         done = 0.0
         for part in self._reader.read(name, text, about, known):
             if part == 1:
-                self._finish()
+                self._note_read(known, ledger.last)
+                kind.append(name)
             progress(name, (part - done) * len(data))
             done = part
             self._save_sometimes()
 
-    def _forget(self, documents: Iterable[Document | None]) -> None:
-        for each in documents:
-            if each is not None:
-                self._reader.forget(each.number)
-                self._room.note_forgotten(each.number)
+    def _note_read(self, known: Document | None, document: Document) -> None:
+        if known is not None:
+            self._held.pop(known.number, None)  # it may have been read again, with another number
+        if self._reader.remembers(document.tokens):
+            self._held[document.number] = document.title
+        else:
+            self._outcome.too_short.append(document.title)
 
-    def _finish(self) -> None:
-        newest = self._reader.ledger.documents()[-1]
-        self._reader.ledger.note(newest.number, {COMPLETE: "yes"})
-        self._room.note_read(newest)
+    def _remove(self, documents: Iterable[Document | None]) -> None:
+        self._outcome.removed += [each.title for each in self._forget(documents)]
+
+    def _forget(self, documents: Iterable[Document | None]) -> list[Document]:
+        gone = [each for each in documents if each is not None]
+        for each in gone:
+            self._reader.memory.forget(each.number)
+            self._held.pop(each.number, None)
+        return gone
 
     def _save_sometimes(self) -> None:
         if wanted := self._wish.signal:
             self._save()
-            raise Interrupted("what was read is saved; the same command goes on", wanted)
+            raise Interrupted("what was read is saved; run the same command again to continue", wanted)
         if time.monotonic() - self._saved_at >= self._seconds:
             self._save()
             self._saved_at = time.monotonic()
 
 
-def _by_place(documents: Sequence[Document]) -> dict[str, list[Document]]:
-    """The documents of each file, the newest last. (Older memories know files by the names that were given.)"""
-    found: dict[str, list[Document]] = {}
+def about_file(path: Path, data: bytes) -> dict[str, str]:
+    """What a document says about its file."""
+    place, given = real_path(path), os.path.abspath(path)
+    return {FILE: place, DIGEST: hashlib.sha256(data).hexdigest(), **({LINK: given} if given != place else {})}
+
+
+def by_file(documents: Sequence[Document], files: Sequence[Path]) -> dict[str, list[Document]]:
+    """The documents of each file by its real path, the newest last. A document that was read through a link belongs to
+    the file to which the link leads now, unless its own file is given too."""
+    given = {os.path.abspath(path): real_path(path) for path in files}
+    places, found = set(given.values()), dict[str, list[Document]]()
     for each in documents:
-        if "file" in each.about:
-            found.setdefault(_place(each.about["file"]), []).append(each)
+        if FILE in each.about:
+            place = real_path(each.about[FILE])
+            if place not in places:
+                place = given.get(each.about.get(LINK, ""), place)
+            found.setdefault(place, []).append(each)
     return found
-
-
-def text_of(data: bytes, name: str) -> str:
-    """What a file says. Raises ValueError if it is binary, empty or not UTF-8."""
-    if b"\0" in data:
-        raise ValueError(f"expected text in {name!r}, got a binary file")
-    text = decode(data, repr(name), "strict")
-    if not text.strip():
-        raise ValueError(f"expected text in {name!r}, got an empty file")
-    return text

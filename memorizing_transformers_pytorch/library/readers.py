@@ -1,8 +1,7 @@
-"""Models that read documents into a memory on disk: those of this package, and those of transformers."""
+"""Models that read documents into a memory of one row: models of this package, and models of transformers."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,126 +9,84 @@ from typing import Any
 import torch
 
 from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.memory.documents import DocumentTable
-from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.model.session import Session
 from memorizing_transformers_pytorch.training.run import CONFIG, LoadedRun, load_run, run_named
 from memorizing_transformers_pytorch.utils.fingerprint import Weights
 
+COMPLETE = "complete"  # in `about` of a document that was read to its end
 PIECES = 4  # of a document, read between two chances to save
 OF_RUN = "of a run"
 MAX_MEMORIES = 262_144  # as of an attached memory
-CHUNK = 512  # of a text, for models of transformers that can be given so many tokens
+CHUNK = 512  # tokens of a text, for models of transformers that take as many
 
 
-class DocumentReader(ABC):
-    """A model, its tokenizer, and its memory of one row."""
-
-    @abstractmethod
-    def load(self, folder: Path, *, mmap: bool = False) -> None:
-        """Remember what the folder holds, with mmap (on a CPU) where it lies; searched as before, unless an index was
-        given. Raises ValueError for a memory of another model."""
-
-    @abstractmethod
-    def save(self, folder: Path, *, compact: bool = False) -> None:
-        """Write what is remembered."""
-
-    @property
-    @abstractmethod
-    def ledger(self) -> Ledger:
-        """Which documents are remembered."""
-
-    @abstractmethod
-    def documents(self) -> DocumentTable:
-        """The same, with what is held of each."""
-
-    @abstractmethod
-    def merge(self, folder: Path) -> None:
-        """Add what another folder holds."""
-
-    @abstractmethod
-    def forget(self, document: int) -> None:
-        """Remove all of a document."""
-
-    @property
-    @abstractmethod
-    def longest(self) -> int | None:
-        """How many tokens the model can be given at once; None if it does not say."""
-
-    @abstractmethod
-    def remembers(self, tokens: int) -> bool:
-        """Whether anything is remembered of a document with so many tokens."""
-
-    @abstractmethod
-    def parts(self) -> tuple[Any, Any, Any]:
-        """The model, its tokenizer and its memory, as `explain` takes them."""
-
-    @abstractmethod
-    def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
-        """Read a document, or the rest of the known one. Gives after each portion the part of it that has been read."""
+class NoText(ValueError):
+    """A file without any text to read: binary, empty, not UTF-8, or without tokens."""
 
 
-class RunReader(DocumentReader):
-    """The model of a run. What it has read of a document when it is broken off is read again."""
+class RunReader:
+    """The model of a run. A document that was not read to its end is read again from its beginning."""
 
     def __init__(self, run: LoadedRun, max_memories: int | None, index: str | None = None) -> None:
-        self.run, self._index = run, index
-        self.memories = run.model.create_knn_memories(batch_size=1, max_memories=max_memories or MAX_MEMORIES)
-        self.memories.fingerprint = Weights(run.model).fingerprint()
-        self.memories.extra = {"kind": OF_RUN, "layers": list(run.model.config.layers_with_memory)}
+        self.run, self.model, self.tokenizer, self._index = run, run.model, run.tokenizer, index
+        self.memory = run.model.create_knn_memories(batch_size=1, max_memories=max_memories or MAX_MEMORIES)
+        self.memory.fingerprint = Weights(run.model).fingerprint()
+        self.memory.extra = {"kind": OF_RUN, "layers": list(run.model.config.layers_with_memory)}
 
     def load(self, folder: Path, *, mmap: bool = False) -> None:
-        self.memories = load_memories(self.run, folder, mmap=mmap, index=self._index)
+        """Use the memory in a folder instead. mmap: leave it on disk (on a CPU). Raises ValueError for that of another
+        model."""
+        self.memory = load_memories(self.run, folder, mmap=mmap, index=self._index)
 
     def merge(self, folder: Path) -> None:
-        self.memories.merge(load_memories(self.run, folder))
-
-    def save(self, folder: Path, *, compact: bool = False) -> None:
-        self.memories.save(folder, compact=compact)
-
-    @property
-    def ledger(self) -> Ledger:
-        return self.memories.ledger
-
-    def documents(self) -> DocumentTable:
-        return self.memories.documents()
-
-    def forget(self, document: int) -> None:
-        self.memories.forget(document)
+        """Add the memory in another folder."""
+        self.memory.merge(load_memories(self.run, folder))
 
     @property
     def longest(self) -> int:
+        """How many tokens the model takes at once."""
         return self.run.config.training.segment_length
 
     def remembers(self, tokens: int) -> bool:
-        config = self.run.model.config
-        with_xl = set(config.layers_with_memory) <= set(config.layers_with_xl)  # then it has the last tokens instead
+        """Whether a document of this length leaves entries in the memory."""
+        config = self.model.config
+        with_xl = set(config.layers_with_memory) <= set(config.layers_with_xl)  # XL memory keeps the last tokens
         return tokens > (config.xl_max_memories if with_xl else 0)
 
-    def parts(self) -> tuple[Any, Any, Any]:
-        return self.run.model, self.run.tokenizer, self.memories
-
     def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
+        """Read a document, or the rest of a known one. Yields how much of it has been read, at the end 1.
+
+        Raises NoText, changing nothing, for a text without tokens.
+        """
+        tokens = self.tokenizer.encode(text)
+        if not tokens:
+            raise NoText(f"{title}: no tokens")
         if known is not None:
-            self.forget(known.number)
-        tokens, length = self.run.tokenizer.encode(text), self.run.config.training.segment_length
-        number = self.ledger.begin(title, 0, 0, about)
-        session = Session(self.run.model, self.memories, batch_size=1, segment_length=length, documents=[number])
+            self.memory.forget(known.number)
+        ledger, length = self.memory.ledger, self.longest
+        number = ledger.begin(title, 0, 0, about)
+        session = Session(self.model, self.memory, batch_size=1, segment_length=length, documents=[number])
         for start in range(0, len(tokens), PIECES * length):
             portion = tokens[start : start + PIECES * length]
-            self.ledger.grow(number, len(portion))
+            ledger.grow(number, len(portion))
             session.read([portion])
             session.close()
-            yield (start + len(portion)) / len(tokens)
+            if (stop := start + len(portion)) == len(tokens):
+                ledger.note(number, {COMPLETE: "yes"})
+            yield stop / len(tokens)
 
 
 def load_memories(run: LoadedRun, folder: Path, *, mmap: bool = False, index: str | None = None) -> KNNMemoryList:
-    """The memory that the model of a run has built; with mmap (on a CPU) where it lies. index: how it is searched, if
+    """The memory that the model of a run has built. mmap: leave it on disk (on a CPU). index: how it is searched, if
     not as before. Raises ValueError for that of another model."""
     device = run.model.device
-    memories = KNNMemoryList.load(
-        folder, mmap=mmap and device.type == "cpu", fingerprint=Weights(run.model).fingerprint(), device=device
+    memories, weights = (
+        KNNMemoryList.load(folder, mmap=mmap and device.type == "cpu", device=device),
+        Weights(run.model),
     )
+    weights.check(memories.fingerprint)
+    memories.fingerprint = weights.fingerprint()
     own = run.model.create_knn_memories(batch_size=1, max_memories=1)
     expected, got = ([(m.num_indices, m.num_kv_heads, m.dim) for m in each] for each in (own, memories))
     if memories.extra.get("kind") != OF_RUN or expected != got:
@@ -140,8 +97,9 @@ def load_memories(run: LoadedRun, folder: Path, *, mmap: bool = False, index: st
     return memories
 
 
-class HubReader(DocumentReader):
-    """A causal language model of transformers, from a folder or the hub."""
+class HubReader:
+    """A causal language model of transformers, from a folder or the hub. Its methods do what those of `RunReader` do,
+    but a document that was not read to its end is continued."""
 
     def __init__(self, name: str, device: str, options: Mapping[str, Any]) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -152,16 +110,14 @@ class HubReader(DocumentReader):
         gguf = next(Path(name).glob("*.gguf"), None) if Path(name).is_dir() else None
         where = {} if gguf is None else {"gguf_file": gguf.name}
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sdpa", **where)
+            self.model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sdpa", **where)
             self.tokenizer = AutoTokenizer.from_pretrained(name, **where)
         except OSError as error:
-            raise ValueError(
-                f"expected the folder of a run, or a model of transformers, got {name!r}: {error}"
-            ) from None
-        model.requires_grad_(False).train(False).to(device)
+            raise ValueError(f"{name} is neither the folder of a run nor a model of transformers: {error}") from None
+        self.model.requires_grad_(False).train(False).to(device)
         self._index: str | None = options.get("index")
-        chunk = min(CHUNK, positions_of(model) or CHUNK)
-        self.memory = attach_memory(model, **{"chunk": chunk, **options})
+        self.longest: int | None = positions_of(self.model)
+        self.memory = attach_memory(self.model, **{"chunk": min(CHUNK, self.longest or CHUNK), **options})
 
     def load(self, folder: Path, *, mmap: bool = False) -> None:
         self.memory.load(folder, mmap=mmap)
@@ -171,50 +127,34 @@ class HubReader(DocumentReader):
     def merge(self, folder: Path) -> None:
         self.memory.merge(folder)
 
-    def save(self, folder: Path, *, compact: bool = False) -> None:
-        self.memory.save(folder, compact=compact)
-
-    @property
-    def ledger(self) -> Ledger:
-        return self.memory.ledger
-
-    def documents(self) -> DocumentTable:
-        return self.memory.documents()
-
-    def forget(self, document: int) -> None:
-        self.memory.forget(document)
-
-    @property
-    def longest(self) -> int | None:
-        from memorizing_transformers_pytorch.huggingface.probe import positions_of
-
-        return positions_of(self.memory.model)
-
     def remembers(self, tokens: int) -> bool:
         return tokens > self.memory.options.skip_first
-
-    def parts(self) -> tuple[Any, Any, Any]:
-        return self.memory.model, self.tokenizer, self.memory
 
     def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
         from memorizing_transformers_pytorch.huggingface.reading import stops_of
 
         ids: torch.Tensor = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        options = self.memory.options
-        stops = stops_of(len(ids), options.chunk, options.skip_first, PIECES)
-        last = self.memory.last_document
-        if known is None or last is None or last.number != known.number:
-            if known is not None:
-                self.forget(known.number)
-            self.memory.read(ids[: stops[0]], document=title, progress=False)
-            last = self.memory.last_document
-            assert last is not None
-            self.ledger.note(last.number, about)
-            yield stops[0] / len(ids)
-        for stop in stops:
-            if stop > last.tokens:
-                self.memory.go_on(last.number, ids[:stop], progress=False)
-                yield stop / len(ids)
+        if not len(ids):
+            raise NoText(f"{title}: no tokens")
+        memory, read = self.memory, 0
+        last = memory.last_document
+        if known is not None and last is not None and last.number == known.number:
+            read = last.tokens
+        elif known is not None:
+            memory.forget(known.number)
+        for stop in stops_of(len(ids), memory.options.chunk, memory.options.skip_first, PIECES):
+            if stop <= read:
+                continue
+            if read:
+                memory.go_on(memory.ledger.last.number, ids[:stop], progress=False)
+            else:
+                memory.read(ids[:stop], document=title, progress=False)
+            memory.ledger.note(memory.ledger.last.number, {**about, **({COMPLETE: "yes"} if stop == len(ids) else {})})
+            read = stop
+            yield stop / len(ids)
+
+
+DocumentReader = RunReader | HubReader
 
 
 def open_reader(
@@ -224,10 +164,10 @@ def open_reader(
     run = run_named(model)
     if (run / CONFIG).is_file():
         if dtype is not None:
-            raise ValueError("expected the dtype of a run's own memory, got another")
+            raise ValueError("--dtype is only for models of transformers: a run keeps the dtype of its own memory")
         return RunReader(load_run(run, device=device, index=index), max_memories, index)
     options = {"max_memories": max_memories, "dtype": dtype, "index": index}
     try:
         return HubReader(model, device, {name: each for name, each in options.items() if each is not None})
     except ImportError as error:
-        raise ValueError(f"expected a run, or the extra 'huggingface' to be installed, got {error}") from error
+        raise ValueError(f"{model} is not a run; other models need the extra 'huggingface' ({error})") from error

@@ -9,10 +9,13 @@ import functools
 import operator
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
+
+from memorizing_transformers_pytorch.utils.integers import as_int64
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
@@ -42,6 +45,24 @@ def check_options(
             raise ValueError(f"expected device 'cpu' for a memory-mapped memory, got {str(device)!r}")
         if index not in ("exact", "auto"):
             raise ValueError(f"expected index 'exact' or 'auto' for a memory on {str(device)!r}, got {index!r}")
+
+
+def check_capacity(max_memories: int) -> None:
+    """Whether a row can have so many places."""
+    if max_memories < 1:
+        raise ValueError(f"expected max_memories to be at least 1, got {max_memories}")
+
+
+def directory_of(
+    directory: str | Path | None, memmap_filename: str | Path | None, multiprocessing: bool | None
+) -> Path | None:
+    """Where files of a memory go, as the arguments of the original package say. Warns of those without effect."""
+    if multiprocessing is not None:
+        warn_once("multiprocessing has no effect: the exact search already uses every core")
+    if memmap_filename is not None:
+        directory = Path(memmap_filename).parent if directory is None else directory
+        warn_once(f"memmap_filename only chooses the directory, {directory}; files get unique names")
+    return None if directory is None else Path(directory)
 
 
 def check_device(device: torch.device | str) -> None:
@@ -76,12 +97,13 @@ def checked_entries(memories: Tensor, rows: int, heads: int, dim: int) -> Tensor
     return memories
 
 
-def check_mask_and_origins(mask: Tensor | None, origins: Tensor, shape: tuple[int, int], fields: int) -> None:
-    """mask: bool (R, N), or None for all. origins: integers (R, N, fields)."""
+def checked_origins(mask: Tensor | None, origins: Tensor, shape: tuple[int, int], fields: int) -> Tensor:
+    """mask: bool (R, N), or None for all. origins: integers (R, N, fields), returned as int64."""
     if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
         raise ValueError(f"expected a bool mask {shape}, got {mask.dtype} {tuple(mask.shape)}")
-    if origins.is_floating_point() or origins.shape != (*shape, fields):
-        raise ValueError(f"expected integer origins {(*shape, fields)}, got {origins.dtype} {tuple(origins.shape)}")
+    if origins.shape != (*shape, fields):
+        raise ValueError(f"expected origins {(*shape, fields)}, got {tuple(origins.shape)}")
+    return as_int64(origins, "origins")
 
 
 def check_finite(entries: Tensor, mask: Tensor | None) -> None:
@@ -89,6 +111,12 @@ def check_finite(entries: Tensor, mask: Tensor | None) -> None:
     checked = entries if mask is None else entries.masked_fill(~mask[:, None, :, None, None].to(entries.device), 0)
     if not bool(checked.isfinite().all()):
         raise NonFiniteError(f"expected keys and values that are finite in {entries.dtype}, got NaN or infinity")
+
+
+def check_slots(slots: Tensor, num_slots: int) -> None:
+    """Whether there are these slots."""
+    if slots.numel() > 0 and not (int(slots.min()) >= 0 and int(slots.max()) < num_slots):
+        raise ValueError(f"expected slots from 0 to {num_slots - 1}, got {int(slots.min())} to {int(slots.max())}")
 
 
 def check_queries(queries: Tensor, topk: int, rows: int, heads: int, dim: int) -> None:
@@ -103,5 +131,6 @@ def check_queries(queries: Tensor, topk: int, rows: int, heads: int, dim: int) -
         raise ValueError(f"expected floating-point queries, got {queries.dtype}")
     if topk < 1:
         raise ValueError(f"expected topk to be at least 1, got {topk}")
-    if (queries.detach() * 0).sum().item() != 0:  # NaN for NaN and infinity; in two steps, this is done often
+    # Not on a GPU, which it would wait for. NaN for NaN and infinity; in two steps, this is done often.
+    if queries.device.type == "cpu" and (queries.detach() * 0).sum().item() != 0:
         raise NonFiniteError("expected finite queries, got NaN or infinity")

@@ -1,24 +1,24 @@
-"""What a memory holds of each document, as a table."""
+"""The documents of a memory as a table."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
-
-import torch
+from typing import Any, SupportsIndex
 
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.memory.moving import held
 
 COLUMNS = ("number", "title", "row", "tokens", "entries", "added", "bytes")
 
 
 @dataclass(frozen=True)
 class Remembered(Document):
-    """A document, and what is remembered of it. entries: in each layer. bytes: what they take."""
+    """A document and its entries. entries: how many in each layer. bytes: their size."""
 
     entries: tuple[int, ...] = ()
     bytes: int = 0
@@ -70,15 +70,15 @@ def _range(counts: tuple[int, ...]) -> str:
 
 
 def by_layer(numbers: Sequence[int], of_layers: Sequence[int]) -> tuple[int, ...]:
-    """Numbers of memories, added up for each layer, which has so many of them, one after the other."""
+    """One number for each memory -> their sum for each layer. of_layers: how many memories each layer has."""
     left = iter(numbers)
     return tuple(sum(islice(left, size)) for size in of_layers)
 
 
 def document_table(memories: Sequence[KNNMemory], ledger: Ledger, of_layers: Sequence[int]) -> DocumentTable:
-    """The documents that the ledger knows, and those that only entries tell of (with as many tokens as entries).
+    """The documents of the ledger, and those that only entries know (with as many tokens as entries).
 
-    of_layers: how many of the memories each layer has.
+    of_layers: how many memories each layer has.
     """
     counts = [_counts(memory) for memory in memories]
     known = {each.number: each for each in ledger.documents()}
@@ -103,22 +103,20 @@ def _counts(memory: KNNMemory) -> dict[tuple[int, int], int]:
     return found
 
 
-def numbers_of(documents: Any, ledger: Ledger) -> list[int]:
-    """Numbers and titles of documents, one or several -> their numbers. Raises ValueError for an unknown title."""
-    given = [documents] if isinstance(documents, int | str) else list(documents)
+def known_numbers(documents: Any, memories: Sequence[KNNMemory], ledger: Ledger) -> list[int]:
+    """Numbers and titles of documents, one or several -> their numbers. Raises ValueError for unknown ones."""
+    alone = isinstance(documents, str) or not isinstance(documents, Iterable)
     titles: dict[str, list[int]] = {}
     for each in ledger.documents():
         titles.setdefault(each.title, []).append(each.number)
-    numbers = []
-    for one in given:
+    there = held(memories) | {*ledger.numbers}
+    numbers: list[int] = []
+    for one in [documents] if alone else documents:
         if isinstance(one, str) and one not in titles:
-            raise ValueError(f"expected the title of a document, got {one!r}; there are {list(titles)[:20]}")
-        numbers += titles[one] if isinstance(one, str) else [int(one)]
+            raise ValueError(f"no document is titled {one!r}; there are {list(titles)[:20]}")
+        if not isinstance(one, str | SupportsIndex) or isinstance(one, bool):
+            raise ValueError(f"documents are chosen by number or title, got {one!r}")
+        numbers += titles[one] if isinstance(one, str) else [operator.index(one)]
+    if unknown := [number for number in numbers if number not in there]:
+        raise ValueError(f"the memory has no document {', '.join(map(str, unknown))}")
     return numbers
-
-
-def unknown_numbers(numbers: Sequence[int], memories: Sequence[KNNMemory], ledger: Ledger) -> list[int]:
-    """Those that neither the ledger nor any entry tells of."""
-    held = [memory.store.origins[row, :n, 0] for memory in memories for row, n in enumerate(memory.store.filled)]
-    there = torch.cat([part.cpu() for part in held]).unique() if held else torch.zeros(0)  # type: ignore[no-untyped-call]
-    return [number for number in numbers if number not in ledger and not bool((there == number).any())]

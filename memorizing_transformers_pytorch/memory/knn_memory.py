@@ -8,58 +8,53 @@ Shapes: R rows in scope, H query heads, G key/value heads, N entries added, K re
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory import checks
+from memorizing_transformers_pytorch.memory import checks, traced
+from memorizing_transformers_pytorch.memory.entries import Sizes, StagedEntries
 from memorizing_transformers_pytorch.memory.index.auto import make_index
 from memorizing_transformers_pytorch.memory.index.exact import Index
-from memorizing_transformers_pytorch.memory.policy import OLDEST, POLICIES, entries_to_remove
-from memorizing_transformers_pytorch.memory.retrieved import Origin
-from memorizing_transformers_pytorch.memory.searched import Searched
+from memorizing_transformers_pytorch.memory.index.recall import recall_of
+from memorizing_transformers_pytorch.memory.index.structure import some
+from memorizing_transformers_pytorch.memory.lease import token_for
+from memorizing_transformers_pytorch.memory.policy import BY_DOCUMENT, OLDEST, POLICIES, of_oldest_documents
+from memorizing_transformers_pytorch.memory.retrieved import Lookup, Origin, Retrieved
+from memorizing_transformers_pytorch.memory.scope import Scope
+from memorizing_transformers_pytorch.memory.search import Hidden, search_rows, without_rows
 from memorizing_transformers_pytorch.memory.snapshot import restored, take_snapshot
-from memorizing_transformers_pytorch.memory.store import ORIGIN_FIELDS, UNKNOWN, Sizes, StagedEntries, Store
-from memorizing_transformers_pytorch.memory.vectors import Vectors
+from memorizing_transformers_pytorch.memory.staging import staged
+from memorizing_transformers_pytorch.memory.store import Store
+from memorizing_transformers_pytorch.utils.context import PerContext
 
 
-def _searcher(index: str, device: torch.device, dim: int) -> Index:
-    return make_index("exact" if index == "auto" and device.type != "cpu" else index, dim)
-
-
-class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
+class KNNMemory(AbstractContextManager["KNNMemory"]):
     """A memory of (key, value) pairs for each row, searched by largest inner product (Wu et al., ICLR 2022, section 3).
 
-    Each row keeps exactly the last `max_memories` entries added to it since it was last cleared (unless `policy` says
-    otherwise).
+    Each row keeps the last `max_memories` entries added since it was last cleared (unless `policy` says otherwise).
 
-    dim: width D of keys and values.
-    max_memories: capacity M of each row.
+    dim: width D of keys and values. max_memories: capacity M of each row.
     num_indices: number of rows; each remembers its own document.
     num_kv_heads: key/value heads G. Query head h reads key/value head h // (H / G).
-    dtype: how keys and values are stored: torch.float32, torch.bfloat16, torch.float16, or torch.int8 for codes with a
-        scale for each vector (see `vectors`), a quarter of float32. What is stored is searched and attended to: with
-        codes there are no exact keys to rank candidates by. Compact codes for the search alone, whose candidates are
-        ranked by exact keys, are an index such as "IVF64,SQ8" or "SQ8" over another dtype.
-    device: where they lie; the CPU unless said otherwise.
-    index: "exact", brute force over the stored keys; "auto", which passes to inverted lists where these are cheaper and
-        find 95% of the best entries; or any faiss factory string, such as "IVF1024,SQfp16". All but "exact" need the
-        CPU ("auto" is exact on a GPU). `index_in_use` says what searches.
-    directory: keep the entries in memory-mapped files in a fresh folder below this one, instead of in RAM. The files
-        are removed by `cleanup()`, or at the end of a `with` block.
-    policy: what makes room in a full row: "oldest", the oldest entries; "least-attended", those of its older half that
-        were retrieved least often since they were written, a sixteenth of the row at a time; or "by-document", the
-        whole of the oldest document.
-    memmap_filename, multiprocessing: arguments of the original package. The first only chooses the directory (files
-        get names of their own), the second has no effect; both say so once.
-
-    Several threads may use it: each call sees the memory before or after a change, never amidst. (A scope is shared.)
-
+    dtype: of stored keys and values: torch.float32, bfloat16, float16, or int8 for codes with a scale for each vector
+        (see `vectors`), a quarter of float32, which are what is searched and attended to.
+    device: where they lie; the CPU unless given.
+    index: "exact", brute force over the stored keys; "auto", which uses inverted lists in large rows where they find
+        95% of the best entries; or inverted lists such as "IVF1024,SQfp16" (see `index.structure.Kind`), which need a
+        CPU. "auto" is exact on a GPU. `index_in_use` says what searches.
+    directory: keep the entries in memory-mapped files in a fresh folder below this one, instead of in RAM. `cleanup()`
+        and the end of a `with` block remove the files.
+    policy: what is evicted from a full row: "oldest", the oldest entries; or "by-document", the whole oldest document.
+    memmap_filename, multiprocessing: of the original package. The first only chooses the directory; both warn once.
+    Several threads may use it: each call sees the memory before or after any other. A scope belongs to the thread (or
+    task) that entered it. A pickle carries entries in RAM by value, and those in files by the paths of these.
     `seconds_searching` adds up the time that look-ups took. `searcher` is the `Index`: it may be exchanged.
-
     Raises ValueError for sizes below 1, another dtype, an unknown index, or a directory or faiss index with a GPU.
     """
 
@@ -79,39 +74,43 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
         policy: str = OLDEST,
     ) -> None:
         sizes = {"dim": dim, "max_memories": max_memories, "num_indices": num_indices, "num_kv_heads": num_kv_heads}
-        if multiprocessing is not None:
-            checks.warn_once("multiprocessing has no effect: the exact search already uses every core")
-        if memmap_filename is not None:
-            directory = Path(memmap_filename).parent if directory is None else directory
-            checks.warn_once(f"memmap_filename only chooses the directory, {directory}; files get unique names")
-        device = torch.device(device or "cpu")
-        checks.check_options(sizes, dtype, device, index, mapped=directory is not None)
+        directory = checks.directory_of(directory, memmap_filename, multiprocessing)
+        self.device = torch.device(device or "cpu")
+        checks.check_options(sizes, dtype, self.device, index, mapped=directory is not None)
         if policy not in POLICIES:
-            raise ValueError(f"expected policy to be one of {POLICIES}, got {policy!r}")
+            raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
+        self.dim, self.max_memories, self.num_indices, self.num_kv_heads = sizes.values()
+        self.dtype, self.index, self.policy = dtype, index, policy
+        self._scope = Scope(num_indices)
+        self.hidden: PerContext[Hidden | None] = PerContext(None)  # what this thread must not find
+        self.seconds_searching, self._number = 0.0, traced.number_for(self)
+        self.searcher: Index = make_index(index, dim, self.device)
+        sized = Sizes(num_indices, num_kv_heads, max_memories, dim, dtype)
+        self._open_store: Store | None = Store(sized, self.device, directory)
 
-        self.dim = dim
-        self.max_memories = max_memories
-        super().__init__(num_indices, num_kv_heads)
-        self.dtype = dtype
-        self.device = device
-        self.index = index
-        self.policy = policy
-        self.lock = threading.RLock()
-        self.searcher = _searcher(index, device, dim)
-        sizes_of_store = Sizes(num_indices, num_kv_heads, max_memories, dim, dtype)
-        self._open_store: Store | None = Store(sizes_of_store, device, None if directory is None else Path(directory))
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "searcher"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.searcher, self._number = make_index(self.index, self.dim, self.device), traced.number_for(self)
 
     def __repr__(self) -> str:
-        entries = "closed" if self._open_store is None else f"entries={list(self.num_entries)}"
         names = ("dim", "max_memories", "num_indices", "num_kv_heads", "dtype", "index")
-        return f"KNNMemory({', '.join(f'{name}={getattr(self, name)!r}' for name in names)}, {entries})"
+        entries = "closed" if self.is_closed else list(self.num_entries)
+        return f"KNNMemory({', '.join(f'{name}={getattr(self, name)!r}' for name in names)}, entries={entries})"
 
     @property
     def store(self) -> Store:
         """The entries themselves. Raises ValueError after `cleanup()`."""
         if self._open_store is None:
-            raise ValueError("expected an open memory, got one that cleanup() has closed")
+            raise ValueError("this memory was closed by cleanup()")
         return self._open_store
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while anything is searched or changed."""
+        return self.store.lock
 
     @property
     def num_entries(self) -> tuple[int, ...]:
@@ -123,57 +122,80 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
         """What searches, in words: the structure, how far it looks, and its recall as measured last."""
         return self.searcher.description
 
-    def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
-        """Empty these rows (numbered as in the whole memory), or every row in scope.
+    @property
+    def scoped_indices(self) -> list[int]:
+        """The rows that batches consist of: all, unless inside `at_batch_indices`."""
+        return self._scope.rows
 
-        Raises ValueError for rows that are out of range or outside the scope.
-        """
-        rows = self.rows_to_clear(batch_indices)
-        with self.lock:
-            self.store.clear(rows)
-            self.searcher.forget(rows)
-
-    def forget(self, documents: Iterable[int]) -> int:
-        """Remove every entry of these documents (the first number of their origins) from all rows, whatever the scope.
-
-        Returns how many entries that were. Those that stay keep their order, but not their slots.
-        """
-        wanted, count = torch.tensor(sorted(set(documents)), dtype=torch.int64, device=self.device), 0
-        with self.lock:
-            for row in range(self.num_indices):
-                gone = torch.isin(self.store.origins[row, : self.store.filled[row], 0], wanted)
-                count += self._remove(row, gone)
-        return count
-
-    def drop_oldest(self, row: int, count: int) -> None:
-        """Remove so many of the oldest entries of a row."""
-        with self.lock:
-            gone = torch.zeros(self.store.filled[row], dtype=torch.bool, device=self.device)
-            gone[self.store.places_in_order(row)[:count]] = True
-            self._remove(row, gone)
-
-    def _remove(self, row: int, gone: Tensor) -> int:
-        count = int(gone.sum())
-        if count:
-            self.store.remove(row, gone)
-            self.searcher.forget([row])
-        return count
-
-    def documents_in(self, row: int) -> set[int]:
-        """The numbers of the documents of which a row holds entries."""
-        numbers: Tensor = self.store.origins[row, : self.store.filled[row], 0].unique()  # type: ignore[no-untyped-call]
-        return set(numbers.tolist())
-
-    def entries(self, row: int) -> Iterator[Origin]:
-        """Where each entry of a row comes from, the oldest first. Raises ValueError for a row that there is not."""
-        checks.checked_rows([row], self.num_indices)
-        origins = self.store.origins[row][self.store.places_in_order(row)].tolist()
-        return (Origin(*origin) for origin in origins)
+    @contextmanager
+    def at_batch_indices(self, indices: Iterable[int]) -> Iterator[Self]:
+        """Inside, batches of this thread consist of just these rows, in this order, and no other row changes. An inner
+        scope replaces the outer one until it ends. Raises ValueError for rows out of range, repeated or none."""
+        with self._scope.at(indices):
+            yield self
 
     def rows_to_clear(self, batch_indices: int | Iterable[int] | None = None) -> list[int]:
-        """As `Scoped.rows_to_clear`. Raises ValueError also for a closed memory."""
-        _ = self.store
-        return super().rows_to_clear(batch_indices)
+        """Check which rows `clear` would empty, emptying none: several memories can so change all or none."""
+        _ = self.store  # refuses a closed memory
+        return self._scope.checked(batch_indices)
+
+    def retrieve(self, queries: Tensor, topk: int, *, rows: Sequence[int] | None = None) -> Retrieved:
+        """The `topk` entries of its own row and head with the largest inner product, for each query.
+
+        queries: (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of G.
+        rows: to search, instead of those in scope.
+        Returns slots, scores and mask, each (R, ..., topk), on the device of the queries. Raises ValueError for other
+        shapes or topk < 1, and on a CPU (a GPU would have to wait) NonFiniteError for queries that are not finite.
+        """
+        rows = self.scoped_indices if rows is None else rows
+        checks.check_queries(queries, topk, len(rows), self.num_kv_heads, self.dim)
+        with self.lock:
+            return search_rows(self.store, self.searcher, rows, queries, topk, self.hidden.now)
+
+    def look_up(
+        self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None, *, rows: Sequence[int] | None = None
+    ) -> Lookup:
+        """`retrieve`, with a lease on what was found: what an attention layer needs, and its backward pass later.
+
+        hidden_rows: (R,) or, for queries (R, ..., T, D), (R, T) bool; rows or tokens that find nothing.
+        """
+        if torch.compiler.is_compiling():
+            return Lookup(*traced.look_up(queries.detach(), self._number, topk, hidden_rows, rows))
+        began = time.perf_counter()
+        with self.lock:
+            found = self.retrieve(queries, topk, rows=rows)
+            lease = token_for(self.store.log.begin(self.store))
+        self.seconds_searching += time.perf_counter() - began
+        return Lookup(*(found if hidden_rows is None else without_rows(found, hidden_rows)), lease)
+
+    def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk). Where
+        mask is False key_values is 0. Of codes, the copies are the float32 numbers that these stand for."""
+        with self.lock:
+            slots, _, mask = self.retrieve(queries, topk)
+            key_values = self.store.pairs_of(slots).to(queries.device)
+        return key_values.masked_fill_(~mask[..., None, None], 0), mask
+
+    def recall(self, queries: Tensor, topk: int, sample: int = 64) -> float:
+        """The share of the truly best entries that the index finds for at most `sample` of the T queries of a row and
+        head, evenly spread. queries: as for `retrieve`, (R, ..., T, D)."""
+        queries = some(queries, sample) if queries.ndim > (2 if self.num_kv_heads == 1 else 3) else queries
+        with self.lock:
+            rings = [self.store.ring(row) for row in self.scoped_indices]
+            return recall_of(queries, self.retrieve(queries, topk).scores, rings)
+
+    def origins(self, slots: Tensor) -> Tensor:
+        """slots (...) -> (..., 3) int64: document id, position in the document, token id; -1 where not given."""
+        with self.lock:
+            checks.check_slots(slots, self.num_indices * self.num_kv_heads * self.store.room)
+            return self.store.origins_of(slots).to(slots.device)
+
+    def entries(self, row: int) -> Iterator[Origin]:
+        """Where each entry of a row comes from, the oldest first. Raises ValueError if the row does not exist."""
+        checks.checked_rows([row], self.num_indices)
+        with self.lock:
+            origins = self.store.origins[row][self.store.places_in_order(row)].tolist()
+        return (Origin(*origin) for origin in origins)
 
     def add(self, memories: Tensor, mask: Tensor | None = None, origins: Tensor | None = None) -> None:
         """Store entries, oldest first, over the oldest of each row.
@@ -182,83 +204,83 @@ class KNNMemory(Searched, AbstractContextManager["KNNMemory"]):
         mask: (R, N) bool; entries where it is False (padding) are not stored.
         origins: (R, N, 3) integers: document id, position in the document, token id; unknown (-1) unless given.
 
-        Raises ValueError, before anything is stored, for other shapes, entries that are not floating-point numbers,
-        or (NonFiniteError) entries that are not finite in the memory's dtype (in float32 for codes).
+        Raises ValueError, with nothing stored, for other shapes, entries that are not floating-point numbers, or
+        (NonFiniteError) not finite in the memory's dtype (in float32 for codes).
         """
         self.commit(self.stage(memories, mask, origins))
 
     def stage(
-        self,
-        memories: Tensor,
-        mask: Tensor | None = None,
-        origins: Tensor | None = None,
-        *,
-        rows: Sequence[int] | None = None,
+        self, memories: Tensor, mask: Tensor | None, origins: Tensor | None, *, rows: Sequence[int] | None = None
     ) -> StagedEntries:
-        """Check and convert what `add` would store, storing nothing: several memories can so change all or none.
+        """Check and convert what `add` would store, storing nothing: several memories can so change all or none."""
+        return staged(self.store, self.scoped_indices if rows is None else rows, memories, mask, origins)
 
-        rows: R row numbers of the whole memory; those of the scope unless given.
-        """
-        _ = self.store  # refuses a closed memory
-        chosen = list(self.scoped_indices if rows is None else rows)
-        memories = checks.checked_entries(memories, len(chosen), self.num_kv_heads, self.dim)
-        shape = len(chosen), memories.shape[2]
-        if origins is None:
-            origins = torch.full((*shape, ORIGIN_FIELDS), UNKNOWN)
-        checks.check_mask_and_origins(mask, origins, shape, ORIGIN_FIELDS)
-        floats = memories.detach().to(self.device, self.store.keys.float_dtype)
-        checks.check_finite(floats, mask)
-        keys, values = (Vectors.of(part, self.dtype) for part in floats.unbind(dim=-2))
-        mask = None if mask is None else mask.to(self.device)
-        return StagedEntries(chosen, keys, values, origins.to(self.device, torch.int64), mask)
-
-    def commit(self, staged: StagedEntries) -> None:
+    def commit(self, entries: StagedEntries) -> None:
         """Store what `stage` has checked."""
         with self.lock:
-            if not self.store.has_room_for(staged):
+            if not self.store.has_room_for(entries):
                 self.replace_store(self.store.resized(self.max_memories))
-            for i, row in enumerate(staged.rows):
-                documents = staged.origins[i, :, 0] if staged.mask is None else staged.origins[i, staged.mask[i], 0]
-                gone = entries_to_remove(self.store, row, documents, self.policy)
-                if gone is not None:
-                    self._remove(row, gone)
-            self.store.write(staged)
+            for i, row in enumerate(entries.rows if self.policy == BY_DOCUMENT else []):
+                documents = entries.origins[i, :, 0] if entries.mask is None else entries.origins[i, entries.mask[i], 0]
+                self.remove(row, of_oldest_documents(self.store, row, documents))
+            self.store.write(entries)
+
+    def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
+        """Empty these rows, or every row in scope. Raises ValueError for rows out of range or outside the scope."""
+        rows = self.rows_to_clear(batch_indices)
+        with self.lock:
+            self.store.clear(rows)
+            self.searcher.forget(rows)
+
+    def forget(self, documents: Iterable[int]) -> int:
+        """Remove every entry of these documents (the first number of their origins) from all rows, whatever the scope.
+        Returns how many entries that were. Those that stay keep their order, but not their slots."""
+        wanted = torch.tensor(sorted(set(documents)), dtype=torch.int64, device=self.device)
+        with self.lock:
+            rows = range(self.num_indices)
+            return sum(self.remove(row, torch.isin(self.store.numbers_in(row), wanted)) for row in rows)
+
+    def remove(self, row: int, gone: Tensor) -> int:
+        """Remove the entries of a row in the places where gone (N,) is True; how many those are."""
+        with self.lock:
+            if count := int(gone.sum()):
+                self.store.remove(row, gone)
+                self.searcher.forget([row])
+        return count
 
     def state_dict(self) -> dict[str, Tensor]:
         """What every row holds and what is overwritten next, as CPU tensors that safetensors takes; see `snapshot`."""
-        return take_snapshot(self.store)
+        with self.lock:
+            return take_snapshot(self.store)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Become the memory, of the same sizes and dtype, whose `state_dict` this is. Look-ups keep what they found.
-
-        Raises ValueError, and changes nothing, for a state that does not fit.
-        """
+        Raises ValueError, and changes nothing, for a state that does not fit."""
         self.replace_store(restored(self.store, state))
 
     def resize(self, max_memories: int) -> None:
         """Change the capacity. Each row keeps its newest entries, in other slots; look-ups keep what they found.
-
-        Raises ValueError for a capacity below 1.
-        """
-        self.replace_store(self.resized_store(max_memories))
-
-    def resized_store(self, max_memories: int) -> Store:
-        """What `resize` would use from then on, changing nothing: several memories can so change all or none."""
-        if max_memories < 1:
-            raise ValueError(f"expected max_memories to be at least 1, got {max_memories}")
-        return self.store.resized(max_memories)
+        Raises ValueError for a capacity below 1."""
+        checks.check_capacity(max_memories)
+        with self.lock:
+            self.replace_store(self.store.resized(max_memories))
 
     def replace_store(self, store: Store) -> None:
         """Use this store from now on, and remove the files of the one before."""
+        self.swap_store(store).close()
+
+    def swap_store(self, store: Store) -> Store:
+        """Use this store from now on; the one before, which stays as it was."""
         with self.lock:
-            self.store.close()
+            before, store.lock = self.store, self.lock
             self.searcher.forget()
             self._open_store, self.max_memories = store, store.capacity
+        return before
 
     def search_with(self, index: str) -> None:
         """Be searched like this from now on (see `index`). Raises ValueError, changing nothing, for an unknown one."""
         checks.check_options({}, self.dtype, self.device, index, mapped=False)
-        searcher = _searcher(index, self.device, self.dim)
+        searcher = make_index(index, self.dim, self.device)
         with self.lock:
             self.index, self.searcher = index, searcher
 

@@ -10,21 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.checks import checked_rows
+from memorizing_transformers_pytorch.memory.checks import check_capacity, checked_rows
 from memorizing_transformers_pytorch.memory.disk.load import How, check_fingerprint, load
 from memorizing_transformers_pytorch.memory.disk.save import Belongings, Marks, save
-from memorizing_transformers_pytorch.memory.documents import (
-    DocumentTable,
-    document_table,
-    numbers_of,
-    unknown_numbers,
-)
+from memorizing_transformers_pytorch.memory.documents import DocumentTable, document_table, known_numbers
+from memorizing_transformers_pytorch.memory.entries import StagedEntries
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
-from memorizing_transformers_pytorch.memory.moving import check_like, copied, copy_row, take_over
+from memorizing_transformers_pytorch.memory.moving import check_like, check_nothing_twice, copied, copy_row, take_over
 from memorizing_transformers_pytorch.memory.retrieved import Origin
 from memorizing_transformers_pytorch.memory.snapshot import restored
-from memorizing_transformers_pytorch.memory.store import StagedEntries
 
 
 class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
@@ -101,7 +96,8 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
 
     def documents(self) -> DocumentTable:
         """What is held of each document: number, title, row, tokens, entries in each layer, when added, bytes."""
-        return document_table(self, self.ledger, self.of_layers)
+        with self.locked():
+            return document_table(self, self.ledger, self.of_layers)
 
     def forget(
         self,
@@ -114,10 +110,11 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         document: numbers or titles. where: instead, a function of a document that tells whether it shall go.
         Returns how many entries that were, in all memories. Raises ValueError for documents that there are not.
         """
-        numbers = self.chosen(document, where)
         with self.locked():
+            numbers = self.chosen(document, where)
+            count = sum(memory.forget(numbers) for memory in self)
             self.ledger.forget_documents(numbers)
-            return sum(memory.forget(numbers) for memory in self)
+            return count
 
     def chosen(
         self, document: int | str | Iterable[int | str] | None, where: Callable[[Document], bool] | None
@@ -127,10 +124,7 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
             raise ValueError("expected a document or where=, got both or none")
         if where is not None:
             return [each.number for each in self.documents() if where(each)]
-        numbers = numbers_of(document, self.ledger)
-        if unknown := unknown_numbers(numbers, self, self.ledger):
-            raise ValueError(f"expected documents of the memory, got {unknown}")
-        return numbers
+        return known_numbers(document, self, self.ledger)
 
     def entries(self, row: int, layer: int = 0) -> Iterator[Origin]:
         """Where each entry of a row of the layer-th memory comes from, the oldest first."""
@@ -141,30 +135,34 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
     def merge(self, other: KNNMemoryList) -> None:
         """Add all entries and documents of another list after one's own, row by row; capacities grow where needed.
 
-        Raises ValueError, changing nothing, for memories of other shapes or dtypes, or written by other weights.
+        Raises ValueError, changing nothing, for memories of other shapes or dtypes, written by other weights, or
+        with documents of the same saved state.
         """
         check_like(self, other)
         check_fingerprint(other.fingerprint, self.fingerprint)
         if other is self or "arranged" in self.extra or "arranged" in other.extra:
             what = "itself" if other is self else "one of a model of transformers (AttachedMemory.merge)"
             raise ValueError(f"expected another memory, of a model of this package, to merge, got {what}")
-        for each in (self, other):  # numbers that only entries tell of are taken too
-            numbers = [document.number + 1 for document in each.documents()]
-            each.ledger.next_number = max([each.ledger.next_number, *numbers])
-        self.fingerprint = self.fingerprint or other.fingerprint
-        with self.locked(), other.locked():
+        check_nothing_twice(self, self.marks, other, other.marks)
+        with KNNMemoryList([*self, *other]).locked():
+            for each, table in [(each, each.documents()) for each in (self, other)]:
+                # Numbers that only entries know are taken too.
+                each.ledger.next_number = max([each.ledger.next_number, *(known.number + 1 for known in table)])
+            self.fingerprint = self.fingerprint or other.fingerprint
             shift = self.ledger.merge(other.ledger)
             for memory, more in zip(self, other, strict=True):
                 take_over(memory, more, shift)
 
     def only(self, document: int | str | Iterable[int | str]) -> KNNMemoryList:
-        """A new list with the entries of some documents (numbers or titles) alone."""
-        numbers = numbers_of(document, self.ledger)
-        return self._copied([copied(memory, memory.device, numbers) for memory in self], set(numbers))
+        """A new list with the entries of these documents only (numbers or titles). Raises ValueError for unknown."""
+        with self.locked():
+            numbers = known_numbers(document, self, self.ledger)
+            return self._copied([copied(memory, memory.device, numbers) for memory in self], set(numbers))
 
     def to(self, device: torch.device | str) -> KNNMemoryList:
         """A new list with the same entries on a device."""
-        return self._copied([copied(memory, torch.device(device)) for memory in self], None)
+        with self.locked():
+            return self._copied([copied(memory, torch.device(device)) for memory in self], None)
 
     def _copied(self, memories: list[KNNMemory], numbers: set[int] | None) -> KNNMemoryList:
         documents = [each for each in self.ledger.documents() if numbers is None or each.number in numbers]
@@ -177,16 +175,16 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         is listed once, in the row that read it.) Raises ValueError for rows that there are not."""
         for memory in self:
             checked_rows([source, target] if source != target else [source], memory.num_indices)
-        for memory in self:
-            if source != target:
+        with self.locked():
+            for memory in self if source != target else ():
                 copy_row(memory, source, target)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Inside, other threads neither change these memories nor look anything up: several change as one."""
         with ExitStack() as locks:
-            for memory in self:
-                locks.enter_context(memory.lock)
+            for lock in sorted({memory.lock for memory in self}, key=id):  # the same order in every thread
+                locks.enter_context(lock)
             yield
 
     @contextmanager
@@ -210,8 +208,8 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         with self.locked():
             for memory, memory_rows in to_clear:
                 memory.clear(memory_rows)
-        if memory_indices is None and to_clear:
-            self.ledger.forget(to_clear[0][1])
+            if to_clear and set(chosen) == set(range(len(self))):
+                self.ledger.clear(to_clear[0][1])
 
     def add(self, pairs: Sequence[Tensor], mask: Tensor | None = None, origins: Tensor | None = None) -> None:
         """Add one tensor of entries to each memory: to all of them or, where one refuses, to none.
@@ -220,18 +218,21 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
         """
         if len(pairs) != len(self):
             raise ValueError(f"expected entries for {len(self)} memories, got {len(pairs)}")
-        staged = [memory.stage(entries, mask, origins) for memory, entries in zip(self, pairs, strict=True)]
-        self.commit(staged)
+        self.commit([memory.stage(entries, mask, origins) for memory, entries in zip(self, pairs, strict=True)])
 
     def commit(self, staged: Sequence[StagedEntries]) -> None:
         """Store what `KNNMemory.stage` has checked, in each memory."""
         with self.locked():
             for memory, entries in zip(self, staged, strict=True):
                 memory.commit(entries)
+            if self.ledger.cleared:
+                numbers = [x.origins[..., 0] if x.mask is None else x.origins[..., 0][x.mask] for x in staged]
+                self.ledger.note_stored(sorted({number for each in numbers for number in each.flatten().tolist()}))
 
     def state_dict(self) -> dict[str, Tensor]:
         """That of every memory; the names of the i-th begin with "i."."""
-        return {f"{i}.{name}": part for i, memory in enumerate(self) for name, part in memory.state_dict().items()}
+        with self.locked():
+            return {f"{i}.{name}": part for i, memory in enumerate(self) for name, part in memory.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore every memory or, where one does not fit, none; see `KNNMemory.load_state_dict`."""
@@ -248,8 +249,9 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
 
     def resize(self, max_memories: int) -> None:
         """Change the capacity of every memory or, where one refuses, of none; see `KNNMemory.resize`."""
-        stores = [memory.resized_store(max_memories) for memory in self]
+        check_capacity(max_memories)
         with self.locked():
+            stores = [memory.store.resized(max_memories) for memory in self]  # all, before any is replaced
             for memory, store in zip(self, stores, strict=True):
                 memory.replace_store(store)
 

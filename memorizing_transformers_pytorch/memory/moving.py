@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.disk.save import Marks
 from memorizing_transformers_pytorch.memory.index.auto import index_on
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
-from memorizing_transformers_pytorch.memory.store import Store
 
 
 def copied(memory: KNNMemory, device: torch.device, documents: Iterable[int] | None = None) -> KNNMemory:
@@ -39,17 +38,16 @@ def _empty_copy(memory: KNNMemory, device: torch.device) -> KNNMemory:
         index=index_on(device, memory.index),
         policy=memory.policy,
     )
-    new.store.clock = memory.store.clock
     return new
 
 
 def copy_row(memory: KNNMemory, source: int, target: int) -> None:
     """Let a row hold what another does, and nothing else."""
-    entries = memory.store.picked(source, memory.store.places_in_order(source))
     with memory.lock:
+        entries = memory.store.picked(source, memory.store.places_in_order(source))
         memory.store.clear([target])
         memory.searcher.forget([target])
-        _append(memory.store, target, entries, len(entries["origins"]))
+        memory.store.append(target, entries, len(entries["origins"]))
 
 
 def check_like(memories: Sequence[KNNMemory], others: Sequence[KNNMemory]) -> None:
@@ -57,6 +55,27 @@ def check_like(memories: Sequence[KNNMemory], others: Sequence[KNNMemory]) -> No
     own, theirs = ([(m.num_indices, m.num_kv_heads, m.dim, m.dtype) for m in each] for each in (memories, others))
     if own != theirs:
         raise ValueError(f"expected memories with rows, key/value heads, width and dtype {own}, got {theirs}")
+
+
+def check_nothing_twice(
+    own: Sequence[KNNMemory], own_marks: Marks | None, others: Sequence[KNNMemory], other_marks: Marks | None
+) -> None:
+    """Raises ValueError if both hold documents of the same saved state: a merge would double them."""
+    if own_marks is None or other_marks is None or own_marks.state != other_marks.state:
+        return
+    if held(own) & held(others):
+        folders = " and ".join(sorted({repr(str(marks.folder)) for marks in (own_marks, other_marks)}))
+        raise ValueError(f"both memories hold documents of the same saved state ({folders}): a merge would double them")
+
+
+def held(memories: Sequence[KNNMemory]) -> set[int]:
+    """The numbers of the documents with entries in any row."""
+    return {
+        number
+        for memory in memories
+        for row in range(memory.num_indices)
+        for number in memory.store.numbers_in(row).tolist()
+    }
 
 
 def take_over(memory: KNNMemory, other: KNNMemory, shift: int) -> None:
@@ -70,13 +89,5 @@ def take_over(memory: KNNMemory, other: KNNMemory, shift: int) -> None:
             entries = other.store.picked(row, other.store.places_in_order(row))
             numbers = entries["origins"][:, 0]
             entries["origins"][:, 0] = torch.where(numbers < 0, numbers, numbers + shift)
-            _append(memory.store, row, entries, len(numbers))
-
-
-def _append(store: Store, row: int, entries: dict[str, Tensor], count: int) -> None:
-    """Add entries as if they were new."""
-    if count:
-        store.clock += 1
-        entries = {name: part.to(store.device) for name, part in entries.items()}
-        entries["written"] = torch.full_like(entries["written"], store.clock)
-        store.append(row, entries, count)
+            here = {name: part.to(memory.device) for name, part in entries.items()}
+            memory.store.append(row, here, len(numbers))

@@ -1,44 +1,41 @@
-"""Which rows of a memory batches consist of."""
+"""Which rows of a memory batches consist of: all, or those of a scope, which belongs to the thread that entered it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Self
 
-from memorizing_transformers_pytorch.memory import checks
+from memorizing_transformers_pytorch.memory.checks import checked_rows
+from memorizing_transformers_pytorch.utils.context import PerContext
 
 
-class Scoped:
-    """Something with rows, some of which are in scope. num_indices: how many there are. scoped_indices: those."""
+class Scope:
+    """The rows of a memory, some of which are in scope."""
 
-    def __init__(self, num_indices: int) -> None:
-        self.num_indices = num_indices
-        self.scoped_indices = list(range(num_indices))
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._chosen: PerContext[list[int] | None] = PerContext(None)
+
+    @property
+    def rows(self) -> list[int]:
+        """Those of the innermost scope that this thread is in, else all."""
+        chosen = self._chosen.now
+        return list(range(self._num_rows)) if chosen is None else chosen
 
     @contextmanager
-    def at_batch_indices(self, indices: Iterable[int]) -> Iterator[Self]:
-        """Inside, batches consist of just these rows, in this order, and no other row changes.
+    def at(self, rows: Iterable[int]) -> Iterator[None]:
+        """Inside, these rows. Raises ValueError for rows that do not fit, or none."""
+        chosen = checked_rows(rows, self._num_rows)
+        if not chosen:
+            raise ValueError("a scope needs at least one row")
+        with self._chosen.at(chosen):
+            yield
 
-        Row numbers are always those of the whole memory: an inner scope replaces the outer one until it ends.
-        Raises ValueError for rows that are out of range, repeated or none.
-        """
-        rows = checks.checked_rows(indices, self.num_indices)
-        if not rows:
-            raise ValueError("expected at least one row in the scope, got none")
-        outer, self.scoped_indices = self.scoped_indices, rows
-        try:
-            yield self
-        finally:
-            self.scoped_indices = outer
-
-    def rows_to_clear(self, batch_indices: int | Iterable[int] | None = None) -> list[int]:
-        """Check which rows `clear` would empty, emptying none: several memories can so change all or none."""
-        if batch_indices is None:
-            batch_indices = self.scoped_indices
-        elif not isinstance(batch_indices, Iterable):
-            batch_indices = [batch_indices]
-        rows = checks.checked_rows(batch_indices, self.num_indices)
-        if not set(rows) <= set(self.scoped_indices):
-            raise ValueError(f"expected rows of the scope {self.scoped_indices}, got {rows}")
-        return rows
+    def checked(self, rows: int | Iterable[int] | None) -> list[int]:
+        """Rows as a list; those in scope for None. Raises ValueError for rows outside the scope."""
+        if rows is None:
+            return self.rows
+        chosen = checked_rows(rows if isinstance(rows, Iterable) else [rows], self._num_rows)
+        if not set(chosen) <= set(self.rows):
+            raise ValueError(f"expected rows of the scope {self.rows}, got {chosen}")
+        return chosen

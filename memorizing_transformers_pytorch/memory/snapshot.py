@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.checks import NonFiniteError
-from memorizing_transformers_pytorch.memory.store import PER_HEAD, Store
+from memorizing_transformers_pytorch.memory.entries import PER_HEAD
+from memorizing_transformers_pytorch.memory.store import Store
 
-NOT_SAVED = {"usage"}  # tables: counting begins anew
+OBSOLETE = {"written", "clock"}  # parts that older versions saved; ignored
 
 
 def take_snapshot(store: Store) -> dict[str, Tensor]:
-    """keys, values (G, N, D), their scales (G, N) if they are codes, origins (N, 3), written (N,), filled (R,), cursors
-    (R,), clock () and capacity ()."""
+    """keys, values (G, N, D), their scales (G, N) if they are codes, origins (N, 3), filled (R,), cursors (R,) and
+    capacity ()."""
     rows = list(enumerate(store.filled))
     return {
         **{
@@ -27,14 +28,13 @@ def take_snapshot(store: Store) -> dict[str, Tensor]:
         },
         "filled": torch.tensor(store.filled),
         "cursors": torch.tensor(store.cursors),
-        "clock": torch.tensor(store.clock),
         "capacity": torch.tensor(store.capacity),
     }
 
 
 def _saved(store: Store) -> list[tuple[str, Tensor, int]]:
     """Name and table, and which dimension of one row of it (and of what is saved) counts entries."""
-    return [(name, table, int(name in PER_HEAD)) for name, table in store.tables.items() if name not in NOT_SAVED]
+    return [(name, table, int(name in PER_HEAD)) for name, table in store.tables.items()]
 
 
 def restored(like: Store, snapshot: Mapping[str, Tensor]) -> Store:
@@ -42,10 +42,10 @@ def restored(like: Store, snapshot: Mapping[str, Tensor]) -> Store:
 
     Raises ValueError for snapshots of another shape, dtype or capacity, or that no memory can have made.
     """
+    snapshot = {name: part for name, part in snapshot.items() if name not in OBSOLETE}
     _check_parts(like, snapshot)
     _check_numbers(like, snapshot)
     new = like.empty_like()
-    new.clock = int(snapshot["clock"])
     new.filled, new.cursors = snapshot["filled"].tolist(), snapshot["cursors"].tolist()
     new.written_to = list(new.filled)
     for name, table, dim in _saved(new):
@@ -64,7 +64,6 @@ def _check_parts(like: Store, snapshot: Mapping[str, Tensor]) -> None:
         },
         "filled": (torch.int64, (rows,)),
         "cursors": (torch.int64, (rows,)),
-        "clock": (torch.int64, ()),
         "capacity": (torch.int64, ()),
     }
     got = {name: (part.dtype, tuple(part.shape)) for name, part in snapshot.items()}
@@ -74,16 +73,12 @@ def _check_parts(like: Store, snapshot: Mapping[str, Tensor]) -> None:
 
 
 def _check_numbers(like: Store, snapshot: Mapping[str, Tensor]) -> None:
-    capacity, clock, written = int(snapshot["capacity"]), int(snapshot["clock"]), snapshot["written"]
+    capacity = int(snapshot["capacity"])
     if capacity != like.capacity:
         raise ValueError(f"expected the state of a memory with capacity {like.capacity}, got {capacity}")
     for filled, cursor in zip(snapshot["filled"].tolist(), snapshot["cursors"].tolist(), strict=True):
         cursor_fits = 0 <= cursor < capacity if filled == capacity else cursor == filled
         if not 0 <= filled <= capacity or not cursor_fits:
             raise ValueError(f"expected rows of up to {capacity} entries in turn, got {filled}, the next at {cursor}")
-    if not bool(((written > 0) & (written <= clock)).all()):
-        raise ValueError(
-            f"expected entries written from 1 to {clock}, got {int(written.min())} to {int(written.max())}"
-        )
     if not all(bool(part.isfinite().all()) for part in snapshot.values()):
         raise NonFiniteError("expected finite keys and values in a memory's state, got NaN or infinity")

@@ -9,97 +9,50 @@ Shapes: R rows, G key/value heads, M capacity, N entries added, D head width.
 
 from __future__ import annotations
 
-import itertools
-import math
+import threading
+import uuid
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.files import fresh_folder, map_file, remove_folder, zeros
+from memorizing_transformers_pytorch.memory.disk.shards import File, read_tensors
+from memorizing_transformers_pytorch.memory.entries import PER_HEAD, Sizes, StagedEntries, by_place
+from memorizing_transformers_pytorch.memory.files import (
+    fresh_folder,
+    from_bytes,
+    map_file,
+    remove_folder,
+    to_bytes,
+    zeros,
+)
 from memorizing_transformers_pytorch.memory.index.exact import Ring
-from memorizing_transformers_pytorch.memory.retrieved import Lookup
+from memorizing_transformers_pytorch.memory.lease import Changed, Log
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 
-ORIGIN_FIELDS = 3  # document id, position in the document, token id
-POSITION = 1  # which of them
-UNKNOWN = -1
 COPIED_AT_ONCE = 4_096  # entries, that stay in cache on their way
-PER_HEAD = {"keys", "values", "key_scales", "value_scales"}  # tables (R, G, C, ...); the others are (R, C, ...)
-
-_lives = itertools.count(1)  # see `Ring.life`
+_PICKLED = {"sizes", "device", "mapped_from", "filled", "cursors", "written_to", "lives", "_directory"}
 
 
-class StagedEntries(NamedTuple):
-    """Entries that have been checked and converted, and can be stored without fail.
-
-    rows: n row numbers. keys, values: (n, G, N, D). origins: (n, N, 3). mask: (n, N), False for what not to store.
-    """
-
-    rows: list[int]
-    keys: Vectors
-    values: Vectors
-    origins: Tensor
-    mask: Tensor | None
-
-    def counts(self) -> list[int]:
-        """How many entries each of the rows will be given."""
-        return [self.keys.shape[2]] * len(self.rows) if self.mask is None else self.mask.sum(dim=1).tolist()
-
-    def portions(self, size: int) -> Iterator[StagedEntries]:
-        """The same entries, so many of each row at a time."""
-        for start in range(0, self.keys.shape[2], size):
-            some = slice(start, start + size)
-            mask = None if self.mask is None else self.mask[:, some]
-            yield StagedEntries(self.rows, self.keys[:, :, some], self.values[:, :, some], self.origins[:, some], mask)
-
-
-class Sizes(NamedTuple):
-    """Of a store: R rows, G key/value heads, M capacity, D head width, and how keys and values are kept."""
-
-    rows: int
-    kv_heads: int
-    capacity: int
-    dim: int
-    dtype: torch.dtype
-
-    def tables(self, room: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each table of a store that has places for so many entries in each row."""
-        pairs = (self.rows, self.kv_heads, room, self.dim), self.dtype
-        scales = (self.rows, self.kv_heads, room), torch.float32
-        return {
-            "keys": pairs,
-            "values": pairs,
-            **({"key_scales": scales, "value_scales": scales} if self.dtype == torch.int8 else {}),
-            "origins": ((self.rows, room, ORIGIN_FIELDS), torch.int64),
-            "written": ((self.rows, room), torch.int64),
-            "usage": ((self.rows, room), torch.int32),
-        }
-
-    @property
-    def bytes_per_entry(self) -> int:
-        """What a place in a row takes, in all tables."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tables(1).values()) // self.rows
-
-
-def by_place(name: str, row: Tensor) -> Tensor:
-    """One row of a table of that name, in which the places are the first dimension."""
-    return row.transpose(0, 1) if name in PER_HEAD else row
+def new_life() -> int:
+    """A number that no row has had before, in any process; see `Ring.life`."""
+    return uuid.uuid4().int
 
 
 class Store:
     """Entries of R rows in RAM, on a GPU, or (with a directory) in memory-mapped files of its own.
 
-    keys, values: `Vectors` (R, G, C, D). origins: (R, C, 3) int64. written: (R, C) int64, the clock at which a place
-    was last written. usage: (R, C) int32, how often it was retrieved since. C is the room, the capacity unless `tables`
-    are given. filled: entries in each row. cursors: the place in each that is written next. written_to: how many
-    entries each was given since it was last empty. readers: lookups that must not lose what they have found. Files lie
-    in a fresh folder and are removed by `close`, or at the latest when the store is collected.
+    keys, values: `Vectors` (R, G, C, D). origins: (R, C, 3) int64. C is the room, the capacity unless tables are given.
+    filled: entries in each row. cursors: the place in each that is written next. written_to: how many entries each was
+    given since it was last empty. log: what changed under the leases on it. lock: held while anything is written, or
+    read that must not change meanwhile. Files lie in a fresh folder and are removed by `close`, or at the latest when
+    the store is collected.
 
     tables: to use instead of empty ones, with room for C entries; when that is used up, `resized` gives a larger store.
+    mapped_from: the file from which they are mapped, until anything is written to them.
     """
 
     def __init__(
@@ -108,29 +61,63 @@ class Store:
         device: torch.device,
         directory: Path | None,
         tables: dict[str, Tensor] | None = None,
+        mapped_from: tuple[Path, File] | None = None,
     ) -> None:
-        self.sizes = sizes
-        self.filled = [0] * sizes.rows
-        self.clock = 0
-        self.readers: weakref.WeakSet[Lookup] = weakref.WeakSet()
-        self.cursors = [0] * sizes.rows
-        self.written_to = [0] * sizes.rows
-        self.lives = [next(_lives) for _ in range(sizes.rows)]
+        self.sizes, self.device, self.mapped_from = sizes, device, mapped_from
+        self.filled, self.cursors, self.written_to = ([0] * sizes.rows for _ in range(3))
+        self.lives = [new_life() for _ in range(sizes.rows)]
+        self._left = [0] * sizes.rows  # places of each row that hold what leases may have seen before it was cleared
         self._directory = directory
-        folder = None if directory is None or tables is not None else fresh_folder(directory)
-        self._remove_files = weakref.finalize(self, remove_folder, folder)
+        self._folder = None if directory is None or tables is not None else fresh_folder(directory)
+        self._use(tables or self._empty_tables())
 
-        def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            # Outside inference mode, so that a memory made inside it can still be written outside.
-            with torch.inference_mode(False):
-                return zeros(shape, dtype, device) if folder is None else map_file(folder / name, shape, dtype)
-
-        if tables is None:
-            tables = {name: allocate(name, *each) for name, each in sizes.tables(sizes.capacity).items()}
+    def _use(self, tables: dict[str, Tensor]) -> None:
+        self.log, self.lock = Log(), threading.RLock()
+        self._remove_files = weakref.finalize(self, remove_folder, self._folder)
         self.tables = tables
         self.keys = Vectors(tables["keys"], tables.get("key_scales"))
         self.values = Vectors(tables["values"], tables.get("value_scales"))
-        self.origins, self.written, self.usage = tables["origins"], tables["written"], tables["usage"]
+        self.origins = tables["origins"]
+
+    def _empty_tables(self) -> dict[str, Tensor]:
+        def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            folder = self._folder
+            return zeros(shape, dtype, self.device) if folder is None else map_file(folder / name, shape, dtype)
+
+        with torch.inference_mode(False):  # a memory made inside it can be written outside
+            return {name: allocate(name, *each) for name, each in self.sizes.tables(self.sizes.capacity).items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: entries in RAM by value, those in files by the paths of these."""
+        kept = {name: each for name, each in vars(self).items() if name in _PICKLED}
+        if self.mapped_from is None and self._folder is None:
+            with self.lock:
+                places = [torch.arange(filled, device=self.device) for filled in self.filled]
+                picked = [self.picked(row, each) for row, each in enumerate(places)]
+            # As bytes: tensors would be shared with a process that is spawned, from memory that nobody keeps.
+            kept["entries"] = [{name: to_bytes(each) for name, each in tables.items()} for tables in picked]
+        return kept | {"folder": self._folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        entries, folder = state.pop("entries", None), state.pop("folder")
+        vars(self).update(state)
+        self._folder, self._left = None, [0] * self.sizes.rows
+        if self.mapped_from is not None:
+            self._use(read_tensors(*self.mapped_from, verify=False))
+        elif folder is not None:  # changes here do not reach the files of the other store
+            shapes = self.sizes.tables(self.sizes.capacity)
+            self._use({name: map_file(folder / name, *each, shared=False) for name, each in shapes.items()})
+        else:
+            self._use(self._empty_tables())
+            for row, tables in enumerate(entries):
+                for name, data in tables.items():
+                    places = by_place(name, self.tables[name][row])[: self.filled[row]]
+                    by_place(name, places).copy_(from_bytes(data, by_place(name, places)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Store:
+        """A store of its own with the same entries, whatever becomes of this one."""
+        with self.lock:
+            return self.resized(self.capacity)
 
     @property
     def capacity(self) -> int:
@@ -146,13 +133,8 @@ class Store:
         counts = zip(entries.rows, entries.counts(), strict=True)
         return self.room == self.capacity or all(self.filled[row] + count <= self.room for row, count in counts)
 
-    @property
-    def device(self) -> torch.device:
-        return self.keys.device
-
     def write(self, entries: StagedEntries) -> None:
         """Put entries, in order, over the oldest of their rows."""
-        self.clock += 1
         for i, row in enumerate(entries.rows):
             chosen = slice(None) if entries.mask is None else entries.mask[i].nonzero().squeeze(-1)
             keys, values = entries.keys[i][:, chosen], entries.values[i][:, chosen]
@@ -163,8 +145,6 @@ class Store:
         tables = {"keys": keys.numbers, "values": values.numbers, "origins": origins}
         if keys.scales is not None and values.scales is not None:
             tables |= {"key_scales": keys.scales, "value_scales": values.scales}
-        tables["written"] = torch.full((count,), self.clock, device=self.device)
-        tables["usage"] = torch.zeros(count, dtype=torch.int32, device=self.device)
         self.append(row, tables, count)
 
     def append(self, row: int, tables: Mapping[str, Tensor], count: int) -> None:
@@ -175,14 +155,25 @@ class Store:
         while start < count:  # at most twice: up to the end of the ring, then from its beginning
             run = min(count - start, self.capacity - cursor)
             here, there = slice(cursor, cursor + run), slice(start, start + run)
-            for reader in self.readers:
-                reader.keep(row, here)
+            self._before_change(row, here)
             for name, table in self.tables.items():
                 by_place(name, table[row])[here] = by_place(name, tables[name])[there]
             start, cursor = start + run, (cursor + run) % self.capacity
         self.cursors[row] = cursor
         self.filled[row] = min(self.filled[row] + count, self.capacity)
         self.written_to[row] += count
+
+    def _before_change(self, row: int, places: slice) -> None:
+        """Copy what leases may have seen in these places, which are about to change."""
+        self.mapped_from = None
+        places = slice(places.start, min(places.stop, max(self.filled[row], self._left[row])))
+        if not self.log.is_read or places.start >= places.stop:
+            return
+        numbers = torch.arange(places.start, places.stop, device=self.device)
+        slots = torch.stack([self.slot_base(row, head) + numbers for head in range(self.sizes.kv_heads)])
+        keys, values = (vectors[row][:, places].clone().flatten(0, 1) for vectors in (self.keys, self.values))
+        origins = self.origins[row, places].clone()
+        self.log.append(Changed(slots.flatten(), keys, values, row * self.room + numbers, origins))
 
     def oldest(self, row: int, count: int) -> StagedEntries:
         """Copies of so many entries of a row, the oldest first."""
@@ -192,8 +183,9 @@ class Store:
 
     def clear(self, rows: list[int]) -> None:
         for row in rows:
+            self._left[row] = max(self._left[row], self.filled[row]) if self.log.is_read else 0
             self.filled[row] = self.cursors[row] = self.written_to[row] = 0
-            self.lives[row] = next(_lives)
+            self.lives[row] = new_life()
 
     def ring(self, row: int) -> Ring:
         """The entries of a row as an index sees them."""
@@ -208,7 +200,6 @@ class Store:
     def resized(self, capacity: int) -> Store:
         """A new store with the newest entries of each row. This one stays as it is, and so do its lookups."""
         new = self.empty_like(capacity)
-        new.clock = self.clock
         for row, filled in enumerate(self.filled):
             places = self.places_in_order(row)[max(filled - capacity, 0) :]
             new.append(row, self.picked(row, places), len(places))
@@ -229,15 +220,18 @@ class Store:
         nothing stays behind in the places that are free now."""
         order = self.places_in_order(row)
         order = order[~gone.to(order.device)[order]]
-        for reader in self.readers:
-            reader.keep(row, slice(0, self.filled[row]))
+        self._before_change(row, slice(0, self.filled[row]))
         for name, table in self.tables.items():
             places = by_place(name, table[row])
             places[: len(order)] = places[order]
             places[len(order) : self.filled[row]] = 0
         self.filled[row] = self.written_to[row] = len(order)
         self.cursors[row] = len(order) % self.capacity
-        self.lives[row] = next(_lives)
+        self.lives[row] = new_life()
+
+    def numbers_in(self, row: int) -> Tensor:
+        """(N,) the document of each entry of a row, by place."""
+        return self.origins[row, : self.filled[row], 0]
 
     def slot_base(self, row: int, kv_head: int) -> int:
         """The slot of place 0 in this row and head."""
@@ -245,16 +239,11 @@ class Store:
 
     def origins_of(self, slots: Tensor) -> Tensor:
         """slots (...) -> their origins (..., 3)."""
-        slots = slots.to(self.device)
-        return self.origins.flatten(0, 1)[self._entry_of(slots)]
+        return self.origins.flatten(0, 1)[self.entries_of(slots)]
 
-    def count_usage(self, slots: Tensor) -> None:
-        """Note that the entries in these slots were retrieved, each as often as it occurs."""
-        entries = self._entry_of(slots.flatten())
-        self.usage.view(-1).index_add_(0, entries, torch.ones_like(entries, dtype=torch.int32))
-
-    def _entry_of(self, slots: Tensor) -> Tensor:
+    def entries_of(self, slots: Tensor) -> Tensor:
         """Slots -> the numbers of their entries: the heads of a row share them."""
+        slots = slots.to(self.device)
         return slots // (self.keys.shape[1] * self.room) * self.room + slots % self.room
 
     def pairs_of(self, slots: Tensor) -> Tensor:

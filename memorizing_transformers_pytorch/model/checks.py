@@ -10,6 +10,7 @@ from torch import Tensor
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig
 from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.utils.integers import as_int64
 
 
 def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
@@ -19,19 +20,21 @@ def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
             raise ValueError(f"expected {name} on {device}, got {tensor.device}")
 
 
-def check_tokens(config: ModelConfig, x: Tensor, labels: Tensor | None) -> None:
-    """Token ids and labels lie in the vocabulary; labels may also be IGNORE_INDEX."""
+def check_tokens(config: ModelConfig, x: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Token ids (int64) and labels lie in the vocabulary; labels may also be IGNORE_INDEX. Returns them as int64."""
     last = config.num_tokens - 1
     low, high = int(x.min()), int(x.max())
     if low < 0 or high > last:
         raise ValueError(f"expected token ids from 0 to {last}, got {low} to {high}")
     if labels is None:
-        return
-    if labels.shape != x.shape or labels.is_floating_point():
-        raise ValueError(f"expected integer labels {tuple(x.shape)}, got {labels.dtype} {tuple(labels.shape)}")
+        return None
+    labels = as_int64(labels, "labels")
+    if labels.shape != x.shape:
+        raise ValueError(f"expected labels {tuple(x.shape)}, got {tuple(labels.shape)}")
     wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels > last))]
     if wrong.numel() > 0:
         raise ValueError(f"expected labels from 0 to {last}, or {IGNORE_INDEX}, got {int(wrong[0])}")
+    return labels
 
 
 def check_rows(flags: Tensor | None, batch_size: int) -> None:
@@ -57,7 +60,7 @@ def check_memories(config: ModelConfig, memories: Sequence[KNNMemory] | None, ba
             rows = (memories[0].scoped_indices, memory.scoped_indices)
             raise ValueError(f"expected the same rows in scope of every memory, got {rows[0]} and {rows[1]}")
         _ = memory.store  # refuses a closed memory
-    return KNNMemoryList(memories)
+    return memories if isinstance(memories, KNNMemoryList) else KNNMemoryList(memories)
 
 
 def check_state(config: ModelConfig, state: Sequence[Tensor] | None, initial: XLMemories) -> XLMemories:

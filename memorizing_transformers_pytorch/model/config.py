@@ -54,7 +54,7 @@ class ModelConfig:
     memory_dtype: str = "float32"
     """How memories store keys and values: float32, bfloat16, float16, or int8 with a scale for each vector."""
     memory_index: str = "exact"
-    """How memories are searched: exact, auto or a faiss factory string such as IVF1024,SQfp16 (see `KNNMemory`)."""
+    """How memories are searched: exact, auto or inverted lists such as IVF1024,SQfp16 (see `KNNMemory`)."""
     knn_memories_directory: str | None = None
     """Keep memories in memory-mapped files below this folder instead of in RAM."""
     clear_memories_on_sos_token_id: int | None = None

@@ -15,6 +15,7 @@ from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.model.segment import XLMemories
 from memorizing_transformers_pytorch.model.session import Session
+from memorizing_transformers_pytorch.utils.integers import as_int64
 
 Prompt = Tensor | Sequence[Sequence[int]]
 
@@ -120,7 +121,7 @@ def stream(
 
 def _rows_of(prompt: Prompt) -> list[list[int]]:
     """The prompt as lists, if it is a batch of at least one text, each of at least one token."""
-    rows = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+    rows = as_int64(prompt, "the prompt").tolist() if isinstance(prompt, Tensor) else list(prompt)
     if not all(isinstance(row, Sequence | Tensor) for row in rows):
         raise ValueError(f"expected a prompt (rows, tokens), got {str(prompt)[:100]}")
     lengths = [len(row) for row in rows]

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.attention.retrieval import LookUp
+from memorizing_transformers_pytorch.attention.attention import Search
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, Lookup
 from memorizing_transformers_pytorch.model.config import ModelConfig
 from memorizing_transformers_pytorch.model.segment import (
@@ -47,20 +47,21 @@ def hidden_from_memory(boundaries: Boundaries, hidden_rows: Tensor | None = None
     return either(boundaries.documents > 0, None if rows is None else rows.unsqueeze(1))
 
 
-def make_look_ups(config: ModelConfig, memories: KNNMemoryList | None, hidden: Tensor | None) -> list[LookUp | None]:
+def make_look_ups(config: ModelConfig, memories: KNNMemoryList | None, hidden: Tensor | None) -> list[Search | None]:
     """For each memorizing layer a search of the memory that it reads; `hidden` rows or tokens find nothing."""
     if memories is None:
         return [None] * len(config.layers_with_memory)
     return [_search_once(memory, hidden) for memory in shifted(memories, config.shift_knn_memories_down)]
 
 
-def _search_once(memory: KNNMemory, hidden: Tensor | None) -> LookUp:
-    """A search that is done once: gradient checkpointing asks again after the memory has changed."""
+def _search_once(memory: KNNMemory, hidden: Tensor | None) -> Search:
+    """A search of the rows in scope, done once: gradient checkpointing asks again after the memory has changed."""
     found: list[Lookup] = []
+    rows = memory.scoped_indices
 
     def look_up(queries: Tensor, topk: int) -> Lookup:
         if not found:
-            found.append(memory.look_up(queries, topk, hidden))
+            found.append(memory.look_up(queries, topk, hidden, rows=rows))
         return found[0]
 
     return look_up

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memorizing_transformers_pytorch.attention.attention import Attention
+from memorizing_transformers_pytorch.attention.attention import Attention, Search
 from memorizing_transformers_pytorch.attention.blocks import AttentionBlock, FeedForward, FeedForwardBlock
 from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
 from memorizing_transformers_pytorch.attention.position import RelativePositionBias
-from memorizing_transformers_pytorch.attention.retrieval import LookUp
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, warn_once
 from memorizing_transformers_pytorch.model.checks import (
     check_devices,
@@ -51,7 +50,7 @@ class Context(NamedTuple):
     pasts: Sequence[Tensor | None]
     distances: Tensor
     xl_distances: Tensor
-    look_ups: Sequence[LookUp | None]
+    look_ups: Sequence[Search | None]
     conv_states: Sequence[Tensor | None]
     documents: Tensor | None = None
 
@@ -213,9 +212,8 @@ class MemorizingTransformer(nn.Module):
         tensors = {"labels": labels, "mask": mask, "origins": origins, "starts": starts, "hide_memory": hide_memory}
         check_devices(self.device, x=x, **tensors)
         segment = make_segment(x, mask, origins, config.pad_id, starts)
-        check_tokens(config, x, labels)
+        labels = check_tokens(config, segment.tokens, labels)
         check_rows(hide_memory, batch_size=x.shape[0])
-        labels = None if labels is None else labels.long()
         memories = check_memories(config, knn_memories, batch_size=x.shape[0])
         state = check_state(config, xl_memories, self.initial_state(x.shape[0]))
         boundaries = find_boundaries(segment, config)
@@ -230,7 +228,7 @@ class MemorizingTransformer(nn.Module):
         return (result, state) if self.carries_state else result
 
     def _context(
-        self, state: XLMemories, num_tokens: int, look_ups: Sequence[LookUp | None], documents: Tensor | None
+        self, state: XLMemories, num_tokens: int, look_ups: Sequence[Search | None], documents: Tensor | None
     ) -> Context:
         read = shifted(state, self.config.shift_xl_memories_down)
         past_of = dict(zip(self.config.layers_with_xl, read, strict=True)) if state.length > 0 else {}

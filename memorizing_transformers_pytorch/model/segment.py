@@ -19,6 +19,7 @@ from torch import Tensor
 from memorizing_transformers_pytorch.attention.position import INVISIBLE, causal_distances
 from memorizing_transformers_pytorch.memory import ORIGIN_FIELDS, UNKNOWN
 from memorizing_transformers_pytorch.model.config import ModelConfig
+from memorizing_transformers_pytorch.utils.integers import as_int64
 
 
 class Segment(NamedTuple):
@@ -48,18 +49,19 @@ def make_segment(
     padding are none.
     Raises ValueError for other shapes or dtypes, or an empty segment.
     """
-    if tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point():
-        raise ValueError(f"expected integer tokens (rows, at least 1), got {tokens.dtype} {tuple(tokens.shape)}")
-    tokens = tokens.long()
+    tokens = as_int64(tokens, "token ids")
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"expected token ids (rows, at least 1), got {tuple(tokens.shape)}")
     for name, flags in (("mask", mask), ("starts", starts)):
         if flags is not None and (flags.dtype != torch.bool or flags.shape != tokens.shape):
             raise ValueError(f"expected bool {name} {tuple(tokens.shape)}, got {flags.dtype} {tuple(flags.shape)}")
     if origins is None:
         unknown = torch.full_like(tokens, UNKNOWN)
         origins = torch.stack((unknown, unknown, tokens), dim=-1)
-    elif origins.is_floating_point() or origins.shape != (*tokens.shape, ORIGIN_FIELDS):
-        expected = f"integer origins {(*tokens.shape, ORIGIN_FIELDS)}"
-        raise ValueError(f"expected {expected}, got {origins.dtype} {tuple(origins.shape)}")
+    elif origins.shape != (*tokens.shape, ORIGIN_FIELDS):
+        raise ValueError(f"expected origins {(*tokens.shape, ORIGIN_FIELDS)}, got {tuple(origins.shape)}")
+    else:
+        origins = as_int64(origins, "origins")
     order = None
     if mask is None:
         mask = _before_trailing(tokens, pad_id)

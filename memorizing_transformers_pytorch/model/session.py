@@ -28,6 +28,7 @@ from memorizing_transformers_pytorch.model.checks import check_memories, check_s
 from memorizing_transformers_pytorch.model.memory_step import Written, hand_over, make_look_ups, shifted
 from memorizing_transformers_pytorch.model.model import Context, MemorizingTransformer
 from memorizing_transformers_pytorch.model.segment import Segment, XLMemories, find_boundaries
+from memorizing_transformers_pytorch.utils.integers import as_int64
 
 
 class _OpenSegment(NamedTuple):
@@ -95,7 +96,9 @@ class Session:
         """The texts as tensors, if `read` can take them; else ValueError."""
         if len(texts) != len(self._open.filled):
             raise ValueError(f"expected {len(self._open.filled)} texts, got {len(texts)}")
-        tensors = [torch.as_tensor(text, dtype=torch.int64).flatten() for text in texts]
+        kinds = [None if len(text) else torch.int64 for text in texts]  # PyTorch takes an empty list for floats
+        tensors = [torch.as_tensor(text, dtype=kind) for text, kind in zip(texts, kinds, strict=True)]
+        tensors = [as_int64(text, "token ids").flatten() for text in tensors]
         if any(len(text) > 0 for text in tensors):
             check_tokens(self.model.config, torch.cat(tensors), None)
         return tensors

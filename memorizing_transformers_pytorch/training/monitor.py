@@ -10,7 +10,6 @@ Shapes: B rows, H query heads, G key/value heads, T queries, K retrieved, D head
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -35,7 +34,7 @@ Seen = dict[str, Any]
 def watching(model: MemorizingTransformer, memories: Sequence[KNNMemory]) -> Iterator[dict[str, Seen]]:
     """Inside, what each memorizing layer does in its last forward pass is noted, under "layer N"."""
     seen: dict[str, Seen] = {}
-    noted: weakref.WeakSet[Any] = weakref.WeakSet()
+    noted: set[int] = set()  # leases
     read = shifted(memories, model.config.shift_knn_memories_down)
     with ExitStack() as hooks:
         for number, memory in zip(model.config.layers_with_memory, read, strict=True):
@@ -48,7 +47,7 @@ def watching(model: MemorizingTransformer, memories: Sequence[KNNMemory]) -> Ite
 @torch.no_grad()
 def _note(
     seen: dict[str, Seen],
-    noted: weakref.WeakSet[Any],
+    noted: set[int],
     name: str,
     memory: KNNMemory,
     block: nn.Module,
@@ -56,7 +55,7 @@ def _note(
     attended: Attended,
 ) -> None:
     attention, reading = block.fn, attended.reading
-    if reading is not None and reading.lookup in noted:
+    if reading is not None and int(reading.lookup.lease) in noted:
         return  # gradient checkpointing runs the layer again, when the memory has changed
     assert isinstance(attention, KNNAttention)
     seen[name] = {"temperature": _rounded(attention.scale.exp())}
@@ -64,7 +63,7 @@ def _note(
         seen[name]["gate"] = _rounded(attention.gate.sigmoid())
     if reading is None or not bool(reading.lookup.mask.any()):
         return
-    noted.add(reading.lookup)
+    noted.add(int(reading.lookup.lease))
     seen[name]["mass"] = _rounded(attention_mass(reading))
     seen[name]["recall"] = round(recall(reading, memory, SAMPLED_QUERIES), 4)
     ages = ages_of(reading, memory, SAMPLED_QUERIES)

@@ -64,10 +64,10 @@ def test_what_is_no_text_is_left_out_of_a_folder_and_refused_by_name(
     given = ["--model", str(make_run(tmp_path / "run")), "--prompt", "the question of", "--read"]
     main(["explain", *given, str(notes), "--json"])
     printed = capsys.readouterr()
-    left_out = [line.split(": ")[0] for line in printed.err.splitlines() if line.startswith("left out")]
-    assert left_out == [f"left out {notes / name}" for name in ("empty.txt", "latin.txt", "picture.png")]
+    skipped = [line.split(": ")[0] for line in printed.err.splitlines() if line.startswith("skipped")]
+    assert skipped == [f"skipped {notes / name}" for name in ("empty.txt", "latin.txt", "picture.png")]
     assert {each["title"] for each in json.loads(printed.out)["documents"]} >= {str(notes / "fact.txt")}
-    for name, message in (("picture.png", "got a binary file"), ("empty.txt", "got an empty file")):
+    for name, message in (("picture.png", "picture.png: binary file"), ("empty.txt", "empty.txt: empty file")):
         assert message in failed([*given, str(notes / name)], capsys)
 
 
@@ -82,7 +82,7 @@ def test_it_is_said_which_files_a_memory_has_no_room_for(
     given = ["explain", "--model", model, "--read", str(folder), "--prompt", "text", "--json"]
     main([*given, "--max-memories", "150"])
     said = capsys.readouterr().err
-    assert "the memory is full: 2 documents had to make room (--max-memories, for a new memory)" in said
+    assert "the memory is full: 2 documents were evicted (--max-memories, for a new memory)" in said
     assert f"too short to be remembered: {folder / 'short.txt'}" in said
     main(given)
     assert "the memory is full" not in capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(
         ([*read, "--prompt", "x", "-o", str(tmp_path / "no" / "page.html")], "expected a file that can be written"),
         ([*read, "--prompt", "x", "-o", "page.html", "--json"], "expected --json or --output, got both"),
         ([*read, "--prompt", "x", "--all-entries"], "expected --all-entries with --json, got it without"),
-        (["--model", "nowhere", "--read", "nothing.txt", "--prompt", "x"], "got 'nothing.txt'"),
+        (["--model", "nowhere", "--read", "nothing.txt", "--prompt", "x"], "no file or folder 'nothing.txt'"),
         ([*read], "--prompt"),
     ]:
         assert message in failed(given, capsys)

@@ -158,7 +158,7 @@ def test_a_session_in_the_browser(service: Service, address: str, tmp_path: Path
         assert driver.find_element(By.TAG_NAME, "main").size["width"] > 1_100  # of 1,280, also while nothing is there
         write_few_tokens(driver)
         screenshot.read_file(driver, picture)
-        assert "got a binary file" in screenshot.text_of(driver, "told")
+        assert "binary file" in screenshot.text_of(driver, "told")
         large.write_bytes(b"x" * (MAX_BYTES + 1))
         driver.find_element(By.CSS_SELECTOR, "#files input[type=file]").send_keys(f"{large}\n{book}")
         screenshot.wait_for(driver, "told", "in 'large.txt'")

@@ -147,9 +147,9 @@ def test_a_memory_is_not_saved_among_other_things(model: str) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("b.bin", b"\x89PNG\0\0", "got a binary file"),
-        ("e.txt", b" \n", "got an empty file"),
-        ("l.txt", "Où".encode("latin-1"), "expected UTF-8 in 'l.txt'"),
+        ("b.bin", b"\x89PNG\0\0", "b.bin: binary file"),
+        ("e.txt", b" \n", "e.txt: empty file"),
+        ("l.txt", "Où".encode("latin-1"), "l.txt: not UTF-8, byte 0xf9 at offset 1"),
         ("h.txt", b"x" * 2_001, "expected at most 2,000 bytes in 'h.txt', got 2,001"),
         ("again.txt", TEXT, "not remembered yet, got that of 'whale.txt'"),
     ],

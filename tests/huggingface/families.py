@@ -28,6 +28,7 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, **NO_DROPOU
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {"head_dim": ABSENT, "num_key_value_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
 GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 256}
+PER_LAYER = {**GEMMA, "vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8}
 
 FEW: dict[str, dict[str, Any]] = {  # what makes families differ is among these
     "llama": {},
@@ -47,6 +48,9 @@ mistral nemotron olmo olmo2 olmo3 persimmon qwen3 seed_oss stablelm starcoder2 v
 SERVED: dict[str, dict[str, Any]] = {
     **FEW,
     **{family: {} for family in PLAIN.split()},
+    "gemma3n_text": PER_LAYER | {"activation_sparsity_pattern": [0.0] * 2, "num_kv_shared_layers": 0},
+    "gemma4_text": PER_LAYER | {"global_head_dim": 8},
+    "gemma4_unified_text": {**GEMMA, "global_head_dim": 8},
     "phi3": {"original_max_position_embeddings": 512},
     "biogpt": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "gpt_bigcode": GPT2,

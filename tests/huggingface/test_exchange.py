@@ -52,7 +52,7 @@ def test_other_weights_are_noticed_after_an_exchange() -> None:
         model.get_input_embeddings().weight.add_(1)
     memory.read(TWO, progress=False)
     memory.exchange(kept)
-    with pytest.raises(ValueError, match="expected the weights that have read"):
+    with pytest.raises(ValueError, match="model weights changed after this memory was written"):
         memory.read(TWO, progress=False)
 
 

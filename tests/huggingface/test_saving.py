@@ -53,7 +53,7 @@ def test_other_weights_are_refused_unless_they_are_wanted(tmp_path: Path) -> Non
     with torch.no_grad():
         memory.model.model.embed_tokens.weight.mul_(2)
     before = memory.documents()
-    with pytest.raises(ValueError, match="expected a memory written by weights with the fingerprint"):
+    with pytest.raises(ValueError, match="this memory was written by other weights"):
         memory.load(tmp_path / "memory")
     assert memory.documents() == before
     memory.load(tmp_path / "memory", other_weights=True)
@@ -88,7 +88,7 @@ def test_a_forgotten_document_is_gone_from_every_layer_and_from_disk(tmp_path: P
 def test_a_title_that_there_is_not_is_refused() -> None:
     memory = attach_memory(tiny("llama"), **EVERYTHING)
     memory.read(tokens(1, 20), document="one", progress=False)
-    with pytest.raises(ValueError, match="expected the title of a document, got 'two'"):
+    with pytest.raises(ValueError, match="no document is titled 'two'"):
         memory.forget("two")
     assert memory.layers[1].num_entries == (20,)
 
@@ -190,7 +190,7 @@ def test_a_merge_with_what_other_weights_have_read_is_refused(tmp_path: Path) ->
         new.model.model.embed_tokens.weight.mul_(2)
     new.read(tokens(1, 20), progress=False)
     new.save(tmp_path / "new")
-    with pytest.raises(ValueError, match="expected the weights that have read what is remembered"):
+    with pytest.raises(ValueError, match="model weights changed after this memory was written"):
         memory.merge(tmp_path / "new")
 
 
@@ -202,3 +202,33 @@ def test_what_is_written_after_the_last_document_was_forgotten_is_another_one() 
     with memory.writing("c"):
         logits(memory.model, tokens(1, 16))
     assert [(each.title, each.tokens) for each in memory.documents()] == [("a", 20), ("c", 16)]
+
+
+def test_what_is_written_after_loading_is_another_document_than_those_before_the_forgotten_one(tmp_path: Path) -> None:
+    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    for title in ("a", "b"):
+        memory.read(tokens(1, 20), document=title, progress=False)
+    memory.forget("b")
+    memory.save(tmp_path / "memory")
+    again = attach_memory(tiny("llama"), **EVERYTHING)
+    again.load(tmp_path / "memory")
+    assert again.last_document is None
+    with again.writing("c"):
+        logits(again.model, tokens(1, 16))
+    with again.writing("c"):
+        logits(again.model, tokens(1, 16))
+    assert [(each.title, each.tokens) for each in again.documents()] == [("a", 20), ("c", 32)]
+
+
+def test_a_memory_is_not_merged_with_the_state_that_it_holds(tmp_path: Path) -> None:
+    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory.read(tokens(1, 20), document="a", progress=False)
+    memory.save(tmp_path / "memory")
+    before, expected = memory.documents(), logits(memory.model, tokens(1, 9))
+    with pytest.raises(ValueError, match="hold documents of the same saved state"):
+        memory.merge(tmp_path / "memory")
+    assert memory.documents() == before
+    assert torch.equal(logits(memory.model, tokens(1, 9)), expected)
+    memory.forget("a")
+    memory.merge(tmp_path / "memory")
+    assert [each.title for each in memory.documents()] == ["a"]

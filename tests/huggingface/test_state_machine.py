@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 
 from memorizing_transformers_pytorch.huggingface import attach_memory
 from memorizing_transformers_pytorch.huggingface.probe import run, watching
+from memorizing_transformers_pytorch.memory import KNNMemoryList
 from tests.huggingface.families import tiny
 from tests.huggingface.test_attach import tokens
 
@@ -108,7 +109,14 @@ class Attached(RuleBasedStateMachine):
     @precondition(lambda self: self.saved.next_number and len(self.plain.entries) < 500)
     @rule()
     def merge(self) -> None:
-        self.memory.merge(self.folder / "memory")
+        """With what was saved, which is refused while its documents are held, and with a copy under another state."""
+        saved, other = self.folder / "memory", self.folder / "other"
+        if {each[0] for each in self.plain.entries} & {each[0] for each in self.saved.entries}:
+            with pytest.raises(ValueError, match="hold documents of the same saved state"):
+                self.memory.merge(saved)
+            self.holds_what_the_list_does()
+        KNNMemoryList.load(saved).save(other, overwrite=True)
+        self.memory.merge(other)
         (entries, place, number), more = self.plain, self.saved
         moved = [entry._replace(document=entry.document + number, place=entry.place + place) for entry in more.entries]
         self.plain = Plain(entries + moved, place + more.place, number + more.next_number)

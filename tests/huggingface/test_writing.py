@@ -83,7 +83,7 @@ def test_weights_that_change_between_segments_are_expected() -> None:
         with memory.writing():
             memory.model(input_ids=segment, labels=segment).loss.backward()
         optimizer.step()
-    with pytest.warns(UserWarning, match="the weights have changed since they read"):
+    with pytest.warns(UserWarning, match="model weights changed after this memory was written"):
         logits(memory.model, ids)
 
 

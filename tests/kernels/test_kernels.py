@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from memorizing_transformers_pytorch import KNNAttention, KNNMemory, kernels
-from memorizing_transformers_pytorch.attention.retrieval import sampled_inner_products, weighted_sums
+from memorizing_transformers_pytorch.attention.bags import sampled_inner_products, weighted_sums
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
 from memorizing_transformers_pytorch.memory.index.exact import _bucket_maxima, best_of
 from memorizing_transformers_pytorch.memory.vectors import Vectors

@@ -18,12 +18,12 @@ from memorizing_transformers_pytorch.training.run import CONFIG, TOKENIZER
 from memorizing_transformers_pytorch.training.settings import write_yaml
 from memorizing_transformers_pytorch.utils.durable import write_checksums
 
+SIZES = {"num_tokens": 256, "dim": 16, "depth": 2, "dim_head": 8, "heads": 2, "max_knn_memories": 5_000}
 
-def make_run(folder: Path, seed: int = 0) -> Path:
+
+def make_run(folder: Path, seed: int = 0, **changes: Any) -> Path:
     torch.manual_seed(seed)
-    model = ModelConfig(
-        num_tokens=256, dim=16, depth=2, dim_head=8, heads=2, max_knn_memories=5_000, short_conv=2, xl_max_memories=5
-    )
+    model = ModelConfig(**{**SIZES, "short_conv": 2, "xl_max_memories": 5, **changes})
     checkpoint = folder / "checkpoints" / "step-1"
     checkpoint.mkdir(parents=True)
     state = {"processes": 1, "progress": {"step": 1}, "best": None, "text": ""}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line
 
 
+def picture(folder: Path) -> dict[str, bytes | None]:
+    """All files and folders below a folder, with what is in them."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
 def names(memory: Path) -> list[str]:
     return [Path(each.title).name for each in KNNMemoryList.load(memory).documents()]
 
@@ -49,16 +55,16 @@ def test_files_are_read_once_and_again_when_they_change(
 ) -> None:
     memory = tmp_path / "memory"
     first = told(capsys, "build", memory, texts, "--model", model)
-    assert (first["read"], first["known"], first["left_out"], first["documents"]) == (3, 0, 2, 3)
+    assert (first["read"], first["unchanged"], first["skipped"], first["documents"]) == (3, 0, 2, 3)
     assert names(memory) == ["one.txt", "zlong.txt", "two.txt"]
     before = KNNMemoryList.load(memory)
     again = told(capsys, "build", memory, texts, "--model", model)
-    assert (again["read"], again["known"], again["changed"]) == (0, 3, 0)
+    assert (again["read"], again["unchanged"], again["changed"]) == (0, 3, 0)
     assert same(before, KNNMemoryList.load(memory))
     (texts / "one.txt").write_text("It was the worst of times. " * 8)
     (texts / "below" / "two.txt").unlink()
     changed = told(capsys, "build", memory, texts, "--model", model, "--prune")
-    assert (changed["read"], changed["known"], changed["changed"], changed["removed"]) == (0, 1, 1, 1)
+    assert (changed["read"], changed["unchanged"], changed["changed"], changed["removed"]) == (0, 1, 1, 1)
     assert names(memory) == ["zlong.txt", "one.txt"]
 
 
@@ -75,7 +81,7 @@ def test_a_file_is_the_same_by_every_spelling_of_its_name(
     old.save(memory, compact=True)
     for spelling in (texts, "./texts", "link"):
         result = told(capsys, "build", memory, spelling, "--model", model, "--prune")
-        assert (result["known"], result["read"], result["removed"], result["documents"]) == (3, 0, 0, 3)
+        assert (result["unchanged"], result["read"], result["removed"], result["documents"]) == (3, 0, 0, 3)
 
 
 @pytest.mark.parametrize("where", ["library", "below/deep/library"])
@@ -87,7 +93,7 @@ def test_a_memory_among_the_texts_is_not_read(
     (texts / "below" / "manifest.json").write_text('{"name": "an app"}')
     for read, known in ((4, 0), (0, 4), (0, 4)):
         result = told(capsys, "build", memory, texts, "--model", model)
-        assert (result["read"], result["known"], result["left_out"]) == (read, known, 2)
+        assert (result["read"], result["unchanged"], result["skipped"]) == (read, known, 2)
 
 
 def test_what_was_broken_off_goes_on_and_ends_the_same(
@@ -154,12 +160,12 @@ def test_documents_can_be_listed_forgotten_verified_and_compacted(
     assert "documents      1" in printed
 
 
-def test_it_is_said_when_documents_had_to_make_room(
+def test_it_is_said_when_documents_were_evicted(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("build", tmp_path / "memory", texts, "--model", make_run(tmp_path / "run"), "--max-memories", 3_000)
     said = capsys.readouterr().err
-    assert "the memory is full: 1 document had to make room (--max-memories, for a new memory)" in said
+    assert "the memory is full: 1 document was evicted (--max-memories, for a new memory)" in said
 
 
 def test_damage_is_found(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +185,7 @@ def test_memories_of_a_model_of_transformers_are_merged_with_it(
     for name in ("one.txt", "zlong.txt"):
         run("build", tmp_path / name, texts / name, "--model", model)
     merge = ("merge", tmp_path / "both", tmp_path / "one.txt", tmp_path / "zlong.txt")
-    assert "expected --model, to merge memories of a model of transformers" in refused(capsys, *merge)
+    assert "add --model" in refused(capsys, *merge)
     assert told(capsys, *merge, "--model", model)["documents"] == 2
     assert names(tmp_path / "both") == ["one.txt", "zlong.txt"]
 
@@ -238,20 +244,26 @@ def test_a_memory_that_is_there_is_searched_as_it_is_said(
 
 def last_memory(reader: DocumentReader) -> KNNMemory:
     """Of the last layer; that of old entries, where there is another."""
-    _, _, memory = reader.parts()
-    found: KNNMemory = (memory if isinstance(reader, RunReader) else list(memory.layers.values())[-1].memories)[-1]
-    return found
+    if isinstance(reader, RunReader):
+        return reader.memory[-1]
+    return list(reader.memory.layers.values())[-1].memories[-1]
 
 
 def test_bad_input_is_one_line(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, memory = make_run(tmp_path / "run"), tmp_path / "memory"
     build = ("build", memory, texts, "--model", model)
     run(*build)
-    other = make_run(tmp_path / "other", seed=1)
+    other, second = make_run(tmp_path / "other", seed=1), tmp_path / "second"
+    run("build", second, texts / "one.txt", "--model", model)
+    copy, link = shutil.copytree(memory, tmp_path / "copy"), tmp_path / "link"
+    link.symlink_to(memory, target_is_directory=True)
+    for lock in tmp_path.rglob(".lock"):
+        lock.unlink()
+    before = picture(tmp_path)
     for arguments, message in {
-        ("build", memory, texts, "--model", other): "expected a memory written by weights with the fingerprint",
-        (*build, "--max-memories", 7): "expected --max-memories and --dtype for a new memory only",
-        ("build", memory, tmp_path / "no", "--model", model): "expected a file or folder to read",
+        ("build", memory, texts, "--model", other): "this memory was written by other weights",
+        (*build, "--max-memories", 7): "--max-memories and --dtype are for a new memory only",
+        ("build", memory, tmp_path / "no", "--model", model): "there is no file or folder",
         (
             "build",
             memory,
@@ -260,21 +272,26 @@ def test_bad_input_is_one_line(texts: Path, tmp_path: Path, capsys: pytest.Captu
             model,
             "--pattern",
             "*.java",
-        ): "expected files that match '*.java', got none",
+        ): "no files match '*.java'",
         ("build", texts, texts, "--model", model): "expected a new folder, an empty one or that of a memory",
-        ("merge", texts, memory, memory): "expected a new folder, an empty one or that of a memory",
+        ("merge", texts, memory, copy): "hold the same saved state: name it once",
+        ("merge", tmp_path / "new", memory, memory): "hold the same saved state: name it once",
+        ("merge", tmp_path / "new", memory, link, f"{memory}/."): "hold the same saved state: name it once",
+        ("merge", texts, memory, second): "expected a new folder, an empty one or that of a memory",
+        ("merge", second, memory, second): "is both a memory to merge and the folder to write",
+        ("merge", copy, memory, second): "holds a memory: write to a new folder",
         ("info", tmp_path / "nothing"): "which has no manifest.json",
         ("verify", texts): "which has no manifest.json",
-        ("forget", memory): "expected --document or --where, got both or none",
-        ("forget", memory, "--document", "Faust"): "expected the title or number of a document, got 'Faust'",
-        ("forget", memory, "--document", 77): "expected documents of the memory, got [77]",
-        ("merge", memory, memory, memory): "expected a folder without a memory",
-        ("merge", tmp_path / "new", memory): "expected at least two memories, got 1",
+        ("forget", memory): "choose documents either by --document or by --where",
+        ("forget", memory, "--document", "Faust"): "'Faust' is neither the title nor the number of a document",
+        ("forget", memory, "--document", texts / "one.txt", 77): "the memory has no document 77",
+        ("forget", memory, "--document", 10**30): f"the memory has no document {10**30}",
+        ("merge", tmp_path / "new", memory): "merge needs two or more memories, got 1",
         ("dream",): "expected a command among build, info, documents, forget, verify, compact, merge, got 'dream'",
     }.items():
         assert message in refused(capsys, *arguments)
+        assert picture(tmp_path) == before
     assert len(names(memory)) == 3
-    assert not (texts / ".lock").exists()
     os.truncate(memory / NAME, 10)
     assert "expected the manifest of a memory" in refused(capsys, "documents", memory)
 
@@ -288,11 +305,11 @@ def test_a_file_that_two_merged_memories_held_is_read_once_when_it_changes(
     run("merge", both, tmp_path / "a", tmp_path / "b")
     (texts / "one.txt").write_text("something else")
     assert told(capsys, "build", both, texts / "one.txt", "--model", model)["changed"] == 1
-    assert told(capsys, "build", both, texts / "one.txt", "--model", model)["known"] == 1
+    assert told(capsys, "build", both, texts / "one.txt", "--model", model)["unchanged"] == 1
     assert names(both) == ["one.txt"]
 
 
-def test_documents_whose_entries_have_made_room_can_be_forgotten_too(
+def test_documents_whose_entries_were_evicted_can_be_forgotten_too(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     memory = tmp_path / "memory"

@@ -19,4 +19,4 @@ def test_a_model_reads_no_more_at_once_than_it_has_learned_positions_for(
     assert isinstance(reader, HubReader)
     assert (reader.longest, reader.memory.options.chunk) == (positions, chunk)
     assert list(reader.read("long", "a long text " * 100, {}, None))[-1] == 1
-    assert [each.tokens for each in reader.documents()] == [1_200]
+    assert [each.tokens for each in reader.memory.documents()] == [1_200]

@@ -1,4 +1,4 @@
-"""What is said of documents that had to make room, and of those that are too short to be remembered."""
+"""The messages about documents that were evicted or are too short to be remembered."""
 
 from __future__ import annotations
 
@@ -7,41 +7,33 @@ from pathlib import Path
 import pytest
 
 from memorizing_transformers_pytorch.explorer.service import Service
-from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader
-from memorizing_transformers_pytorch.library.room import Room, in_words
+from memorizing_transformers_pytorch.library.build import evicted_since, held_titles, room_messages
+from memorizing_transformers_pytorch.library.readers import open_reader
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from tests.library.test_memory_command import run, told
 
 
-def read(reader: DocumentReader, room: Room, title: str, text: str) -> None:
-    list(reader.read(title, text, {}, None))
-    room.note_read(reader.ledger.documents()[-1])
-
-
-def test_only_documents_that_held_something_had_to_make_room(model: str) -> None:
+def test_only_documents_that_held_something_are_evicted(model: str) -> None:
     reader = open_reader(model, "cpu", max_memories=200, dtype=None, index=None)
-    read(reader, Room(reader), "before", "x" * 60)
-    room = Room(reader)
-    read(reader, room, "forgotten", "y" * 30)
-    room.note_forgotten(reader.ledger.documents()[-1].number)
-    reader.forget(reader.ledger.documents()[-1].number)
-    read(reader, room, "short", "ab")
-    assert (room.too_short, room.made()) == (["short"], [])
+    list(reader.read("before", "x" * 60, {}, None))
+    list(reader.read("short", "ab", {}, None))
+    held = held_titles(reader.memory)
+    assert list(held.values()) == ["before"]
     for n in range(8):
-        read(reader, room, str(n), f"text {n} " * 8)
-    held = {each.title for each in reader.documents() if any(each.entries)}
-    assert room.made() == ["before", *(str(n) for n in range(8) if str(n) not in held)]
-    assert len(room.made()) > 3
-    assert room.too_short == ["short"]
+        list(reader.read(str(n), f"text {n} " * 8, {}, None))
+        held[reader.memory.ledger.last.number] = str(n)
+    left = held_titles(reader.memory).values()
+    assert evicted_since(held, reader.memory) == ["before", *(str(n) for n in range(8) if str(n) not in left)]
+    assert len(evicted_since(held, reader.memory)) > 3
 
 
 def test_what_is_said_counts_one_and_many() -> None:
-    assert in_words([], []) == []
-    assert in_words(["a", "b"], ["c"]) == [
+    assert room_messages([], []) == []
+    assert room_messages(["a", "b"], ["c"]) == [
         "too short to be remembered: a, b",
-        "the memory is full: 1 document had to make room",
+        "the memory is full: 1 document was evicted",
     ]
-    assert in_words([], ["c"] * 2, " (x)") == ["the memory is full: 2 documents had to make room (x)"]
+    assert room_messages([], ["c"] * 2, " (x)") == ["the memory is full: 2 documents were evicted (x)"]
 
 
 def test_a_build_says_what_became_of_its_own_files_once(
@@ -59,11 +51,11 @@ def test_a_build_says_what_became_of_its_own_files_once(
         (files / f"b{n}.txt").write_text(f"text {n} of eight. " * 8)
     result = told(capsys, *build)
     before = held(memory)
-    assert (result["too_short"], result["made_room"]) == (0, 8 - len(before))
-    assert result["made_room"] == 4
+    assert (result["too_short"], result["evicted"]) == (0, 8 - len(before))
+    assert result["evicted"] == 4
     (files / "c.txt").write_text("the last of them. " * 2)
     later = told(capsys, "build", memory, files / "c.txt", "--model", model)
-    assert later["made_room"] == len(before - held(memory)) < 2
+    assert later["evicted"] == len(before - held(memory)) < 2
 
 
 def held(memory: Path) -> set[str]:

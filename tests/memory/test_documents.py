@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from memorizing_transformers_pytorch import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from tests.memory.test_disk import contents, memories, read, same
 
 
@@ -60,15 +66,25 @@ def test_documents_are_forgotten_by_number_title_or_condition() -> None:
     [
         ({}, "expected a document or where=, got both or none"),
         ({"document": 0, "where": bool}, "expected a document or where=, got both or none"),
-        ({"document": "four"}, "expected the title of a document, got 'four'"),
-        ({"document": [0, 9]}, r"expected documents of the memory, got \[9\]"),
+        ({"document": "four"}, "no document is titled 'four'"),
+        ({"document": [0, 9, 10**30]}, f"the memory has no document 9, {10**30}"),
+        ({"document": 1.7}, "documents are chosen by number or title, got 1.7"),
+        ({"document": [0, True]}, "documents are chosen by number or title, got True"),
     ],
 )
 def test_what_cannot_be_forgotten_is_refused_and_nothing_is_lost(arguments: dict, message: str) -> None:
-    made, before = library(), library()
+    made = library()
+    before = picture(made)
     with pytest.raises(ValueError, match=message):
         made.forget(**arguments)
-    assert [each.entries for each in made.documents()] == [each.entries for each in before.documents()]
+    assert picture(made) == before
+
+
+def picture(of: KNNMemoryList) -> Any:
+    """All that a list of memories says of itself."""
+    entries = [{name: part.tolist() for name, part in row.items()} for row in contents(of)]
+    ledger = [vars(each) for each in of.ledger.documents()], of.ledger.next_number, of.ledger.latest(0)
+    return entries, ledger, of.fingerprint, dict(of.extra), of.marks, repr(of), [list(each.store.lives) for each in of]
 
 
 def test_parts_and_copies_hold_what_they_should_and_share_nothing() -> None:
@@ -77,6 +93,8 @@ def test_parts_and_copies_hold_what_they_should_and_share_nothing() -> None:
     assert [each.title for each in part.documents()] == ["two", "<b>"]
     assert [each.document for each in part.entries(0)] == [1] * 7 + [2] * 2
     assert same(made, copy)
+    with pytest.raises(ValueError, match="the memory has no document 9"):
+        made.only([1, 9])
     read(copy, "four", 3)
     assert [each.title for each in made.documents()] == ["one", "two", "<b>"]
 
@@ -98,14 +116,31 @@ def test_merged_memories_hold_both_and_other_kinds_are_refused() -> None:
     one.merge(other)
     assert [each.title for each in one.documents()] == ["one", "two", "<b>"] * 2
     assert [each.number for each in one.documents()] == list(range(6))
-    before = one[0].num_entries
+    other.fingerprint, one.fingerprint = "these", "those"
+    before = picture(one), picture(other)
     for wrong in (memories(rows=1), memories(dtype=torch.bfloat16), KNNMemoryList()):
         with pytest.raises(ValueError, match="expected memories with rows, key/value heads, width and dtype"):
             one.merge(wrong)
-    other.fingerprint, one.fingerprint = "these", "those"
     with pytest.raises(ValueError, match="expected a memory written by weights"):
         one.merge(other)
-    assert one[0].num_entries == before
+    assert (picture(one), picture(other)) == before
+
+
+def test_what_was_loaded_from_the_same_state_is_not_merged_twice(tmp_path: Path) -> None:
+    saved, folder = library(), tmp_path / "memory"
+    saved.save(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    one, other, copy = (KNNMemoryList.load(path) for path in (folder, folder, tmp_path / "copy"))
+    read(other, "later", 3)
+    before = picture(one), picture(saved)
+    for own, again in ((one, other), (one, copy), (saved, one)):
+        with pytest.raises(ValueError, match="hold documents of the same saved state"):
+            own.merge(again)
+    assert (picture(one), picture(saved)) == before
+    one.forget(["one", "<b>"])
+    copy.forget("two")
+    one.merge(copy)
+    assert sorted(each.title for each in one.documents()) == ["<b>", "one", "two"]
 
 
 def test_a_document_is_forgotten_in_all_rows_whatever_the_scope() -> None:
@@ -127,3 +162,84 @@ def test_what_was_merged_keeps_fingerprints_and_gives_no_number_twice() -> None:
     other.extra = {"arranged": []}
     with pytest.raises(ValueError, match=r"AttachedMemory\.merge"):
         one.merge(other)
+
+
+@pytest.mark.parametrize("through", ["nothing", "disk", "only", "to", "merge"])
+def test_what_comes_after_a_forgotten_last_document_is_a_new_one(through: str, tmp_path: Path) -> None:
+    made = library()
+    made.forget("<b>")
+    if through == "disk":
+        made.save(tmp_path / "memory")
+        made = KNNMemoryList.load(tmp_path / "memory")
+        assert b"<b>" not in (tmp_path / "memory" / NAME).read_bytes()
+    elif through == "merge":
+        empty = memories()
+        empty.merge(made)
+        made = empty
+    elif through != "nothing":
+        made = made.only(["one", "two"]) if through == "only" else made.to("cpu")
+    assert [each.title for each in made.documents()] == ["one", "two"]
+    assert made.ledger.latest(0) is None
+    assert made.ledger.latest(0) != made.ledger.begin("next", 0, 0) == made.ledger.latest(0)
+
+
+def test_the_last_document_is_continued_where_another_one_was_forgotten(tmp_path: Path) -> None:
+    made = library()
+    made.forget("two")
+    made.save(tmp_path / "memory")
+    assert KNNMemoryList.load(tmp_path / "memory").ledger.latest(0) == made.ledger.latest(0) == 2
+
+
+def test_a_document_of_which_nothing_was_read_leaves_no_trace() -> None:
+    made = library()
+    made.ledger.grow(made.ledger.begin("nothing", 0, 0), 0)
+    assert made.ledger.latest(0) == 2
+    made.ledger.grow(77, 5)
+    assert len(made.documents()) == 3
+
+
+def test_a_cleared_row_lists_no_documents_until_entries_of_them_are_stored() -> None:
+    made = memories(rows=2)
+    numbers = [made.ledger.begin(title, row, 0) for row, title in enumerate(("left", "right"))]
+    for number in numbers:
+        made.ledger.grow(number, 4)
+    pairs = [torch.randn(2, 2, 4, 2, 8) for _ in made]
+    origins = torch.tensor(numbers)[:, None, None].expand(2, 4, 3)
+    made.add(pairs, origins=origins)
+    made.clear_memory([1], memory_indices=[0])  # the other layer remembers it
+    assert len(made.documents()) == 2
+    made.clear_memory([1], memory_indices=[0, 1])
+    assert [each.title for each in made.documents()] == ["left"]
+    assert made.ledger.latest(1) is None
+    made.add(pairs, torch.tensor([[False], [True]]).expand(2, 4), origins)
+    assert [each.title for each in made.documents()] == ["left", "right"]
+    made.clear_memory()
+    assert (list(made.documents()), bool(made.ledger)) == ([], False)
+    later = made.ledger.begin("later", 1, 0)
+    made.ledger.grow(later, 4)
+    made.add(pairs, torch.tensor([[False], [True]]).expand(2, 4), torch.full((2, 4, 3), later))
+    assert (made.ledger.latest(1), [each.title for each in made.documents()]) == (later, ["later"])
+    assert numbers[1] not in made.ledger
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda made: made.clear_memory([0, 5]),
+        lambda made: made.clear_memory(memory_indices=[0, 7]),
+        lambda made: made.copy_row(0, 2),
+        lambda made: made.add([torch.zeros(2, 2, 1, 2, 8), torch.zeros(2, 2, 1, 2, 9)]),
+        lambda made: made.add([torch.zeros(2, 2, 1, 2, 8)]),
+        lambda made: made.add([torch.zeros(2, 2, 1, 2, 8), torch.full((2, 2, 1, 2, 8), torch.nan)]),
+        lambda made: made.resize(0),
+        lambda made: made.load_state_dict({**made.state_dict(), "1.keys": torch.zeros(1)}),
+        lambda made: made.forget(where=lambda each: 1 // 0),
+        lambda made: made.merge(made),
+    ],
+)
+def test_a_refused_call_changes_nothing(call: Callable[[KNNMemoryList], object]) -> None:
+    made = library()
+    before = picture(made)
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        call(made)
+    assert picture(made) == before

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, Lookup
+from memorizing_transformers_pytorch.memory.lease import lease_of
 
 DIM, CAPACITY, ROWS, TOPK = 3, 7, 2, 4
 by_kv_heads = pytest.mark.parametrize("kv_heads", [1, 3])
@@ -23,7 +24,8 @@ by_kv_heads = pytest.mark.parametrize("kv_heads", [1, 3])
 def add(memory: KNNMemory, count: int, *, share: float = 1.0) -> None:
     """Add entries to the rows in scope, about this share of them without a mask."""
     rows = len(memory.scoped_indices)
-    memory.add(torch.randn(rows, memory.num_kv_heads, count, 2, DIM), torch.rand(rows, count) < share)
+    origins = torch.randint(3, (rows, count, 3))  # of three documents
+    memory.add(torch.randn(rows, memory.num_kv_heads, count, 2, DIM), torch.rand(rows, count) < share, origins)
 
 
 def add_to_last_row(memory: KNNMemory) -> None:
@@ -49,6 +51,9 @@ CHANGES: dict[str, Callable[[KNNMemory], None]] = {
     "add to the last row": add_to_last_row,
     "clear": lambda memory: memory.clear(),
     "clear the first row": lambda memory: memory.clear(0),
+    "forget a document": lambda memory: memory.forget([0]),
+    "forget other documents": lambda memory: memory.forget([1, 2]),
+    "remove the oldest": lambda memory: memory.remove(0, torch.arange(memory.num_entries[0]) < 2),
     "grow": lambda memory: memory.resize(CAPACITY + 4),
     "shrink": lambda memory: memory.resize(CAPACITY - 2),
     "load": load,
@@ -65,31 +70,36 @@ class Snapshot(NamedTuple):
 
     lookup: Lookup
     pairs: Pairs
+    origins: Tensor
 
 
 def take_snapshot(memory: KNNMemory) -> Snapshot:
     rows = len(memory.scoped_indices)
     queries = torch.randn(rows, 2 * memory.num_kv_heads, 3, DIM, requires_grad=True)
-    key_values, _ = memory.search(queries, TOPK)
-    return Snapshot(memory.look_up(queries, TOPK), Pairs(*key_values.unbind(dim=-2)))
+    key_values, mask = memory.search(queries, TOPK)
+    lookup = memory.look_up(queries, TOPK)
+    origins = memory.origins(lookup.slots).masked_fill(~mask.unsqueeze(-1), -1)
+    return Snapshot(lookup, Pairs(*key_values.unbind(dim=-2)), origins)
 
 
 def gathered(lookup: Lookup) -> Pairs:
-    """Keys and values of everything found, 0 elsewhere. Each must lie in exactly one table."""
-    keys, values = torch.zeros(*lookup.slots.shape, DIM), torch.zeros(*lookup.slots.shape, DIM)
-    times_found = torch.zeros_like(lookup.slots)
-    for table in lookup.tables():
-        here = lookup.mask if table.mask is None else lookup.mask & table.mask
-        keys[here], values[here] = (part[table.slots[here]].floats(torch.float32) for part in table[:2])
-        times_found += here
-    assert torch.equal(times_found, lookup.mask.long())
-    return Pairs(keys, values)
+    """Keys and values of everything found, 0 elsewhere."""
+    (table,) = lookup.tables()
+    assert table.mask is None
+    found = lookup.mask.unsqueeze(-1)
+    return Pairs(
+        *(
+            part.at(table.slots.flatten()).floats(torch.float32).view(*found.shape[:-1], DIM) * found
+            for part in table[:2]
+        )
+    )
 
 
 def assert_kept(snapshot: Snapshot) -> None:
     now = gathered(snapshot.lookup)
     assert torch.equal(now.keys, snapshot.pairs.keys.float())
     assert torch.equal(now.values, snapshot.pairs.values.float())
+    assert torch.equal(snapshot.lookup.origins(), snapshot.origins)
 
 
 @by_kv_heads
@@ -179,32 +189,87 @@ def test_hidden_tokens_find_nothing(kv_heads: int, num_axes: int) -> None:
 def test_hidden_rows_stay_hidden_after_they_are_overwritten() -> None:
     memory = KNNMemory(DIM, CAPACITY, ROWS)
     add(memory, CAPACITY)
-    queries = torch.randn(ROWS, 2, 3, DIM, requires_grad=True)
-    lookup = memory.look_up(queries, TOPK, hidden_rows=torch.tensor([True, False]))
+    lookup = memory.look_up(torch.randn(ROWS, 2, 3, DIM), TOPK, hidden_rows=torch.tensor([True, False]))
     add(memory, CAPACITY)
-    copies = lookup.tables()[1]
+    store, copies = lease_of(lookup.lease).tables(lookup.slots, lookup.mask)
     assert copies.mask is not None
     assert copies.mask.flatten(1).any(dim=1).tolist() == [False, True]
+    assert store.mask is not None
+    assert torch.equal(store.mask, ~copies.mask)
+
+
+def copied_by(memory: KNNMemory, lookup: Lookup) -> int:
+    """How many entries a look-up has made the memory copy."""
+    tables = lease_of(lookup.lease).tables(lookup.slots, lookup.mask)
+    assert tables[0].keys.numbers.data_ptr() == memory.store.keys.numbers.data_ptr()
+    return sum(len(table.keys) for table in tables[1:])
 
 
 def test_nothing_is_copied_before_an_entry_is_overwritten() -> None:
-    memory = KNNMemory(DIM, CAPACITY, ROWS)
+    memory = KNNMemory(DIM, CAPACITY, 1)
     add(memory, 4)
     lookup = take_snapshot(memory).lookup
     add(memory, 3)
     memory.clear()
-    (table,) = lookup.tables()
-    assert table.keys.numbers.data_ptr() == memory.store.keys.numbers.data_ptr()
-    assert table.mask is None
+    assert copied_by(memory, lookup) == 0
+    add(memory, 1)
+    assert copied_by(memory, lookup) == 1
 
 
-def test_without_a_backward_pass_to_come_nothing_is_registered() -> None:
+def test_without_gradients_it_keeps_what_it_found_as_well() -> None:
     memory = KNNMemory(DIM, CAPACITY, ROWS)
     add(memory, CAPACITY)
     with torch.no_grad():
-        lookup = memory.look_up(torch.randn(ROWS, 1, 3, DIM, requires_grad=True), TOPK)
-    assert lookup not in memory.store.readers
-    assert len(memory.store.readers) == 0
+        snapshot = take_snapshot(memory)
+        add(memory, CAPACITY)
+        assert_kept(snapshot)
+
+
+def test_what_changes_twice_is_what_it_was_at_first() -> None:
+    memory = KNNMemory(DIM, 1000, 1)
+    add(memory, 1000)
+    snapshot = take_snapshot(memory)
+    for _ in range(3):
+        memory.forget([0])
+        add(memory, 1000)
+    assert_kept(snapshot)
+
+
+def test_look_ups_that_are_over_cost_nothing() -> None:
+    memory = KNNMemory(DIM, CAPACITY, ROWS)
+    add(memory, CAPACITY)
+    first, second = take_snapshot(memory).lookup, take_snapshot(memory).lookup
+    assert memory.store.log.is_read
+    end = memory.store.log.end
+    del first
+    add(memory, 1)
+    assert end.change is not None  # for the second
+    del second
+    assert not memory.store.log.is_read
+    end = memory.store.log.end
+    add(memory, 1)
+    assert end.change is None
+
+
+def test_changes_are_kept_once_and_freed_with_the_last_look_up_that_needs_them() -> None:
+    memory = KNNMemory(DIM, CAPACITY, 1)
+    add(memory, CAPACITY)
+    lookups = [take_snapshot(memory).lookup for _ in range(5)]
+    add(memory, 2)
+    later = take_snapshot(memory)
+    add(memory, 3)
+    tables = [lease_of(lookup.lease).tables(lookup.slots, lookup.mask)[1] for lookup in lookups]
+    assert [len(table.keys) for table in tables] == [5] * 5
+    assert copied_by(memory, later.lookup) == 3
+    assert_kept(later)
+
+
+def test_a_copied_lease_is_refused_when_the_look_up_is_gone() -> None:
+    memory = KNNMemory(DIM, CAPACITY, ROWS)
+    add(memory, CAPACITY)
+    copy = memory.look_up(torch.randn(ROWS, 1, 3, DIM), TOPK).lease.clone()
+    with pytest.raises(RuntimeError, match="is over"):
+        lease_of(copy)
 
 
 def test_time_spent_in_look_ups_adds_up() -> None:
@@ -215,13 +280,3 @@ def test_time_spent_in_look_ups_adds_up() -> None:
         memory.look_up(queries, TOPK)
         times.append(memory.seconds_searching)
     assert 0 < times[0] < times[1] < times[2] < 10
-
-
-def test_lookups_are_forgotten_when_they_are_collected() -> None:
-    memory = KNNMemory(DIM, CAPACITY, ROWS)
-    add(memory, CAPACITY)
-    first, second = take_snapshot(memory).lookup, take_snapshot(memory).lookup
-    assert set(memory.store.readers) == {first, second}
-    del first
-    gc.collect()
-    assert set(memory.store.readers) == {second}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.checks import NonFiniteError
 from memorizing_transformers_pytorch.memory.disk.manifest import (
-    MOST_COUNTED,
     NAME,
+    REMOVED_POLICY,
     Base,
     Journal,
     Manifest,
@@ -20,9 +21,12 @@ from memorizing_transformers_pytorch.memory.disk.manifest import (
 )
 from memorizing_transformers_pytorch.memory.disk.save import Mark, Marks
 from memorizing_transformers_pytorch.memory.disk.shards import read_tensors
+from memorizing_transformers_pytorch.memory.entries import by_place
 from memorizing_transformers_pytorch.memory.index.auto import index_on
+from memorizing_transformers_pytorch.memory.index.structure import is_removed
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
-from memorizing_transformers_pytorch.memory.store import Store, by_place
+from memorizing_transformers_pytorch.memory.policy import OLDEST
+from memorizing_transformers_pytorch.memory.store import Store
 
 ATTEMPTS = 5  # to read a state that others replace meanwhile
 LOST = -1  # a life that no row has
@@ -70,7 +74,7 @@ def state_of(folder: Path) -> Manifest:
 
 
 def _load(folder: Path, manifest: Manifest, how: How) -> Loaded:
-    stores = [_store_of(base, _tables_of(base, folder, how), how) for base in manifest.memories]
+    stores = [_store_of(base, folder, how) for base in manifest.memories]
     base_marks: list[list[Mark]] = [list(zip(store.lives, store.written_to, strict=True)) for store in stores]
     for journal in manifest.journals:
         _replay(stores, journal, read_tensors(folder, journal.file, verify=how.verify), how)
@@ -79,6 +83,7 @@ def _load(folder: Path, manifest: Manifest, how: How) -> Loaded:
                 base_marks[part.memory][part.row] = LOST, 0
     memories = []
     for base, store in zip(manifest.memories, stores, strict=True):
+        index, policy = _still_known(base)
         memory = KNNMemory(
             base.dim,
             1,
@@ -86,13 +91,25 @@ def _load(folder: Path, manifest: Manifest, how: How) -> Loaded:
             num_kv_heads=base.kv_heads,
             dtype=store.sizes.dtype,
             device=how.device,
-            index=index_on(how.device, base.index),
-            policy=base.policy,
+            index=index_on(how.device, index),
+            policy=policy,
         )
         memory.replace_store(store)
         memories.append(memory)
     last: list[list[Mark]] = [list(zip(store.lives, store.written_to, strict=True)) for store in stores]
     return Loaded(memories, manifest, Marks(folder, manifest.state, base_marks, last))
+
+
+def _still_known(base: Base) -> tuple[str, str]:
+    """Index and policy; with a warning, others in place of those that older versions had."""
+    index, policy = base.index, base.policy
+    if policy == REMOVED_POLICY:
+        policy = OLDEST
+        warnings.warn(f"the policy {base.policy!r} was removed; this memory uses {policy!r} from now on", stacklevel=2)
+    if is_removed(index):
+        index = "auto"
+        warnings.warn(f"the index {base.index!r} was removed; this memory uses {index!r} from now on", stacklevel=2)
+    return index, policy
 
 
 def _tables_of(base: Base, folder: Path, how: How) -> dict[str, Tensor]:
@@ -115,14 +132,13 @@ def _check_entries(tables: Mapping[str, Tensor], where: str) -> None:
     for name, table in tables.items():
         if table.is_floating_point() and not bool(table.isfinite().all()):
             raise NonFiniteError(f"expected finite {name} in {where}, got NaN or infinity")
-    written = tables["written"]
-    if bool(((written < 0) | (written >= MOST_COUNTED)).any()):
-        raise ValueError(f"expected times of writing in {where}, got {int(written.min())} to {int(written.max())}")
 
 
-def _store_of(base: Base, tables: dict[str, Tensor], how: How) -> Store:
+def _store_of(base: Base, folder: Path, how: How) -> Store:
+    tables = _tables_of(base, folder, how)
     if how.mmap:
         store = Store(base.sizes, how.device, how.directory, tables)
+        store.mapped_from = folder, base.file
     else:
         try:
             store = Store(base.sizes, how.device, how.directory)
@@ -131,7 +147,6 @@ def _store_of(base: Base, tables: dict[str, Tensor], how: How) -> Store:
         for row, state in enumerate(base.rows):
             for name, table in store.tables.items():
                 by_place(name, table[row])[: state.filled] = by_place(name, tables[name][row])[: state.filled]
-    store.clock = base.clock
     store.filled = [row.filled for row in base.rows]
     store.cursors = [row.cursor for row in base.rows]
     store.written_to = list(store.filled)
@@ -145,9 +160,6 @@ def _replay(stores: list[Store], journal: Journal, tables: Mapping[str, Tensor],
         store = stores[part.memory]
         entries = {}
         for name, (shape, dtype) in store.sizes.tables(part.count).items():
-            if name == "usage":
-                entries[name] = torch.zeros(part.count, dtype=dtype, device=store.device)
-                continue
             table = left.pop(f"{part.memory}.{part.row}.{name}", None)
             if table is None or (tuple(table.shape), table.dtype) != (shape[1:], dtype):
                 raise ValueError(f"expected {name} {shape[1:]} as {dtype} of {part} in {where}, got something else")
@@ -159,20 +171,8 @@ def _replay(stores: list[Store], journal: Journal, tables: Mapping[str, Tensor],
         if store.room < store.capacity and store.filled[part.row] + part.count > store.room:
             raise ValueError(f"expected rows of at most {store.room} entries, got more by {part} in {where}")
         store.append(part.row, entries, part.count)
-        if part.count:
-            store.clock = max(store.clock, int(entries["written"].max()))
-    _count_usage(stores, left, where)
-
-
-def _count_usage(stores: list[Store], usage: dict[str, Tensor], where: str) -> None:
-    """What a journal tells of all entries of a row, the oldest first."""
-    for i, store in enumerate(stores):
-        for row in range(store.sizes.rows):
-            counts = usage.pop(f"{i}.{row}.usage", None)
-            if counts is not None and (tuple(counts.shape), counts.dtype) == ((store.filled[row],), torch.int32):
-                store.usage[row][store.places_in_order(row)] = counts.to(store.device)
-    if usage:
-        raise ValueError(f"expected nothing else in {where}, got {sorted(usage)[:10]}")
+    if left:
+        raise ValueError(f"expected nothing else in {where}, got {sorted(left)[:10]}")
 
 
 def check_fingerprint(found: str | None, expected: str | None) -> None:

@@ -19,15 +19,16 @@ import torch
 
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES, check_options
 from memorizing_transformers_pytorch.memory.disk.shards import File
+from memorizing_transformers_pytorch.memory.entries import Sizes
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.memory.policy import POLICIES
-from memorizing_transformers_pytorch.memory.store import Sizes
 from memorizing_transformers_pytorch.utils.durable import replacing
 from memorizing_transformers_pytorch.utils.plain_json import read_object
 
 NAME = "manifest.json"
 FORMAT, VERSION = "memorizing-transformers-pytorch memory", 1
 FILE_NAME = re.compile(r"(base|journal)-[0-9a-f]{32}\.safetensors")
+REMOVED_POLICY = "least-attended"  # in memories that older versions wrote
 MOST_BYTES = 2**28  # of a manifest
 MOST_NUMBERS = 2**48  # in a table
 MOST_COUNTED = 2**60  # tokens, documents, additions: far below what int64 can hold
@@ -44,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Base:
-    """The memory of a layer when its file was written. room: C, places of each row in the file. clock: see `Store`."""
+    """The memory of a layer when its file was written. room: C, places of each row in the file."""
 
     dim: int
     max_memories: int
@@ -53,7 +54,6 @@ class Base:
     index: str
     policy: str
     room: int
-    clock: int
     rows: tuple[Row, ...]
     file: File
 
@@ -162,6 +162,10 @@ def _parsed(whole: dict[str, Any]) -> Manifest:
     body = whole.get("memory")
     if not isinstance(body, dict) or checksum_of(body) != whole.get("sha256"):
         raise ValueError("expected what its SHA-256 tells, got something else: it was changed")
+    bases = body.get("memories")
+    for base in bases if isinstance(bases, list) else []:
+        if isinstance(base, dict):
+            base.pop("clock", None)  # older versions wrote one; ignored
     manifest = dacite.from_dict(Manifest, body, dacite.Config(strict=True, cast=[tuple]))
     for base in manifest.memories:
         _check_base(base)
@@ -175,12 +179,12 @@ def _parsed(whole: dict[str, Any]) -> Manifest:
 
 def _check_base(base: Base) -> None:
     sizes = {"dim": base.dim, "max_memories": base.max_memories, "kv_heads": base.kv_heads, "rows": len(base.rows)}
-    if base.dtype not in DTYPES or base.policy not in POLICIES:
+    if base.dtype not in DTYPES or base.policy not in (*POLICIES, REMOVED_POLICY):
         known = f"a dtype of {sorted(DTYPES)} and a policy of {POLICIES}"
         raise ValueError(f"expected {known}, got {base.dtype!r} and {base.policy!r}")
     check_options(sizes, DTYPES[base.dtype], torch.device("cpu"), base.index, mapped=True)
-    if not 0 <= base.room <= base.max_memories or not 0 <= base.clock < MOST_COUNTED:
-        raise ValueError(f"expected room for 0 to {base.max_memories} entries, got {base.room}; clock {base.clock}")
+    if not 0 <= base.room <= base.max_memories:
+        raise ValueError(f"expected room for 0 to {base.max_memories} entries, got {base.room}")
     if len(base.rows) * base.kv_heads * base.max_memories * base.dim > MOST_NUMBERS:
         raise ValueError(f"expected at most {MOST_NUMBERS} numbers in a memory, got sizes {sizes}")
     for row in base.rows:

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked, make_folder, refuse_others, sweep
@@ -26,11 +25,11 @@ from memorizing_transformers_pytorch.memory.disk.manifest import (
     read_manifest,
     write_manifest,
 )
-from memorizing_transformers_pytorch.memory.disk.shards import Table, write_tensors
+from memorizing_transformers_pytorch.memory.disk.shards import StreamedTensor, write_tensors
+from memorizing_transformers_pytorch.memory.entries import PER_HEAD
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.ledger import Ledger
-from memorizing_transformers_pytorch.memory.policy import LEAST_ATTENDED
-from memorizing_transformers_pytorch.memory.store import PER_HEAD, Store
+from memorizing_transformers_pytorch.memory.store import Store
 from memorizing_transformers_pytorch.utils.durable import sync
 from memorizing_transformers_pytorch.utils.version import __version__
 
@@ -143,7 +142,7 @@ def _write_base(memory: KNNMemory, folder: Path) -> Base:
     most = max(store.filled)
     room = min(most + most // SPARE + 1, store.capacity)
     tables = {
-        name: Table(dtype, shape, _pieces(store, name, room))
+        name: StreamedTensor(dtype, shape, _pieces(store, name, room))
         for name, (shape, dtype) in store.sizes.tables(room).items()
     }
     return Base(
@@ -154,7 +153,6 @@ def _write_base(memory: KNNMemory, folder: Path) -> Base:
         index=memory.index,
         policy=memory.policy,
         room=room,
-        clock=store.clock,
         rows=tuple(Row(*each) for each in zip(store.filled, store.cursors, strict=True)),
         file=write_tensors(folder / f"base-{uuid.uuid4().hex}.safetensors", tables),
     )
@@ -180,7 +178,7 @@ def _with_journal(memories: Sequence[KNNMemory], folder: Path, marks: Marks, old
     is_full = len(old.journals) >= MOST_JOURNALS
     kept = () if is_full else old.journals
     parts = _parts(memories, marks.base if is_full else marks.last)
-    if not parts and all(memory.policy != LEAST_ATTENDED for memory in memories):
+    if not parts:
         return replace(old, journals=kept)
     tables = _journal_tables(memories, parts)
     size = sum(journal.file.bytes for journal in kept) + sum(table.num_bytes for table in tables.values())
@@ -203,17 +201,12 @@ def _parts(memories: Sequence[KNNMemory], since: list[list[Mark]]) -> tuple[Part
     return tuple(parts)
 
 
-def _journal_tables(memories: Sequence[KNNMemory], parts: tuple[Part, ...]) -> dict[str, Table]:
-    """The newest entries of rows, the oldest first; and how often all entries were used, where that matters."""
+def _journal_tables(memories: Sequence[KNNMemory], parts: tuple[Part, ...]) -> dict[str, StreamedTensor]:
+    """The newest entries of rows, the oldest first."""
     tables = {}
     for part in parts:
         store = memories[part.memory].store
         places = store.places_in_order(part.row)[store.filled[part.row] - part.count :]
         for name, entries in store.picked(part.row, places).items():
-            if name != "usage":
-                tables[f"{part.memory}.{part.row}.{name}"] = Table(entries.dtype, tuple(entries.shape), [entries])
-    for i, memory in enumerate(memories):
-        for row in range(memory.num_indices if memory.policy == LEAST_ATTENDED else 0):
-            usage = memory.store.usage[row][memory.store.places_in_order(row)]
-            tables[f"{i}.{row}.usage"] = Table(torch.int32, tuple(usage.shape), [usage])
+            tables[f"{part.memory}.{part.row}.{name}"] = StreamedTensor(entries.dtype, tuple(entries.shape), [entries])
     return tables

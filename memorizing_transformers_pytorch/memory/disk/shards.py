@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes, of where the tensors begin
+OBSOLETE = {"written", "usage"}  # tables that older versions wrote; not read
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -40,7 +41,7 @@ class File:
     sha256: str
 
 
-class Table(NamedTuple):
+class StreamedTensor(NamedTuple):
     """A tensor to be written: its dtype and shape, and pieces that follow each other in it."""
 
     dtype: torch.dtype
@@ -52,7 +53,7 @@ class Table(NamedTuple):
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def write_tensors(path: Path, tables: Mapping[str, Table]) -> File:
+def write_tensors(path: Path, tables: Mapping[str, StreamedTensor]) -> File:
     """Write a new file and bring it to the disk. Raises OSError if it cannot be written, and leaves none then."""
     names = sorted(tables, key=lambda name: (-tables[name].dtype.itemsize, name))  # so that each is aligned
     try:
@@ -77,7 +78,7 @@ def write_tensors(path: Path, tables: Mapping[str, Table]) -> File:
     return File(path.name, size, sums.hexdigest())
 
 
-def _header(tables: Mapping[str, Table]) -> bytes:
+def _header(tables: Mapping[str, StreamedTensor]) -> bytes:
     entries, start = {}, 0
     for name, table in tables.items():
         stop = start + table.num_bytes
@@ -89,8 +90,8 @@ def _header(tables: Mapping[str, Table]) -> bytes:
 
 
 def read_tensors(folder: Path, file: File, *, verify: bool) -> dict[str, Tensor]:
-    """The tensors of a file, mapped into memory: pages are read as they are used, shared with other processes, and
-    copied when they are written to, which does not change the file.
+    """The tensors of a file, mapped into memory: pages are read when they are used, shared with other processes, and
+    copied when they are written to, which does not change the file. `OBSOLETE` tables are left out.
 
     verify: whether to compare the checksum, for which all of it is read. Raises FileNotFoundError if there is no such
     file, and ValueError if it is another.
@@ -108,6 +109,7 @@ def read_tensors(folder: Path, file: File, *, verify: bool) -> dict[str, Tensor]
             raise ValueError(f"expected SHA-256 {file.sha256} of {str(path)!r}, got {found}")
     try:
         with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+            names = [name for name in opened.keys() if name.rpartition(".")[2] not in OBSOLETE]  # noqa: SIM118
+            return {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, RuntimeError, AttributeError, KeyError) as error:
         raise ValueError(f"expected a safetensors file, got {str(path)!r}: {error}") from error

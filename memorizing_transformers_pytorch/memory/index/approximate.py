@@ -1,14 +1,10 @@
-"""Finding most of the best entries without looking at all: FAISS structures that follow the rings of a memory.
+"""Finding most of the best entries without a scan of all: inverted lists of FAISS that follow the rings of a memory.
 
-Each row and key/value head has a structure of its own, in which the id of an entry is its place. Inverted lists (IVF)
-take and forget single entries: they are brought up to date before every search. What cannot forget (HNSW, plain PQ) is
-built anew now and then; until then entries that were overwritten are passed over, and newer ones searched exactly.
-The scores are always those of the keys in the store: where a structure keeps rough codes (SQ8, PQ), these only choose
-candidates, which are ranked by their keys. That is the way to search compact codes and still rank exactly; a store that
-itself keeps int8 has no exact keys to rank by. Centroids and codes are learned from what is remembered: by
-inverted lists once for all rows, which hold keys of one layer, and again when the keys have drifted away from them or
-are many more; by the others whenever they are built. How near new keys are to the centroids is compared with how near
-those were from which they were not learned.
+Each row and key/value head has lists of its own, in which the id of an entry is its place. Before every search they
+take in the newest entries and drop those that were overwritten. The scores are always those of the keys in the store:
+codes (SQ8) only choose candidates, which are ranked by their keys. Centroids and codes are learned once for all rows,
+which hold keys of one layer, and again when the keys have drifted away from the centroids or are many more. Drift is
+measured against keys that the centroids were not learned from.
 
 Shapes: G key/value heads, Q queries, N entries in the row, K retrieved, D head width.
 """
@@ -26,11 +22,11 @@ from memorizing_transformers_pytorch.memory.index.exact import Best, Ring, best_
 from memorizing_transformers_pytorch.memory.index.recall import share_found
 from memorizing_transformers_pytorch.memory.index.structure import (
     Kind,
+    filled,
     nearest,
     nearness,
     parted,
     replace,
-    set_knob,
     some,
     some_of,
 )
@@ -38,77 +34,70 @@ from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 TARGET_RECALL = 0.95
 SAMPLED_QUERIES = 128  # of each head, to measure the recall
-WORTHWHILE = 0.005  # of recall, for looking twice as far
-TRIES = 2  # to look twice as far, without gaining that much: the codes are too rough for the target
+WORTHWHILE = 0.005  # more recall, for twice as many lists
+TRIES = 2  # times to probe twice as many lists without that gain: the codes are too rough for the target
 SAMPLED_ENTRIES = 4_096  # of each head, to notice that keys have drifted
 OUTGROWN = 4  # times as many entries in a row as there were in training call for other centroids
-DRIFTED = 0.9  # as near to their centroids as they were, and the keys call for others
-REBUILT_AFTER = 0.25  # of the ring has been written since
+DRIFTED = 0.9  # times as near to the centroids as at first, and keys call for other centroids
+REBUILT_AFTER = 0.25  # of the ring, written since it was built
 
 
 @dataclass
 class _Training:
-    """What was learned from a row with so many entries.
+    """What was learned from a row with `entries` entries.
 
-    templates: for each head a structure without entries. nearness: of the keys to their centroids, if it has any.
-    effort, recall: as measured last, for so many entries per query, with so many queries of a head, in a row of so
-    many entries.
+    templates: for each head lists without entries. nearness: of the keys to their centroids. probes: how many lists a
+    search reads. recall: with these, as measured last, for `measured_for` entries per query, with `measured_with`
+    queries of a head, in a row of `measured_in` entries.
     """
 
     templates: list[Any]
     entries: int
-    nearness: float | None
-    effort: int = 1
+    nearness: float = 0.0
+    probes: int = 1
     recall: float = 0.0
     measured_for: int = 0
     measured_with: int = 0
     measured_in: int = 0
 
-    def nearness_of(self, keys: Vectors) -> float | None:
+    def nearness_of(self, keys: Vectors) -> float:
         """How near keys (G, N, D) are to the centroids."""
         heads = [nearness(template, head) for template, head in zip(self.templates, keys, strict=True)]
-        known = [each for each in heads if each is not None]
-        return sum(known) / len(known) if known else None
+        return sum(heads) / len(heads)
 
     def measured(self, topk: int, queries: int, entries: int) -> bool:
-        """Whether the effort was measured for as many as are wanted, with as many queries, in a row about as large."""
+        """Whether `probes` was measured for as many entries per query, as many queries, in a row about as large."""
         return topk <= self.measured_for and queries <= self.measured_with and entries < 2 * self.measured_in
 
-    def serves(self, entries: int, near: float | None) -> bool:
+    def serves(self, entries: int, near: float) -> bool:
         """Whether it is good for a row of so many entries, so near to the centroids."""
-        drifted = near is not None and self.nearness is not None and near < DRIFTED * self.nearness
-        return entries < OUTGROWN * self.entries and not drifted
+        return entries < OUTGROWN * self.entries and near >= DRIFTED * self.nearness
 
 
 @dataclass
 class _Row:
-    """The structures of one row, which know the first `written` entries of this life of it.
+    """The lists of one row, one for each head, which know the first `written` entries of this epoch.
 
-    built_at: what `written` was when they were built. near: how near the keys that came of late are to the centroids.
+    built_at: what `written` was when they were built. near: how near the latest keys are to the centroids, a mean over
+    about the last quarter of the ring.
     """
 
-    life: int
+    epoch: int
     written: int
     training: _Training
     heads: list[Any]
-    near: float | None
+    near: float
     built_at: int
-
-    def takes(self, near: float | None, count: int, size: int) -> None:
-        """Let `near` be a mean over about the last quarter of a ring of this size."""
-        if near is not None and self.near is not None:
-            self.near += min(count / (REBUILT_AFTER * size), 1.0) * (near - self.near)
 
 
 class ApproximateIndex:
-    """Any structure that `faiss.index_factory` can make, for inner products, on a CPU.
+    """Inverted lists, on a CPU.
 
-    factory: such as "IVF1024,SQfp16", "IVF4096,PQ32", "HNSW32". The number of lists to probe (or of nodes to visit) is
-    the smallest power of two with which a sample of the queries finds 95% of its best entries, as measured against
-    exact search after each training and whenever the row has doubled. Rows with fewer entries than training needs are
-    searched exactly.
+    factory: such as "IVF1024,SQfp16"; see `Kind`. The number of lists to probe is the smallest power of two with which
+    a sample of the queries finds 95% of its best entries, as measured against exact search after each training and
+    whenever the row has doubled. Rows with fewer entries than training needs are searched exactly.
 
-    Raises ValueError for a string that faiss does not know, or one that does not fit the width.
+    Raises ValueError for another string.
     """
 
     def __init__(self, dim: int, factory: str) -> None:
@@ -117,29 +106,26 @@ class ApproximateIndex:
         self._rows: dict[int, _Row] = {}
 
     @property
-    def least_entries(self) -> int:
-        """With fewer in a row, it is searched exactly."""
-        return self._kind.least_entries
-
-    @property
-    def recall(self) -> float | None:
-        """As measured last; None before."""
-        return self._training.recall if self._training is not None and self._training.measured_with else None
+    def share_probed(self) -> float:
+        """The share of the lists that a search reads, as measured last: 1 if fewer find too little, 0 before."""
+        training = self._training
+        if training is None or not training.measured_with:
+            return 0.0
+        return training.probes / self._kind.num_lists if training.recall >= TARGET_RECALL else 1.0
 
     @property
     def description(self) -> str:
         kind, training = self._kind, self._training
         if training is None:
             return f"{kind.factory} (exact below {kind.least_entries:,} entries)"
-        effort = "" if kind.knob is None else f", {kind.knob} {training.effort}"
-        return f"{kind.factory}{effort}, recall {training.recall:.3f}"
+        return f"{kind.factory}, nprobe {training.probes}, recall {training.recall:.3f}"
 
     def search(self, ring: Ring, queries: Tensor, topk: int) -> Best:
         """As `Index.search`."""
         if ring.keys.shape[1] < self._kind.least_entries:
             self._rows.pop(ring.row, None)
             return best_of(queries, ring.keys, topk)
-        row = self.follow(ring)
+        row = self._follow(ring)
         if not row.training.measured(topk, min(queries.shape[1], SAMPLED_QUERIES), ring.keys.shape[1]):
             self._measure(row, ring, queries, topk)
         return self._search(row, ring, queries, topk)
@@ -149,116 +135,92 @@ class ApproximateIndex:
         for row in list(self._rows) if rows is None else rows:
             self._rows.pop(row, None)
 
-    def follow(self, ring: Ring) -> _Row:
-        """The structures of the row, up to date as far as they can be."""
+    def _follow(self, ring: Ring) -> _Row:
+        """The lists of the row, up to date."""
         row = self._rows.get(ring.row)
-        if row is None or row.life != ring.life or self._must_rebuild(row, ring):
+        if row is None or row.epoch != ring.epoch or _must_rebuild(row, ring):
             row = self._rows[ring.row] = self._built(ring)
-        elif self._kind.takes_single and row.written < ring.written:
-            self.take(ring, ring.written - row.written)
+        elif row.written < ring.written:
+            _take_newest(row, ring)
         return row
 
-    def _must_rebuild(self, row: _Row, ring: Ring) -> bool:
-        """Never more often than once for a quarter of the ring, whatever is written."""
-        size = ring.keys.shape[1]
-        if ring.written - row.built_at <= REBUILT_AFTER * size:
-            return False
-        if self._kind.takes_single:
-            return ring.written - row.written >= size or not row.training.serves(size, row.near)
-        return True
-
     def _built(self, ring: Ring) -> _Row:
-        """The structures of all that is in the row, with the last training if that serves, else with one of its own."""
-        training, size = self._training, ring.keys.shape[1]
-        near = None if training is None else training.nearness_of(some_of(ring.keys, SAMPLED_ENTRIES))
-        if training is None or not (self._kind.takes_single and training.serves(size, near)):
+        """The lists of all that is in the row, with the last training if that serves, else with one of its own."""
+        training, near = self._training, 0.0
+        if training is not None:
+            near = training.nearness_of(some_of(ring.keys, SAMPLED_ENTRIES))
+        if training is None or not training.serves(ring.keys.shape[1], near):
             training = self._training = self._trained(ring.keys)
             near = training.nearness
-        heads = [self._kind.filled(empty, keys) for empty, keys in zip(training.templates, ring.keys, strict=True)]
-        return _Row(ring.life, ring.written, training, heads, near, ring.written)
+        heads = [filled(empty, keys) for empty, keys in zip(training.templates, ring.keys, strict=True)]
+        return _Row(ring.epoch, ring.written, training, heads, near, ring.written)
 
     def _trained(self, keys: Vectors) -> _Training:
         """What can be learned from most of the keys (G, N, D), and how near the others are to it."""
         learned, held_out = parted(keys)
-        training = _Training([self._kind.trained(head) for head in learned], keys.shape[1], None)
+        training = _Training([self._kind.trained(head) for head in learned], keys.shape[1])
         training.nearness = training.nearness_of(some_of(held_out, SAMPLED_ENTRIES))
         return training
 
-    def take(self, ring: Ring, count: int) -> None:
-        """Put so many of the newest entries of a row in inverted lists, in the place of those they have overwritten."""
-        row, places = self._rows[ring.row], _newest(ring, count)
-        for structure, keys in zip(row.heads, ring.keys, strict=True):
-            replace(structure, places, keys[places])
-        row.takes(row.training.nearness_of(ring.keys[:, places]), places.numel(), ring.keys.shape[1])
-        row.written = ring.written
-
     def _search(self, row: _Row, ring: Ring, queries: Tensor, topk: int) -> Best:
-        newest = _newest(ring, ring.written - row.written)
         found = [
-            self._search_head(row.training.effort, structure, keys, newest, head_queries, topk)
+            self._search_head(row.training.probes, structure, keys, head_queries, min(topk, keys.shape[0]))
             for structure, keys, head_queries in zip(row.heads, ring.keys, queries, strict=True)
         ]
         return Best(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
-    def _search_head(
-        self, effort: int, structure: Any, keys: Vectors, newest: Tensor, queries: Tensor, topk: int
-    ) -> Best:
-        """The best of what a structure finds and of the newest entries, which it does not know."""
-        count = keys.shape[0]
-        fetched = min(self._kind.fetched * topk + (topk if newest.numel() else 0), count)
-        if self._kind.knob is not None:
-            set_knob(structure, self._kind.knob, max(effort, self._kind.least_effort(fetched)))
-        ids = nearest(structure, queries, fetched)
-        places, usable = ids.clamp(0, count - 1), ids >= 0
-        if newest.numel():
-            overwritten = torch.zeros(count, dtype=torch.bool).index_fill(0, newest, True)
-            usable &= ~overwritten[places]
-        too_few = usable.sum(dim=1) < min(topk, count - newest.numel())
-        if newest.numel():
-            late = newest[best_of(queries[None], keys[newest][None], topk).places[0]]
-            places = torch.cat((places, late), dim=1)
-            usable = torch.cat((usable, torch.ones_like(late).bool()), dim=1)
-        best = _best_candidates(queries, keys, places, usable, min(topk, count))
-        _search_anew(best, too_few, queries, keys)
+    def _search_head(self, probes: int, structure: Any, keys: Vectors, queries: Tensor, topk: int) -> Best:
+        """The best of the candidates in the probed lists; where these hold too few, the best of all entries."""
+        places = nearest(structure, queries, min(self._kind.fetched * topk, keys.shape[0]), probes)
+        best = _best_candidates(queries, keys, places, topk)
+        too_few = (places >= 0).sum(dim=1) < topk
+        if bool(too_few.any()):
+            whole = best_of(queries[too_few][None], keys[None], topk)
+            best.scores[too_few], best.places[too_few] = whole.scores[0], whole.places[0]
         return best
 
     def _measure(self, row: _Row, ring: Ring, queries: Tensor, topk: int) -> None:
-        """Find the smallest effort that is enough for a sample of the queries, or beyond which little is gained."""
+        """Find the fewest lists that are enough for a sample of the queries, or beyond which little is gained."""
         training, sample = row.training, some(queries, SAMPLED_QUERIES)
         best = best_of(sample, ring.keys, topk)
         training.measured_for, training.measured_with, training.measured_in = topk, sample.shape[1], ring.keys.shape[1]
 
-        def recall(effort: int) -> float:
-            training.effort = effort
+        def recall(probes: int) -> float:
+            training.probes = probes
             return share_found(self._search(row, ring, sample, topk), best)
 
-        size = ring.keys.shape[1]
-        most = 0 if self._kind.knob is None else self._kind.num_lists or size
-        tried = chosen = self._kind.least_effort(min(self._kind.fetched * topk, size))
+        tried = chosen = 1
         training.recall, in_vain = recall(chosen), 0
-        while training.recall < TARGET_RECALL and tried < most and in_vain < TRIES:
-            tried, in_vain = min(2 * tried, most), in_vain + 1
+        while training.recall < TARGET_RECALL and tried < self._kind.num_lists and in_vain < TRIES:
+            tried, in_vain = min(2 * tried, self._kind.num_lists), in_vain + 1
             found = recall(tried)
             if found >= training.recall + WORTHWHILE:
                 chosen, training.recall, in_vain = tried, found, 0
-        training.effort = chosen
+        training.probes = chosen
 
 
-def _newest(ring: Ring, count: int) -> Tensor:
-    """The places of the entries that were written last."""
+def _must_rebuild(row: _Row, ring: Ring) -> bool:
+    """Whether all was overwritten or the keys have changed; at most once for every quarter of the ring."""
     size = ring.keys.shape[1]
-    return (ring.cursor - 1 - torch.arange(min(count, size))) % size
+    if ring.written - row.built_at <= REBUILT_AFTER * size:
+        return False
+    return ring.written - row.written >= size or not row.training.serves(size, row.near)
 
 
-def _best_candidates(queries: Tensor, keys: Vectors, places: Tensor, usable: Tensor, topk: int) -> Best:
-    """The best of the usable places (Q, n), with the scores that their keys have."""
+def _take_newest(row: _Row, ring: Ring) -> None:
+    """Put the entries written since the last search in the place of those that they have overwritten."""
+    size = ring.keys.shape[1]
+    count = min(ring.written - row.written, size)
+    places = (ring.cursor - 1 - torch.arange(count)) % size
+    for structure, keys in zip(row.heads, ring.keys, strict=True):
+        replace(structure, places, keys[places])
+    weight = min(count / (REBUILT_AFTER * size), 1.0)
+    row.near += weight * (row.training.nearness_of(ring.keys[:, places]) - row.near)
+    row.written = ring.written
+
+
+def _best_candidates(queries: Tensor, keys: Vectors, places: Tensor, topk: int) -> Best:
+    """The best of the places (Q, n), -1 for none, with the scores that their keys have."""
     accumulate = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    scores = inner_products(queries.to(accumulate), keys, places)
-    return best_members(scores, places.masked_fill(~usable, -1), topk)
-
-
-def _search_anew(best: Best, which: Tensor, queries: Tensor, keys: Vectors) -> None:
-    """Replace what was found for these queries (Q,) by what exact search finds."""
-    if bool(which.any()):
-        whole = best_of(queries[which][None], keys[None], best.scores.shape[-1])
-        best.scores[which], best.places[which] = whole.scores[0], whole.places[0]
+    scores = inner_products(queries.to(accumulate), keys, places.clamp_min(0))
+    return best_members(scores, places, topk)

@@ -1,4 +1,4 @@
-"""Choosing an index, by name or by what searching costs on this machine.
+"""Choosing an index: by name, or by how many entries there are.
 
 Shapes: G key/value heads, Q queries, N entries in the row, K retrieved, D head width.
 """
@@ -7,94 +7,66 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.index.approximate import TARGET_RECALL, ApproximateIndex
+from memorizing_transformers_pytorch.memory.index.approximate import ApproximateIndex
 from memorizing_transformers_pytorch.memory.index.exact import Best, ExactIndex, Index, Ring, best_of
 
-WORTH_TRYING = 8_192  # entries; a smaller row is scanned faster than anything could be built
-
-RUNS = 3  # of each index when they are compared,
-ENOUGH_SECONDS = 0.3  # unless they take longer
+THRESHOLD = 8_192  # entries of a row
+LEAST_PRODUCTS = 32_768  # queries times entries
+LARGEST_SHARE = 1 / 4  # of the lists
 
 log = logging.getLogger(__name__)
 
 
 class AutoIndex:
-    """Exact, until on the machine at hand an approximate index is faster, its upkeep included, and finds enough.
+    """Exact for small rows, inverted lists with float16 codes for large ones; no clock is read.
 
-    When a row first has 8,192 entries, and whenever it has doubled since, both answer the same queries. Inverted lists
-    with float16 codes, one for about sqrt(N) / 2 entries but at least 64, are used from then on if they were faster
-    with a recall of 95%. The choice depends on times, so two runs may choose differently. It is logged, and said by
-    `description`.
+    A search is exact below 8,192 entries, and where queries times entries make less than 32,768. It is exact too where
+    the lists would have to probe more than a quarter of themselves to find 95% of the best entries, as with random
+    keys; that is tried again when the row has doubled. The same entries and queries give the same choice.
+
+    Why these numbers (one CPU core, width 64; benchmarks/notes.md): with 512 queries and clustered keys both take as
+    long at 4,096 entries, and lists a quarter of the time at 8,192. With one query exact search takes a third of the
+    time at 8,192 entries, lists a third at 65,536. If all lists must be probed, exact search is 1.6 times as fast.
     """
 
     def __init__(self, dim: int) -> None:
         self._dim = dim
         self._approximate: ApproximateIndex | None = None
         self._decided_at = 0
-        self._seen: dict[int, tuple[int, int]] = {}  # of each row: the life, and how many entries it had been given
-        self.description = f"exact, below {WORTH_TRYING:,} entries"
+        self._reason = f"below {THRESHOLD:,} entries"
+
+    @property
+    def description(self) -> str:
+        """As `Index.description`."""
+        return f"exact ({self._reason})" if self._approximate is None else self._approximate.description
 
     def search(self, ring: Ring, queries: Tensor, topk: int) -> Best:
         """As `Index.search`."""
-        count, new = ring.keys.shape[1], self._new(ring, queries.shape[1])
-        if count >= max(2 * self._decided_at, WORTH_TRYING):
-            return self._decide(ring, queries, topk, new)
-        if self._approximate is None or count < WORTH_TRYING:
+        count = ring.keys.shape[1]
+        if count < THRESHOLD or count * queries.shape[1] < LEAST_PRODUCTS:
             return best_of(queries, ring.keys, topk)
-        return self._approximate.search(ring, queries, topk)
+        if count >= 2 * self._decided_at:
+            self._decided_at = count
+            self._approximate = ApproximateIndex(self._dim, f"IVF{number_of_lists(count)},SQfp16")
+        if self._approximate is None:
+            return best_of(queries, ring.keys, topk)
+        found = self._approximate.search(ring, queries, topk)
+        if self._approximate.share_probed > LARGEST_SHARE:
+            self._reason = f"too many lists to probe: {self._approximate.description}"
+            self._approximate = None
+            log.info("index: %s", self.description)
+            return best_of(queries, ring.keys, topk)
+        return found
 
     def forget(self, rows: Iterable[int] | None = None) -> None:
         """As `Index.forget`. The choice stays, for the documents to come."""
-        for row in list(self._seen) if rows is None else rows:
-            self._seen.pop(row, None)
         if self._approximate is not None:
             self._approximate.forget(rows)
-
-    def _new(self, ring: Ring, queries: int) -> int:
-        """How many entries the row was given since it was last searched; taken to be as many as the first queries."""
-        life, written = self._seen.get(ring.row, (0, 0))
-        self._seen[ring.row] = ring.life, ring.written
-        return min(ring.written - written if life == ring.life else queries, ring.keys.shape[1])
-
-    def _decide(self, ring: Ring, queries: Tensor, topk: int, new: int) -> Best:
-        """Let both search, and keep the cheaper one: its upkeep is to take in the new entries before each search."""
-        count = self._decided_at = ring.keys.shape[1]
-        candidate = ApproximateIndex(self._dim, f"IVF{number_of_lists(count)},SQfp16")
-        candidate.search(ring, queries, topk)  # builds it, and measures how far it must look
-
-        def look_up() -> Best:
-            if count >= candidate.least_entries:
-                candidate.take(ring, new)
-            return candidate.search(ring, queries, topk)
-
-        approximate, found = _fastest(look_up)
-        exact, best = _fastest(lambda: best_of(queries, ring.keys, topk))
-        recall = candidate.recall
-        chosen = approximate < exact and recall is not None and recall >= TARGET_RECALL
-        self._approximate = candidate if chosen else None
-        times = f"{exact / approximate:.1f} times as fast at {count:,} entries"
-        if chosen:
-            self.description = f"{candidate.description} (against exact {times})"
-        else:
-            self.description = f"exact ({candidate.description}, was {times})"
-        log.info("index: %s", self.description)
-        return found if chosen else best
-
-
-def _fastest(search: Callable[[], Best]) -> tuple[float, Best]:
-    """The seconds that it takes, of as many runs as a short time allows: other work may disturb some of them."""
-    times: list[float] = []
-    while not times or (len(times) < RUNS and sum(times) < ENOUGH_SECONDS):
-        began = time.perf_counter()
-        best = search()
-        times.append(time.perf_counter() - began)
-    return min(times), best
 
 
 def number_of_lists(entries: int) -> int:
@@ -102,13 +74,13 @@ def number_of_lists(entries: int) -> int:
     return int(2 ** max(min(round(math.log2(2 * math.sqrt(entries))), math.floor(math.log2(entries / 64))), 0))
 
 
-def index_on(device: torch.device, name: str) -> str:
-    """The name of an index that was made elsewhere, where structures of faiss need a CPU: "exact" instead of one."""
-    return name if device.type == "cpu" or name == "auto" else "exact"
-
-
-def make_index(name: str, dim: int) -> Index:
-    """The index "exact" or "auto", or the structure of a faiss factory string. Raises ValueError for another name."""
-    if name == "exact":
+def make_index(name: str, dim: int, device: torch.device) -> Index:
+    """The index "exact" or "auto" (exact on a GPU), or inverted lists as faiss names them; others raise ValueError."""
+    if name == "exact" or (name == "auto" and device.type != "cpu"):
         return ExactIndex()
     return AutoIndex(dim) if name == "auto" else ApproximateIndex(dim, name)
+
+
+def index_on(device: torch.device, name: str) -> str:
+    """The index to use on a device for a memory made with `name`: inverted lists need a CPU, others get "exact"."""
+    return name if device.type == "cpu" or name == "auto" else "exact"

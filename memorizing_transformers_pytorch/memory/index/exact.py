@@ -33,18 +33,18 @@ class Best(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """The entries of one row, and what has become of them since an index last looked.
+    """The entries of one row as an index sees them.
 
-    keys: (G, N, D), those in places 0 ... N - 1. row: its number. cursor: the place that is written next.
-    written: how many entries were written since the row was last empty, with those that are overwritten by now.
-    life: a number of its own for each time that a row of any store was emptied; another life is another document.
+    keys: (G, N, D), those in places 0 to N - 1. row: its number. cursor: the place that is written next.
+    written: how many entries were written since the row was last empty, overwritten ones included.
+    epoch: changes whenever the row is emptied or its entries move; no two rows of any stores share one.
     """
 
     keys: Vectors
     row: int
     cursor: int
     written: int
-    life: int
+    epoch: int
 
 
 class Index(Protocol):

@@ -1,6 +1,8 @@
-"""The structures of FAISS that an approximate index is made of, and what each kind can do.
+"""Inverted lists of FAISS (IVF), the structures that an approximate index is made of.
 
-Shapes: N keys of one row and head, D head width.
+They add and remove single entries, so they can follow a ring. The id of an entry is its place in the ring.
+
+Shapes: G key/value heads, N keys of one row and head, Q queries, D head width.
 """
 
 from __future__ import annotations
@@ -17,87 +19,65 @@ from torch import Tensor
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 LEAST_ENTRIES = 1_024  # below, a row is searched exactly
-LEAST_PER_LIST = 39  # as many keys faiss wants to learn a centroid from
-TRAINED_PER_LIST = 64  # keys, if there are as many
-HELD_OUT = 16  # one key in so many is not learned from, to tell how near others are to what was learned
-CODEBOOK_NEEDS = LEAST_PER_LIST * 256
-FETCHED_OF_CODES = 4  # times as many candidates are scored anew where a structure knows the keys only roughly
+LEAST_PER_LIST = 39  # keys that faiss needs to learn a centroid
+TRAINED_PER_LIST = 64  # keys to learn a centroid from, if there are as many,
+LEAST_TRAINED = 10_000  # and in all
+HELD_OUT = 16  # one key in so many is not learned from, to tell how near other keys are to the centroids
+FETCHED_OF_CODES = 4  # times as many candidates are scored again where the codes are rough
 BLOCK_ENTRIES = 65_536
 LARGEST = 65_504.0  # that float16 codes can hold
 
-LONGEST, LARGEST_NUMBER = 200, 2**24  # of a factory string
-_EXPECTED = "expected index to be 'exact', 'auto' or a faiss factory string"
-_ROUGH = re.compile(r"PQ|RQ|LSQ|LSH|SQ[468]|RaBitQ|PCA|Refine")
-_CODEBOOKS = re.compile(r"PQ|RQ|LSQ")
+MOST_LISTS = 2**24
+_LISTS = re.compile(r"IVF([1-9]\d{0,8}),(Flat|SQ4|SQ6|SQ8|SQbf16|SQfp16)")
+_ROUGH = {"SQ4", "SQ6", "SQ8"}
+_REMOVED = re.compile(r"(Flat|HNSW|IMI|IVF|LSH|LSQ|NSG|OPQ|PCA|PQ|RaBitQ|RQ|RR|SQ)[\w,()]{0,200}")
 
 
 class Kind:
-    """A kind of structure: what its factory string stands for.
+    """What an index string such as "IVF1024,SQfp16" stands for.
 
-    num_lists: of an inverted file; 0 for others. takes_single: whether entries can be added and removed one by one.
-    fetched: how many times as many candidates to ask for as are wanted. least_entries: with fewer it cannot be trained.
-    knob: the parameter by which it searches longer and finds more, if it has one.
+    num_lists: how many lists. fetched: how many times as many candidates to ask for as are wanted. least_entries: with
+    fewer it cannot be trained.
 
-    Raises ValueError for a string that faiss does not know, one that does not fit the width, or a structure that cannot
-    be copied or numbers its entries itself.
+    Raises ValueError for any other string.
     """
 
     def __init__(self, factory: str, dim: int) -> None:
+        parts = _LISTS.fullmatch(factory)
+        if parts is None or int(parts[1]) > MOST_LISTS:
+            got = repr(factory) if len(factory) < 100 else f"{factory[:100]!r}... ({len(factory):,} characters)"
+            raise ValueError(
+                "expected index to be 'exact', 'auto' or inverted lists such as 'IVF1024,SQfp16' (1 to "
+                f"{MOST_LISTS:,} lists; Flat, SQ4, SQ6, SQ8, SQbf16 or SQfp16), got {got}"
+            )
         self.factory = factory
         self._dim = dim
-        empty = self.empty()
-        if isinstance(empty, faiss.IndexIDMap | faiss.IndexIDMap2) or not _can_be_copied(empty):
-            raise ValueError(f"{_EXPECTED} whose structure can be copied and takes keys in order, got {factory!r}")
-        lists = faiss.try_extract_index_ivf(empty)
-        self.num_lists = 0 if lists is None else int(lists.nlist)
-        self.takes_single = lists is not None and _can_forget(empty)
-        self.fetched = FETCHED_OF_CODES if _ROUGH.search(factory) else 1
-        codebooks = CODEBOOK_NEEDS if _CODEBOOKS.search(factory) else 0
-        learned = max(LEAST_PER_LIST * self.num_lists, codebooks)
+        self.num_lists = int(parts[1])
+        self.fetched = FETCHED_OF_CODES if parts[2] in _ROUGH else 1
+        learned = LEAST_PER_LIST * self.num_lists
         self.least_entries = max(LEAST_ENTRIES, learned + learned // (HELD_OUT - 1) + 1)
-        self.knob = "nprobe" if self.num_lists else "efSearch" if "HNSW" in factory else None
-
-    def empty(self) -> Any:
-        """A structure without entries or training."""
-        numbers = map(int, re.findall(r"\d{1,20}", self.factory[:LONGEST]))
-        if (
-            len(self.factory) > LONGEST or max(numbers, default=0) > LARGEST_NUMBER
-        ):  # faiss would crash, or fill the RAM
-            got = f"{self.factory[:LONGEST]!r} ({len(self.factory):,} characters)"
-            raise ValueError(f"{_EXPECTED} of at most {LONGEST} characters, numbers to {LARGEST_NUMBER:,}, got {got}")
-        try:
-            return faiss.index_factory(self._dim, self.factory, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            reason = str(error).rsplit(": ", 1)[-1]
-            raise ValueError(f"{_EXPECTED} for width {self._dim}, got {self.factory!r}: {reason}") from None
-
-    def least_effort(self, fetched: int) -> int:
-        """The smallest value of the knob: a list, or, in a graph, as many nodes as are wanted."""
-        return 1 if self.num_lists else fetched
 
     def trained(self, keys: Vectors) -> Any:
-        """A structure without entries that has learned from keys (N, D)."""
-        structure = self.empty()
-        lists: Any = faiss.try_extract_index_ivf(structure)
-        if lists is not None:
-            lists.cp.min_points_per_centroid = 1  # no warning: there are least_entries
-        codes: Any = faiss.downcast_index(lists or getattr(structure, "index", structure))
-        if hasattr(codes, "do_polysemous_training"):
-            codes.do_polysemous_training = False  # of no use here, and slow
-        structure.train(prepared(some_of(keys, max(TRAINED_PER_LIST * self.num_lists, CODEBOOK_NEEDS))))
+        """Lists without entries, whose centroids (and codes) are learned from keys (N, D)."""
+        structure: Any = faiss.index_factory(self._dim, self.factory, faiss.METRIC_INNER_PRODUCT)
+        structure.cp.min_points_per_centroid = 1  # no warning: there are least_entries
+        structure.train(prepared(some_of(keys, max(TRAINED_PER_LIST * self.num_lists, LEAST_TRAINED))))
+        # Keep track of where each id lies, so that it is removed without a search for it.
+        structure.set_direct_map_type(faiss.DirectMap.Hashtable)  # type: ignore[attr-defined]
         return structure
 
-    def filled(self, template: Any, keys: Vectors) -> Any:
-        """A copy of a trained structure, with keys (N, D) whose ids are their places."""
-        structure = faiss.clone_index(template)
-        if self.takes_single:
-            _allow_single(structure)
-        for ids, block in _blocks(keys):
-            if self.takes_single:
-                structure.add_with_ids(block, ids)
-            else:
-                structure.add(block)  # numbered in this order
-        return structure
+
+def is_removed(index: str) -> bool:
+    """Whether this names a structure of faiss that older versions served and this one does not."""
+    return _LISTS.fullmatch(index) is None and _REMOVED.fullmatch(index) is not None
+
+
+def filled(template: Any, keys: Vectors) -> Any:
+    """A copy of trained lists, with keys (N, D) whose ids are their places."""
+    structure = faiss.clone_index(template)
+    for ids, block in _blocks(keys):
+        structure.add_with_ids(block, ids)
+    return structure
 
 
 def replace(structure: Any, ids: Tensor, keys: Vectors) -> None:
@@ -106,29 +86,21 @@ def replace(structure: Any, ids: Tensor, keys: Vectors) -> None:
     structure.add_with_ids(prepared(keys), ids.numpy())
 
 
-def nearest(structure: Any, queries: Tensor, count: int) -> Tensor:
-    """The ids (Q, count) of what it finds for queries (Q, D); below 0 where it finds less."""
-    return torch.from_numpy(structure.search(prepared(Vectors(queries)), count)[1])
+def nearest(structure: Any, queries: Tensor, count: int, probes: int) -> Tensor:
+    """The ids (Q, count) found for queries (Q, D) in so many lists; -1 where they hold fewer."""
+    parameters: Any = faiss.SearchParametersIVF()
+    parameters.nprobe = probes
+    return torch.from_numpy(structure.search(prepared(Vectors(queries)), count, params=parameters)[1])
 
 
-def set_knob(structure: Any, knob: str, value: int) -> None:
-    faiss.ParameterSpace().set_index_parameter(structure, knob, value)
-
-
-def nearness(structure: Any, keys: Vectors) -> float | None:
-    """How near keys (N, D) are to their best centroids, as a mean of cosines up to scale; None if there are none.
+def nearness(structure: Any, keys: Vectors) -> float:
+    """How near keys (N, D) are to their best centroids, as a mean of cosines up to scale.
 
     It falls as keys drift away from those that the centroids were learned from.
     """
-    lists, turned = faiss.try_extract_index_ivf(structure), prepared(keys)
-    if lists is None:
-        return None
-    if isinstance(structure, faiss.IndexPreTransform):
-        chain: Any = structure.chain
-        for i in range(chain.size()):
-            turned = chain.at(i).apply(turned)
-    scores, _ = lists.quantizer.search(turned, 1)
-    lengths = np.linalg.norm(turned, axis=1, keepdims=True)
+    numbers = prepared(keys)
+    scores, _ = structure.quantizer.search(numbers, 1)
+    lengths = np.linalg.norm(numbers, axis=1, keepdims=True)
     return float((scores / np.maximum(lengths, 1e-20)).mean())
 
 
@@ -161,28 +133,3 @@ def _blocks(keys: Vectors) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, keys.shape[0], BLOCK_ENTRIES):
         block = keys[start : start + BLOCK_ENTRIES]
         yield np.arange(start, start + block.shape[0]), prepared(block)
-
-
-def _allow_single(structure: Any) -> None:
-    """Keep track of where each id lies, so that it can be removed in no time."""
-    hashtable: Any = faiss.DirectMap.Hashtable  # type: ignore[attr-defined]
-    faiss.extract_index_ivf(structure).set_direct_map_type(hashtable)
-
-
-def _can_be_copied(structure: Any) -> bool:
-    try:
-        faiss.clone_index(structure)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _can_forget(structure: Any) -> bool:
-    """Whether ids can be removed, which faiss tells only when it is tried."""
-    copy = faiss.clone_index(structure)
-    try:
-        _allow_single(copy)
-        copy.remove_ids(faiss.IDSelectorArray(np.zeros(1, dtype=np.int64)))
-    except RuntimeError:
-        return False
-    return True

@@ -1,112 +1,36 @@
-"""Attention over retrieved entries, without copying their keys and values out of the memory.
+"""Sums over entries that a search has found, and inner products with them, read where they lie.
 
 Two operations on a table of vectors and K slots in it per query are each other's gradients:
 
     sampled_inner_products   vector . table[slot_k]            for each k
     weighted_sums            sum over k of weight_k * table[slot_k]
 
-Logits are inner products of queries and keys (the search has already computed them), so the gradient of the queries
-is a weighted sum of keys. The output is a weighted sum of values, so the gradient of the weights are inner products
-with values. The memory itself gets no gradient. Nothing of size T * K * D is ever made: where the entries must be
-converted (codes, or for float64), each of them is once, however often it was retrieved.
+Nothing of size T * K * D is ever made: where the entries must be converted (codes, or for float64), each of them is
+once, however often it was retrieved.
 
-Shapes: B rows, H query heads, T queries, K retrieved, D head width, N slots in the whole memory.
+Shapes: B rows, H query heads, T queries, K retrieved, D head width, N slots in a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol, cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memorizing_transformers_pytorch import kernels
-from memorizing_transformers_pytorch.memory.retrieved import Table
-from memorizing_transformers_pytorch.memory.vectors import Vectors
+from memorizing_transformers_pytorch.memory.lease import Table
 
 
-class Lookup(Protocol):
-    """What a search found: slots, scores and mask (B, H, T, K), and the tables in which the entries lie.
-
-    Usually that is one table, the memory itself. Entries that have been overwritten since lie in another.
-    """
-
-    slots: Tensor
-    scores: Tensor
-    mask: Tensor
-
-    def tables(self) -> list[Table]: ...
+def sums_of(weights: Tensor, tables: list[Table], *, of_keys: bool) -> Tensor:
+    """weights (B, H, T, K), 0 where nothing was found -> sums of the found keys or values (B, H, T, D)."""
+    parts = [weighted_sums(_within(weights, each), *_floats(each, of_keys)) for each in tables]
+    return sum(parts[1:], start=parts[0])
 
 
-LookUp = Callable[[Tensor, int], Lookup]
-"""A search with queries (B, H, T, D) for so many entries each."""
-
-
-class Memory(Protocol):
-    """What a `KNNAttention` used on its own needs of a memory; `KNNMemory` has it."""
-
-    def look_up(self, queries: Tensor, topk: int) -> Lookup: ...
-
-    def add(self, memories: Tensor, mask: Tensor | None = None) -> None: ...
-
-
-def retrieved_logits(queries: Tensor, lookup: Lookup) -> Tensor:
-    """queries (B, H, T, D), those of the lookup -> their inner products with the retrieved keys (B, H, T, K).
-
-    In float32 (float64 for float64 queries). Where the mask is False the logit is 0 and must be masked by the caller.
-    """
-    return _apply(_RetrievedLogits, queries, lookup)
-
-
-def retrieved_values(weights: Tensor, lookup: Lookup) -> Tensor:
-    """weights (B, H, T, K) -> sums of the retrieved values under these weights (B, H, T, D).
-
-    Where the mask is False the weight must be 0.
-    """
-    return _apply(_RetrievedValues, weights, lookup)
-
-
-def _apply(function: type[torch.autograd.Function], numbers: Tensor, lookup: Lookup) -> Tensor:
-    # A compiler would trace backward together with forward, and miss what the lookup keeps in between.
-    apply: Any = function.apply
-    if torch.compiler.is_compiling():
-        apply = torch.compiler.disable(apply)  # type: ignore[no-untyped-call]
-    return cast(Tensor, apply(numbers, lookup))
-
-
-class _RetrievedLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, lookup: Lookup) -> Tensor:
-        ctx.lookup, ctx.dtype = lookup, queries.dtype
-        return lookup.scores.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        tables = ctx.lookup.tables()
-        sums = [weighted_sums(_within(grad, table), *_floats(table.keys, table.slots)) for table in tables]
-        return sum(sums[1:], start=sums[0]).to(ctx.dtype), None
-
-
-class _RetrievedValues(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, lookup: Lookup) -> Tensor:
-        ctx.lookup = lookup
-        tables = lookup.tables()
-        sums = [weighted_sums(_within(weights, table), *_floats(table.values, table.slots)) for table in tables]
-        return sum(sums[1:], start=sums[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        products = [
-            _within(sampled_inner_products(grad, *_floats(table.values, table.slots)), table)
-            for table in ctx.lookup.tables()
-        ]
-        return sum(products[1:], start=products[0]), None
+def products_with_values(vectors: Tensor, tables: list[Table]) -> Tensor:
+    """vectors (B, H, T, D) -> inner products with the found values (B, H, T, K)."""
+    parts = [_within(sampled_inner_products(vectors, *_floats(each, False)), each) for each in tables]
+    return sum(parts[1:], start=parts[0])
 
 
 def _within(numbers: Tensor, table: Table) -> Tensor:
@@ -114,9 +38,10 @@ def _within(numbers: Tensor, table: Table) -> Tensor:
     return numbers if table.mask is None else numbers.where(table.mask.to(numbers.device), 0)
 
 
-def _floats(vectors: Vectors, slots: Tensor) -> tuple[Tensor, Tensor]:
+def _floats(table: Table, of_keys: bool) -> tuple[Tensor, Tensor]:
     """The vectors (N, D) as numbers and the slots in them; of codes, which nothing computes with, the entries that
     occur (each once) and the slots within them."""
+    vectors, slots = table.keys if of_keys else table.values, table.slots
     if vectors.scales is None:
         return vectors.numbers, slots
     used, slots = slots.to(vectors.device).unique(return_inverse=True)  # type: ignore[no-untyped-call]

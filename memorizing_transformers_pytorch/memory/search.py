@@ -1,0 +1,86 @@
+"""Searching rows of a store: the entries with the largest inner products, for every query of its own row and head.
+
+Shapes: R rows, H query heads, G key/value heads, Q queries of a head, K retrieved, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from memorizing_transformers_pytorch.memory.index.exact import Index
+from memorizing_transformers_pytorch.memory.retrieved import Retrieved
+from memorizing_transformers_pytorch.memory.store import Store
+
+
+class Hidden(NamedTuple):
+    """Entries that a search shall not find: those of a document from position `first` to `last`."""
+
+    document: int
+    first: int
+    last: int
+
+    def among(self, origins: Tensor) -> Tensor:
+        """origins (..., 3) -> (...) bool."""
+        position = origins[..., 1]
+        return (origins[..., 0] == self.document) & (position >= self.first) & (position <= self.last)
+
+
+def search_rows(
+    store: Store, index: Index, rows: Sequence[int], queries: Tensor, topk: int, hidden: Hidden | None = None
+) -> Retrieved:
+    """The best entries of these rows for queries (R, ..., D): slots, scores and mask, each (R, ..., topk)."""
+    if hidden is not None:
+        return _search_others(store, index, rows, queries, topk, hidden)
+    grouped = queries.detach().to(store.device).reshape(len(rows), store.sizes.kv_heads, -1, queries.shape[-1])
+    found = [_search_row(store, index, row, own, topk) for row, own in zip(rows, grouped, strict=True)]
+    parts = (part[0] if len(part) == 1 else torch.stack(part) for part in zip(*found, strict=True))
+    return Retrieved(*(part.view(*queries.shape[:-1], topk).to(queries.device) for part in parts))
+
+
+def _search_row(store: Store, index: Index, row: int, queries: Tensor, topk: int) -> Retrieved:
+    """Search one row with queries (G, Q, D): slots, scores and mask, each (G, Q, topk)."""
+    (heads, count, _), found = queries.shape, min(topk, store.filled[row])
+    score_dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    mask = queries.new_ones((heads, count, topk), dtype=torch.bool)
+    if found == 0 or count == 0:
+        nothing = queries.new_zeros(mask.shape, dtype=score_dtype)
+        return Retrieved(nothing.long(), nothing, mask.logical_not_())
+    best = index.search(store.ring(row), queries, topk)
+    slots, scores = _slots(store, row, best.places), best.scores.to(score_dtype)
+    if found < topk:
+        slots, scores = pad(slots, (0, topk - found)), pad(scores, (0, topk - found))
+        mask[..., found:] = False
+    return Retrieved(slots, scores, mask)
+
+
+def _slots(store: Store, row: int, places: Tensor) -> Tensor:
+    """Places (G, Q, K) in a row -> slots of the memory."""
+    first, step = store.slot_base(row, 0), store.slot_base(0, 1)
+    if len(places) == 1:
+        return places + first
+    bases = torch.arange(first, first + len(places) * step, step, device=places.device)
+    return places + bases.view(-1, 1, 1)
+
+
+def _search_others(
+    store: Store, index: Index, rows: Sequence[int], queries: Tensor, topk: int, hidden: Hidden
+) -> Retrieved:
+    """`search_rows`, as if the hidden entries were not there: so many more entries are retrieved."""
+    most = max(int(hidden.among(store.origins[row, : store.filled[row]]).sum()) for row in rows)
+    slots, scores, mask = search_rows(store, index, rows, queries, topk + most)
+    mask = mask & ~hidden.among(store.origins_of(slots)).to(mask.device)
+    best = scores.masked_fill(~mask, -torch.inf).topk(topk, dim=-1).indices
+    slots, scores, mask = (part.gather(-1, best) for part in (slots, scores, mask))
+    return Retrieved(slots * mask, scores.masked_fill(~mask, 0), mask)
+
+
+def without_rows(found: Retrieved, hidden_rows: Tensor) -> Retrieved:
+    """Nothing for the rows (R,) or, of queries (R, ..., T, D), the tokens (R, T) where hidden_rows is True."""
+    rows, *tokens = hidden_rows.shape
+    shape = (rows, *(1,) * (found.mask.ndim - 2 - len(tokens)), *tokens, 1)
+    return found._replace(mask=found.mask & ~hidden_rows.to(found.mask.device).view(shape))
