@@ -19,7 +19,7 @@ from memorizing_transformers_pytorch.huggingface.contents import Titles
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
 from memorizing_transformers_pytorch.huggingface.trained import load_parameters, save_parameters
-from memorizing_transformers_pytorch.huggingface.writing import Segment
+from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment
 from memorizing_transformers_pytorch.memory.disk.save import check_folder
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
@@ -117,11 +117,13 @@ class AttachedMemory:
         self._at_work.expect_attached()
         self._at_work.expect_writable()
         with self._at_work.lock:
-            segment = Segment(self._contents, document, self.options.skip_first)
+            segment = TrainingSegment(self._contents, document, self.options.skip_first)
             with self._at_work.writer.at(segment):
                 yield
-            segment.store()
-            self._at_work.weights.have_written()
+            if segment.is_over:
+                self._at_work.end_conversation()
+                segment.store()
+                self._at_work.weights.have_written()
 
     @contextlib.contextmanager
     def read_only(self) -> Iterator[None]:

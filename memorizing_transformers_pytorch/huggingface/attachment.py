@@ -17,7 +17,7 @@ from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
 from memorizing_transformers_pytorch.huggingface.probe import vocabulary_of
 from memorizing_transformers_pytorch.huggingface.reading import Reader, checked_texts
-from memorizing_transformers_pytorch.huggingface.writing import Segment, Window
+from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment, Window
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.utils.context import PerContext
@@ -39,7 +39,7 @@ class Attachment:
         self.window = None if options.window is None else Window(self.contents, options.window, model, self.lock)
         self.last: dict[int, Found] = {}
         self.enabled, self.writable = PerContext(True), PerContext(True)
-        self.writer: PerContext[Reader | Segment | None] = PerContext(None)
+        self.writer: PerContext[Reader | TrainingSegment | None] = PerContext(None)
         self.watched: PerContext[WatchedRow | None] = PerContext(None)
         for layer in layers:
             layer.attach()
@@ -70,7 +70,7 @@ class Attachment:
             call.keeps_weights, watched.place = True, call.offsets[0]
         for layer in self.contents.layers.values():
             layer.check(call)
-        writer: Reader | Segment | Window | None = self.writer.now
+        writer: Reader | TrainingSegment | Window | None = self.writer.now
         if writer is None:
             if self.contents.ledger:
                 self.weights.warn_of_others()
@@ -83,8 +83,6 @@ class Attachment:
         else:
             writer.before(call)
             call.writer = writer
-            if isinstance(writer, Segment):
-                self.end_conversation()
         return call
 
     def _end_call(self, call: Call, failed: bool) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.huggingface.probe import (
     Layer,
-    Seen,
+    Probed,
     positions_of,
     probe,
     refusing,
@@ -87,7 +87,7 @@ def chosen_layers(model: Any, served: dict[int, Layer]) -> list[int]:
     return sorted(index for index in scores if index >= first)
 
 
-def _score(seen: Seen) -> float:
+def _score(seen: Probed) -> float:
     assert seen.query is not None
     assert seen.local is not None
     query = seen.query

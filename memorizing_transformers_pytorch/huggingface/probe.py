@@ -50,7 +50,7 @@ class Layer:
 
 
 @dataclass
-class Seen(Extension):
+class Probed(Extension):
     """What passes through a layer."""
 
     calls: int = 0
@@ -189,14 +189,14 @@ def _candidates(model: Any) -> dict[int, nn.Module]:
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module, modules: dict[int, nn.Module]) -> Iterator[dict[int, Seen]]:
+def watching(model: nn.Module, modules: dict[int, nn.Module]) -> Iterator[dict[int, Probed]]:
     """Inside, what passes through these layers is kept; gradients, dropout and what is cached are off."""
-    seen, hooks = {index: Seen() for index in modules}, []
+    seen, hooks = {index: Probed() for index in modules}, []
     try:
         for index, module in modules.items():
             use(module, seen[index])
 
-            def remember(_module: nn.Module, inputs: Any, options: dict[str, Any], layer: Seen = seen[index]) -> Any:
+            def remember(_module: nn.Module, inputs: Any, options: dict[str, Any], layer: Probed = seen[index]) -> Any:
                 layer.hidden = inputs[0] if inputs else options.get("hidden_states")
                 layer.position_embeddings = options.get("position_embeddings")
                 return layer.with_first_input(inputs, options)
@@ -235,7 +235,7 @@ def run(model: Any, tokens: Tensor, offset: int = 0, **options: Any) -> Any:
     return model(input_ids=tokens, use_cache=False, **options)
 
 
-def _layer(index: int, module: nn.Module, seen: Seen) -> Layer:
+def _layer(index: int, module: nn.Module, seen: Probed) -> Layer:
     """Raises ValueError that says why this layer cannot have a memory."""
     if seen.calls == 0 or seen.local is None or seen.query is None:
         raise ValueError("it does not attend through the attention interface")
@@ -264,7 +264,7 @@ def _with_half_in_memory(query: Tensor, local: Local) -> Tensor:
     return (weights @ values).transpose(1, 2)
 
 
-def _rotary(module: nn.Module, seen: Seen) -> Rotary | None:
+def _rotary(module: nn.Module, seen: Probed) -> Rotary | None:
     """How the keys are turned, None if they are not. Raises ValueError for a way that is not known."""
     first, *others = seen.keys
     if all(_same(first, other) for other in others):

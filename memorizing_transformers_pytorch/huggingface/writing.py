@@ -1,4 +1,4 @@
-"""What passes through a model in training (`Segment`) and in a conversation (`Window`), to be stored.
+"""What passes through a model in training (`TrainingSegment`) and in a conversation (`Window`), to be stored.
 
 Shapes: B rows, G key/value heads, T tokens of a call, C tokens kept, D head width.
 """
@@ -23,7 +23,7 @@ NO_BEAMS = "expected rows that stay, with write='window': beams change places"
 NO_ASSISTANT = "expected tokens that stay, with write='window': assisted decoding takes some back"
 
 
-class Segment:
+class TrainingSegment:
     """What the model is given in one call, in training, is stored when the backward pass is over."""
 
     def __init__(self, contents: Contents, titles: Titles, skip_first: int) -> None:
@@ -45,11 +45,15 @@ class Segment:
         if failed:
             self._call = None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the call was made."""
+        return self._call is not None
+
     def store(self) -> None:
-        """Store what the call has brought, if there was one: each row goes on with its document, or begins one."""
+        """Store what the call has brought: each row goes on with its document, or begins one."""
         contents, call = self._contents, self._call
-        if call is None:
-            return
+        assert call is not None
         rows, known = call.shape[0], contents.ledger.next_number
         titles, numbers, begun = checked_titles(self._titles, rows), [], dict[int, str | None]()
         for row in range(rows):
