@@ -24,7 +24,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from memorizing_transformers_pytorch.data.document import SPLITS, Document, Split
+from memorizing_transformers_pytorch.data.document import SPLITS, TextDocument, Split
 from memorizing_transformers_pytorch.data.text import text_bytes
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.utils.durable import sync, sync_folder
@@ -120,7 +120,7 @@ def _numbers(path: Path) -> np.ndarray:
 def build(
     cache: Path,
     fingerprint: str,
-    documents: Iterable[tuple[Split, Document]],
+    documents: Iterable[tuple[Split, TextDocument]],
     tokenizer: Tokenizer,
     about: dict[str, Any],
 ) -> Path:
@@ -175,7 +175,7 @@ def _signs_of_life(aside: Path) -> Iterator[None]:
 
 
 def _write(
-    aside: Path, documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, about: dict[str, Any]
+    aside: Path, documents: Iterable[tuple[Split, TextDocument]], tokenizer: Tokenizer, about: dict[str, Any]
 ) -> None:
     dtype = np.dtype(_DTYPES[tokenizer.num_tokens > 1 << 16])
     with ExitStack() as stack:
@@ -190,8 +190,8 @@ def _write(
     (aside / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
-def _batches(documents: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Split, Document]]]:
-    some: list[tuple[Split, Document]] = []
+def _batches(documents: Iterable[tuple[Split, TextDocument]]) -> Iterator[list[tuple[Split, TextDocument]]]:
+    some: list[tuple[Split, TextDocument]] = []
     characters = 0
     for split, document in documents:
         some.append((split, document))
@@ -212,7 +212,7 @@ class _Writer:
         self._names_size = 0
         self.offsets, self.num_bytes = array("q", [0]), array("q")
 
-    def add(self, document: Document, tokens: np.ndarray) -> None:
+    def add(self, document: TextDocument, tokens: np.ndarray) -> None:
         name = json.dumps(document.name).encode() + b"\n"
         self._tokens.write(tokens)
         self._names.write(name)

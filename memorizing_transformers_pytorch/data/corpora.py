@@ -8,7 +8,7 @@ from pathlib import Path
 
 from memorizing_transformers_pytorch.data import enwik8, files
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.document import Corpus, Document
+from memorizing_transformers_pytorch.data.document import Corpus, TextDocument
 from memorizing_transformers_pytorch.data.hub import HuggingFaceDataset
 
 
@@ -19,7 +19,7 @@ class First:
         self._corpus = corpus
         self._count = count
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[TextDocument]:
         return islice(self._corpus, self._count)
 
     def fingerprint(self) -> str:

@@ -9,7 +9,7 @@ Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
-class Document(NamedTuple):
+class TextDocument(NamedTuple):
     """A text that belongs together, read from its beginning to its end.
 
     split: where the corpus itself puts it; None: its name decides (split.py). Bytes of the text that are no UTF-8 are
@@ -27,7 +27,7 @@ class Corpus(Protocol):
     Reading raises ValueError for what is no text.
     """
 
-    def __iter__(self) -> Iterator[Document]: ...
+    def __iter__(self) -> Iterator[TextDocument]: ...
 
     def fingerprint(self) -> str:
         """Something cheap that changes when the documents may have."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from memorizing_transformers_pytorch.data.document import SPLITS, Document
+from memorizing_transformers_pytorch.data.document import SPLITS, TextDocument
 from memorizing_transformers_pytorch.data.download import download
 
 ADDRESS = "http://mattmahoney.net/dc/enwik8.zip"
@@ -50,11 +50,11 @@ class Enwik8:
         if found != sum(split_bytes):
             raise ValueError(f"expected {sum(split_bytes):,} bytes of enwik8 in {str(path)!r}, got {found:,}")
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[TextDocument]:
         with self._open() as file:
             for split, num_bytes in zip(SPLITS, self._split_bytes, strict=True):
                 for number, page in enumerate(_pages(file, num_bytes)):
-                    yield Document(f"{split}/{number:06}", page.decode("utf-8", "surrogateescape"), split)
+                    yield TextDocument(f"{split}/{number:06}", page.decode("utf-8", "surrogateescape"), split)
 
     def fingerprint(self) -> str:
         status = self._path.stat()

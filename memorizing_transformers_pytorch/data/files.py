@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.document import Document
+from memorizing_transformers_pytorch.data.document import TextDocument
 from memorizing_transformers_pytorch.data.tables import is_table, read_table, without_nulls
 from memorizing_transformers_pytorch.data.text import decode
 
@@ -40,19 +40,19 @@ class Files:
         self._paths = paths
         self._config = config
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[TextDocument]:
         return without_nulls(self._documents(), self._config)
 
-    def _documents(self) -> Iterator[Document | None]:
+    def _documents(self) -> Iterator[TextDocument | None]:
         if self._config.group == "folder":
             for entry, members in groupby(self._paths, lambda path: path.relative_to(self._root).parts[0]):
-                yield Document(entry, "\n\n".join(self._read(path) for path in members))
+                yield TextDocument(entry, "\n\n".join(self._read(path) for path in members))
             return
         for path in self._paths:
             if is_table(path):
                 yield from read_table(path, self._config)
             else:
-                yield Document(path.relative_to(self._root).as_posix(), self._read(path))
+                yield TextDocument(path.relative_to(self._root).as_posix(), self._read(path))
 
     def fingerprint(self) -> str:
         """Path, size and time of change of every file."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.document import Document
+from memorizing_transformers_pytorch.data.document import TextDocument
 from memorizing_transformers_pytorch.data.tables import check_columns, row_document, wanted_columns, without_nulls
 
 
@@ -29,7 +29,7 @@ class HuggingFaceDataset:
             self._builder = datasets.load_dataset_builder(self._name, config.subset)
         self._dataset: Any = None
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[TextDocument]:
         rows = enumerate(self._rows())
         source, config = self._config.source, self._config
         return without_nulls((row_document(row, f"{source}, row {number:,}", config) for number, row in rows), config)

@@ -13,7 +13,7 @@ from memorizing_transformers_pytorch.data import cache
 from memorizing_transformers_pytorch.data.cache import TokenisedDocuments
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.corpora import open_corpus
-from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, Document, Split
+from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, TextDocument, Split
 from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from memorizing_transformers_pytorch.utils.durable import replacing
@@ -99,13 +99,13 @@ def _trained(
 
 def _sided(
     corpus: Corpus, splitter: Callable[[], Splitter], doing: str, progress: bool
-) -> Iterator[tuple[Split, Document]]:
+) -> Iterator[tuple[Split, TextDocument]]:
     side = splitter()
     for document in _shown(corpus, doing, progress):
         yield side(document), document
 
 
-def _shown(corpus: Iterable[Document], doing: str, progress: bool) -> Iterable[Document]:
+def _shown(corpus: Iterable[TextDocument], doing: str, progress: bool) -> Iterable[TextDocument]:
     return bar(corpus, desc=doing, unit=" documents", disable=not progress)
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from memorizing_transformers_pytorch.data.document import Document, Split
+from memorizing_transformers_pytorch.data.document import TextDocument, Split
 from memorizing_transformers_pytorch.data.duplicates import near_duplicate_leaders
 from memorizing_transformers_pytorch.data.text import text_bytes
 
@@ -24,7 +24,7 @@ class Splitter:
     test: float
     leaders: dict[str, str] = field(default_factory=dict)
 
-    def __call__(self, document: Document) -> Split:
+    def __call__(self, document: TextDocument) -> Split:
         if document.split is not None:
             return document.split
         name = self.leaders.get(document.name, document.name)
@@ -35,7 +35,7 @@ class Splitter:
 
 
 def make_splitter(
-    documents: Iterable[Document], *, valid: float, test: float, near_duplicates: float | None
+    documents: Iterable[TextDocument], *, valid: float, test: float, near_duplicates: float | None
 ) -> Splitter:
     """The sides of these documents. They are read once to find near-identical ones, unless that is None.
 
