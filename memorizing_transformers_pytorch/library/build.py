@@ -14,7 +14,7 @@ from memorizing_transformers_pytorch.library.readers import DocumentReader
 from memorizing_transformers_pytorch.library.room import Room
 from memorizing_transformers_pytorch.memory.disk.manifest import files_of_memory
 from memorizing_transformers_pytorch.memory.ledger import Document
-from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
+from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest
 
 COMPLETE = "complete"
 DIGEST = "sha256"
@@ -72,7 +72,7 @@ class Builder:
     stop, which raises Interrupted as soon as what was read is saved.
     """
 
-    def __init__(self, reader: DocumentReader, save: Callable[[], None], seconds: float, wish: Wish) -> None:
+    def __init__(self, reader: DocumentReader, save: Callable[[], None], seconds: float, wish: StopRequest) -> None:
         self._reader, self._save, self._seconds, self._wish = reader, save, seconds, wish
         self._saved_at = time.monotonic()
         self._room = Room(reader)

@@ -34,17 +34,13 @@ from memorizing_transformers_pytorch.training.state import (
     shared_state,
 )
 from memorizing_transformers_pytorch.training.trainer import Trainer
-from memorizing_transformers_pytorch.utils.durable import sync, sync_folder, verify, write_checksums
+from memorizing_transformers_pytorch.utils.durable import SaveError, sync, sync_folder, verify, write_checksums
 from memorizing_transformers_pytorch.utils.plain_json import read_object
 
 MODEL, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"
 
 
 _NAME = re.compile(r"step-(\d+)(\.replaced)?")
-
-
-class CheckpointError(OSError):
-    """A checkpoint (or what goes with it) could not be written; those written before are intact."""
 
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
@@ -68,7 +64,7 @@ def last_good(run: Path) -> str:
 def write_checkpoint(trainer: Trainer, run: Path, extra: dict[str, Any]) -> Path:
     """Write a checkpoint of where the trainer stands; every process calls this. `extra` is kept in state.json.
 
-    Raises CheckpointError, which names the last good checkpoint, where it cannot be written.
+    Raises SaveError, which names the last good checkpoint, where it cannot be written.
     """
     main = trainer.accelerator.is_main_process
     folder = run / "checkpoints" / f"step-{trainer.progress.step}"
@@ -83,7 +79,7 @@ def write_checkpoint(trainer: Trainer, run: Path, extra: dict[str, Any]) -> Path
         if trainer.agree(failure is not None):  # which is also where the processes wait for each other
             if main:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointError(f"could not write {folder}: {failure or 'another process failed'}; {last_good(run)}")
+            raise SaveError(f"could not write {folder}: {failure or 'another process failed'}; {last_good(run)}")
     return folder
 
 

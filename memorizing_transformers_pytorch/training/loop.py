@@ -16,14 +16,12 @@ from memorizing_transformers_pytorch.evaluation.evaluate import evaluate, mean_l
 from memorizing_transformers_pytorch.training import run as folders
 from memorizing_transformers_pytorch.training.begin import Begun, begin
 from memorizing_transformers_pytorch.training.checkpoint import (
-    CheckpointError,
     keep_only,
     last_good,
     last_of,
     write_checkpoint,
 )
 from memorizing_transformers_pytorch.training.config import RunConfig
-from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish, stopping_on_signals
 from memorizing_transformers_pytorch.training.metrics import (
     Metrics,
     ProgressBar,
@@ -32,6 +30,8 @@ from memorizing_transformers_pytorch.training.metrics import (
 )
 from memorizing_transformers_pytorch.training.monitor import watching
 from memorizing_transformers_pytorch.training.report import plot_training, plots_are_possible
+from memorizing_transformers_pytorch.utils.durable import SaveError
+from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest, stopping_on_signals
 
 SECONDS_BETWEEN_PLOTS = 60
 
@@ -41,14 +41,14 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: b
 
     Raises ValueError, before anything is written, for a configuration or text that makes no sense, a folder that exists
     already, or one to resume that holds a run of another configuration. Raises FloatingPointError for a loss that is
-    not finite, CheckpointError where a checkpoint or a record cannot be written, Interrupted after SIGINT or SIGTERM,
+    not finite, SaveError where a checkpoint or a record cannot be written, Interrupted after SIGINT or SIGTERM,
     when a checkpoint has been written.
     """
     if config.training.tensorboard:
         check_tensorboard_is_there()
     begun = begin(config, folder, resume=resume, overwrite=overwrite)
-    with stopping_on_signals() as wish:
-        _Loop(begun, folder).run(wish)
+    with stopping_on_signals() as request:
+        _Loop(begun, folder).run(request)
     return folder
 
 
@@ -69,7 +69,7 @@ class _Loop:
             disable=not self.is_main,
         )
 
-    def run(self, wish: Wish) -> None:
+    def run(self, request: StopRequest) -> None:
         """The steps that are left. Raises as `train` says."""
         try:
             with ExitStack() as stack:
@@ -78,11 +78,11 @@ class _Loop:
                     self._save()  # so that even a run that is killed early can go on
                 while not self.trainer.finished:
                     self._step()
-                    self._after_step(wish)
-        except CheckpointError:
+                    self._after_step(request)
+        except SaveError:
             raise
         except OSError as error:
-            raise CheckpointError(f"could not write to {self.folder}: {error}; {last_good(self.folder)}") from error
+            raise SaveError(f"could not write to {self.folder}: {error}; {last_good(self.folder)}") from error
 
     def _open(self, stack: ExitStack) -> None:
         """What is to be closed at the end, however it comes."""
@@ -124,17 +124,17 @@ class _Loop:
             with contextlib.suppress(OSError):
                 plot_training(records, self.trainer.progress.memory_since, self.folder / "metrics.png")
 
-    def _after_step(self, wish: Wish) -> None:
+    def _after_step(self, request: StopRequest) -> None:
         step, last = self.trainer.progress.step, self.trainer.finished
         improved = False
         if step % self.settings.validate_every == 0 or last:
             improved = self._validate()
-        stop = self.trainer.agree(wish.signal is not None)
+        stop = self.trainer.agree(request.signal is not None)
         if improved or last or stop or step % self.settings.checkpoint_every == 0:
             saved = self._save()
             if stop and not last:
                 raise Interrupted(
-                    f"interrupted at step {step}; saved in {saved}; go on with --resume", wish.signal or 15
+                    f"interrupted at step {step}; saved in {saved}; continue with --resume", request.signal or 15
                 )
 
     def _validate(self) -> bool:

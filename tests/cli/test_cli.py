@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import memorizing_transformers_pytorch
+
 from memorizing_transformers_pytorch.cli import COMMANDS, main
 from memorizing_transformers_pytorch.cli.train import draw
 from memorizing_transformers_pytorch.training.metrics import read_metrics
@@ -253,3 +255,18 @@ def test_the_train_script_is_the_enwik8_preset(tmp_path: Path) -> None:
         "memorizing-transformers: expected enwik8 or enwik8.zip, got 'nowhere'"
     )
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["nonsense"], []])
+def test_what_needs_no_model_does_not_import_torch(arguments: list[str]) -> None:
+    program = "import sys\nfrom memorizing_transformers_pytorch.cli import main\n"
+    program += f"try: main({arguments})\nexcept SystemExit: pass\nassert not {{'torch', 'faiss', 'numpy'}} & sys.modules.keys()"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "memorizing-transformers" in result.stdout + result.stderr
+
+
+def test_every_public_name_is_there_when_it_is_asked_for() -> None:
+    assert all(getattr(memorizing_transformers_pytorch, name) for name in memorizing_transformers_pytorch.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = memorizing_transformers_pytorch.nonsense

@@ -317,10 +317,10 @@ def test_a_loss_that_is_not_finite_comes_with_a_remedy_that_the_command_line_acc
     def failing(_: object) -> None:
         raise FloatingPointError("not finite")
 
-    monkeypatch.setattr(cli, "run_command", failing)
+    monkeypatch.setattr("memorizing_transformers_pytorch.cli.train.train_and_report", failing)
     with pytest.raises(SystemExit, match="1"):
         cli.main(["train"])
-    remedy = "go on with --resume --training.on-nan skip, or start again with a smaller --optimizer.learning-rate"
+    remedy = "continue with --resume --training.on-nan skip, or start again with a smaller --optimizer.learning-rate"
     assert capsys.readouterr().err == f"memorizing-transformers: not finite; {remedy}\n"
 
 

@@ -17,7 +17,7 @@ import torch
 from memorizing_transformers_pytorch.model.checkpoint import load_checkpoint, save_checkpoint
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.training import loop
-from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, CheckpointError, checkpoints_of, last_of
+from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, SaveError, checkpoints_of, last_of
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.metrics import Metrics, read_metrics
@@ -369,7 +369,7 @@ def test_metrics_that_cannot_be_written_stop_the_run_and_name_the_last_checkpoin
     config, run = make_config(tmp_path, training={"checkpoint_every": 2}), tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "note", full)
-        with pytest.raises(CheckpointError, match=r"No space left on device; the last good checkpoint is .*step-4$"):
+        with pytest.raises(SaveError, match=r"No space left on device; the last good checkpoint is .*step-4$"):
             train(config, run)
     train(config, run, resume=True)
     assert len(losses_of(run)) == 12

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked, make_folder, refuse_others, sweep
+from memorizing_transformers_pytorch.memory.disk.folder import locked, make_folder, refuse_others, sweep
 from memorizing_transformers_pytorch.memory.disk.manifest import (
     Base,
     Journal,
@@ -31,7 +31,7 @@ from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.ledger import Ledger
 from memorizing_transformers_pytorch.memory.policy import LEAST_ATTENDED
 from memorizing_transformers_pytorch.memory.store import PER_HEAD, Store
-from memorizing_transformers_pytorch.utils.durable import sync
+from memorizing_transformers_pytorch.utils.durable import SaveError, sync
 from memorizing_transformers_pytorch.utils.version import __version__
 
 SPARE = 8  # the part of a base that journals may add to it
