@@ -1,6 +1,6 @@
 """The command line: `memorizing-transformers train | evaluate | generate | explain | memory | explore | export`.
 
-Bad input prints one line and exits with code 2. Modules that import torch are loaded only by the command that needs them.
+Bad input prints one line and exits with code 2. torch is imported only for a command that needs it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         importlib.import_module(f"{__name__}.{command}").main(rest, f"{PROGRAM} {command}")
     except FloatingPointError as error:
-        remedy = "continue with --resume --training.on-nan skip, or start again with a smaller --optimizer.learning-rate"
+        remedy = (
+            "continue with --resume --training.on-nan skip, or start again with a smaller --optimizer.learning-rate"
+        )
         _fail(f"{error}; {remedy}", 1)
     except SaveError as error:
         _fail(str(error), 1)

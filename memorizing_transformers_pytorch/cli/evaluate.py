@@ -25,12 +25,12 @@ from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.evaluation.controls import CONTROLS
 from memorizing_transformers_pytorch.evaluation.evaluate import evaluate
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
-from memorizing_transformers_pytorch.evaluation.report import markdown, plot
+from memorizing_transformers_pytorch.evaluation.report import evaluation_charts, markdown
 from memorizing_transformers_pytorch.evaluation.summary import Summary, summarise
 from memorizing_transformers_pytorch.model.config import ModelConfig
 from memorizing_transformers_pytorch.training.checkpoint import read_state
-from memorizing_transformers_pytorch.training.report import check_plots_are_possible
 from memorizing_transformers_pytorch.training.run import LoadedRun, checkpoint_of, load_run
+from memorizing_transformers_pytorch.utils.charts import check_plots_are_possible, save_png
 
 DEFAULT_SIZES = (0, 512, 2_048, 8_192)
 
@@ -267,4 +267,4 @@ def _report(options: Evaluate, run: LoadedRun, summary: Summary, warning: str | 
     content = {**facts, "options": _plain(options), **found, **summary.to_dict()}
     (folder / "evaluation.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     (folder / "evaluation.md").write_text(text, encoding="utf-8")
-    plot(summary, segment_length, folder / "evaluation.png")
+    save_png(evaluation_charts(content), folder / "evaluation.png")

@@ -25,9 +25,9 @@ from memorizing_transformers_pytorch.model.session import Session
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.presets import run_preset
-from memorizing_transformers_pytorch.training.report import check_plots_are_possible
 from memorizing_transformers_pytorch.training.run import LoadedRun, config_of, free_name, load_run
 from memorizing_transformers_pytorch.training.settings import from_plain, merged, read_yaml, to_plain
+from memorizing_transformers_pytorch.utils.charts import check_plots_are_possible
 
 SAMPLE_READS_TOKENS = 8_192
 EXPLAINED_TOKENS = 256

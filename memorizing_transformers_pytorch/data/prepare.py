@@ -13,7 +13,7 @@ from memorizing_transformers_pytorch.data import cache
 from memorizing_transformers_pytorch.data.cache import TokenisedDocuments
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.corpora import open_corpus
-from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, TextDocument, Split
+from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, Split, TextDocument
 from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from memorizing_transformers_pytorch.utils.durable import replacing

@@ -18,10 +18,10 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from memorizing_transformers_pytorch.explorer import shown
 from memorizing_transformers_pytorch.explorer.desk import Sampling
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
 from memorizing_transformers_pytorch.explorer.joining import LaterJoins
+from memorizing_transformers_pytorch.explorer.markup import part, shown, visible
 from memorizing_transformers_pytorch.explorer.service import MAX_BYTES, Service
 
 HOST = "127.0.0.1"
@@ -30,7 +30,6 @@ PORTS = 100  # that are tried
 ATTEMPTS = 5  # to take one that others may want too
 MAX_UPLOAD = 50 * MAX_BYTES  # beyond it the browser refuses all files that were chosen; below, we only the large ones
 ALL = -1  # layers or heads
-CSS, SCRIPT = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("app.css", "app.js"))
 TITLE = "Memory explorer"
 ASKS: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
 
@@ -54,15 +53,13 @@ class Page:
     def __init__(self, service: Service, name: str) -> None:
         self._service = service
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, 600)) as self.blocks:
-            gr.HTML(
-                f'<h1 class="mt-title">{TITLE}</h1><p class="mt-note">{shown.escaped(name, 300)}</p>', padding=False
-            )
+            gr.HTML(shown.title(TITLE, name), padding=False)
             with gr.Row(elem_classes="mt-columns"):
                 with gr.Column(scale=2, min_width=320):
                     self._memory()
                 with gr.Column(scale=3, min_width=320):
                     self._question()
-            self.session = gr.HTML("", html_template="", js_on_load=SCRIPT, visible="hidden")
+            self.session = gr.HTML("", html_template="", js_on_load=part("app.js"), visible="hidden")
             self._wire()
 
     def _memory(self) -> None:
@@ -126,7 +123,7 @@ class Page:
 
     def _table(self, session: str) -> list[Any]:
         found = self._service.documents(session)
-        choices = [(f"{each.number}: {shown.visible(each.title, 80)}", each.number) for each in found]
+        choices = [(f"{each.number}: {visible(each.title, 80)}", each.number) for each in found]
         return [shown.documents(found), gr.update(choices=choices, value=[])]
 
     def _on_load(self, request: gr.Request) -> list[Any]:
@@ -199,9 +196,9 @@ class Page:
 def _tried(action: Callable[[], str]) -> str:
     """What an action says, or what was wrong."""
     try:
-        return shown.message(action())
+        return str(shown.message(action()))
     except (ValueError, OSError) as error:
-        return shown.message(str(error), is_bad=True)
+        return str(shown.message(str(error), is_bad=True))
 
 
 def _session(request: gr.Request) -> str:
@@ -238,7 +235,7 @@ def _launched(blocks: gr.Blocks, port: int) -> Any:
         max_file_size=MAX_UPLOAD,
         app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=NAMES), Middleware(LaterJoins)]},
         theme=_theme(),
-        css=CSS,
+        css=part("app.css"),
         prevent_thread_lock=True,
     )
     return app

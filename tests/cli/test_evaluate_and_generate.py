@@ -163,7 +163,7 @@ def test_the_report_is_printed_even_if_it_cannot_be_written(
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(cli_evaluate, "plot", full)
+    monkeypatch.setattr(cli_evaluate, "save_png", full)
     with pytest.raises(OSError, match="no space left"):
         evaluate_run(Evaluate(run=run.folder, memory="0", max_tokens=9))
     assert "| off " in capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_an_interrupted_evaluation_leaves_the_last_one_whole(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_evaluate, "plot", interrupted)
+    monkeypatch.setattr(cli_evaluate, "save_png", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(Evaluate(run=run.folder, memory="32", controls=False, max_tokens=40))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

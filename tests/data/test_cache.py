@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from memorizing_transformers_pytorch.data import cache as module
 from memorizing_transformers_pytorch.data.cache import TokenisedDocuments, build
-from memorizing_transformers_pytorch.data.document import SPLITS, TextDocument, Split
+from memorizing_transformers_pytorch.data.document import SPLITS, Split, TextDocument
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 from tests.data.texts import prose
 

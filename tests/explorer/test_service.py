@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from memorizing_transformers_pytorch.explorer import service as explorer_service
-from memorizing_transformers_pytorch.explorer import shown
 from memorizing_transformers_pytorch.explorer.desk import Sampling
+from memorizing_transformers_pytorch.explorer.markup import shown, visible
 from memorizing_transformers_pytorch.explorer.service import Service
 from memorizing_transformers_pytorch.library.readers import open_reader
 from memorizing_transformers_pytorch.memory import KNNMemoryList
@@ -252,9 +252,9 @@ def test_hostile_texts_are_shown_and_not_obeyed(model: str) -> None:
         assert not any(bad in page.lower() for bad in ("<script", "<img", "<b>", "\u202e", "\0", "\x1b"))
         assert len(page) < 100_000
     assert "&lt;script&gt;" in pages[3]
-    assert "⟨U+202E⟩" in shown.visible(HOSTILE)
-    assert "⟨U+0000⟩" in shown.visible(HOSTILE)
-    assert shown.visible("a\tb\r\nc é 漢") == "a\tb\nc é 漢"
+    assert "⟨U+202E⟩" in visible(HOSTILE)
+    assert "⟨U+0000⟩" in visible(HOSTILE)
+    assert visible("a\tb\r\nc é 漢", 100) == "a\tb\nc é 漢"
 
 
 def test_a_taken_port_gives_way_to_the_next() -> None:

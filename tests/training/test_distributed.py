@@ -23,11 +23,11 @@ from memorizing_transformers_pytorch.training import checkpoint, loop
 from memorizing_transformers_pytorch.training import run as folders
 from memorizing_transformers_pytorch.training.checkpoint import SaveError, checkpoints_of, last_of
 from memorizing_transformers_pytorch.training.config import RunConfig
-from memorizing_transformers_pytorch.utils.interrupts import Interrupted
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.metrics import read_metrics
 from memorizing_transformers_pytorch.training.run import CONFIG, METRICS, load_run
 from memorizing_transformers_pytorch.training.trainer import Step, Trainer
+from memorizing_transformers_pytorch.utils.interrupts import Interrupted
 
 from .helpers import command, losses_of, make_config, same, start, write_corpus
 

@@ -13,10 +13,10 @@ import pytest
 
 from memorizing_transformers_pytorch.training import loop
 from memorizing_transformers_pytorch.training.checkpoint import last_of
-from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest, stopping_on_signals
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.run import config_of
 from memorizing_transformers_pytorch.training.trainer import Step, Trainer
+from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest, stopping_on_signals
 
 from .helpers import command, losses_of, make_config, start, write_corpus
 from .test_resume import wait_for

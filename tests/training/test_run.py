@@ -338,7 +338,7 @@ def test_a_plot_that_cannot_be_drawn_neither_stops_a_run_nor_hides_what_did(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(loop, "plots_are_possible", lambda: True)
-    monkeypatch.setattr(loop, "plot_training", full)
+    monkeypatch.setattr(loop, "save_png", full)
     run = train(make_config(tmp_path, training={"validate_every": 3}), tmp_path / "run")
     assert load_run(run).step == 12
     monkeypatch.setattr(Trainer, "_accumulate", broken_after(7))
