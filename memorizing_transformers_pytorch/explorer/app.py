@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -18,17 +19,17 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from memorizing_transformers_pytorch.explorer.desk import Sampling
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
-from memorizing_transformers_pytorch.explorer.joining import LaterJoins
 from memorizing_transformers_pytorch.explorer.markup import part, shown, visible
 from memorizing_transformers_pytorch.explorer.service import MAX_BYTES, Service
+from memorizing_transformers_pytorch.explorer.workspace import Sampling
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")  # by which it is asked; a page of another may have its own name lead here (DNS rebinding)
 PORTS = 100  # that are tried
 ATTEMPTS = 5  # to take one that others may want too
 MAX_UPLOAD = 50 * MAX_BYTES  # beyond it the browser refuses all files that were chosen; below, we only the large ones
+DELAY = 0.1  # seconds
 ALL = -1  # layers or heads
 TITLE = "Memory explorer"
 ASKS: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
@@ -205,6 +206,26 @@ def _session(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
+class DelayedJoins:
+    """ASGI middleware around Gradio, which confirms each new question a moment later.
+
+    A tab hears its answers on one stream, which the server closes after the last. If it hears that a new question is
+    accepted before it hears of the close, it takes the old stream for that of the new question, and waits for ever.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def later(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                await asyncio.sleep(DELAY)
+            await send(message)
+
+        is_join = str(scope.get("path", "")).rstrip("/").endswith("/queue/join")
+        await self._app(scope, receive, later if is_join else send)
+
+
 def launch(service: Service, name: str, port: int) -> tuple[gr.Blocks, str]:
     """Show the page on this machine alone, at this port or the next free one -> it, and its address."""
     for _ in range(ATTEMPTS):
@@ -233,7 +254,7 @@ def _launched(blocks: gr.Blocks, port: int) -> Any:
         footer_links=[],
         run_history=False,
         max_file_size=MAX_UPLOAD,
-        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=NAMES), Middleware(LaterJoins)]},
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=NAMES), Middleware(DelayedJoins)]},
         theme=_theme(),
         css=part("app.css"),
         prevent_thread_lock=True,

@@ -36,7 +36,7 @@ class LookedUp(NamedTuple):
     mask: Tensor
 
 
-class Seen(NamedTuple):
+class Trace(NamedTuple):
     """logits (T, V) float32, and what was looked up in each layer."""
 
     logits: Tensor
@@ -49,7 +49,7 @@ class Watched(ABC):
     ledger: Ledger
 
     @abstractmethod
-    def run(self, tokens: Tensor) -> Seen:
+    def run(self, tokens: Tensor) -> Trace:
         """Run on tokens (T,), as one segment or chunk. Raises ValueError for tokens that the model does not have."""
 
     @property
@@ -90,7 +90,7 @@ class OurModel(Watched):
         self._model, self._memories, self._row, self._is_blind = model, memories, row, False
         self.ledger = memories.ledger
 
-    def run(self, tokens: Tensor) -> Seen:
+    def run(self, tokens: Tensor) -> Trace:
         model, seen = self._model, dict[int, LookedUp]()
         read = shifted(self._memories, model.config.shift_knn_memories_down)
         with ExitStack() as stack:
@@ -104,7 +104,7 @@ class OurModel(Watched):
             hidden = torch.tensor([self._is_blind], device=model.device)
             result = model(tokens[None].to(model.device), memories, add_knn_memory=False, hide_memory=hidden)
         logits: Tensor = result[0] if model.carries_state else result
-        return Seen(logits[0].float().cpu(), [seen[number] for number in sorted(seen)])
+        return Trace(logits[0].float().cpu(), [seen[number] for number in sorted(seen)])
 
     def _note(
         self, seen: dict[int, LookedUp], number: int, memory: KNNMemory, _block: Any, _inputs: Any, attended: Any
@@ -158,13 +158,13 @@ class AttachedModel(Watched):
         self._memory, self._row = memory, row
         self.ledger = memory.ledger
 
-    def run(self, tokens: Tensor) -> Seen:
+    def run(self, tokens: Tensor) -> Trace:
         with torch.no_grad(), self._memory.watched_row(self._row), self._memory.read_only():
             device = self._memory.model.get_input_embeddings().weight.device
             logits = self._memory.model(input_ids=tokens[None].to(device), use_cache=False).logits
             here = self._memory.place_of(self._row) + torch.arange(len(tokens))[:, None]
             layers = [_joined(site, here) for site in self._memory.layers.values() if site.last_weights is not None]
-        return Seen(logits[0].float().cpu(), layers)
+        return Trace(logits[0].float().cpu(), layers)
 
     @property
     def longest(self) -> int | None:

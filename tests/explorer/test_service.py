@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from memorizing_transformers_pytorch.explorer import service as explorer_service
-from memorizing_transformers_pytorch.explorer.desk import Sampling
 from memorizing_transformers_pytorch.explorer.markup import shown, visible
 from memorizing_transformers_pytorch.explorer.service import Service
+from memorizing_transformers_pytorch.explorer.workspace import Sampling
 from memorizing_transformers_pytorch.library.readers import open_reader
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from tests.library.conftest import make_hub_model, make_run
