@@ -27,8 +27,7 @@ from memorizing_transformers_pytorch.model.config import IGNORE_INDEX
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.model.segment import XLMemories
 from memorizing_transformers_pytorch.training.config import RunConfig
-from memorizing_transformers_pytorch.training.optimizer import make_average, make_optimizer
-from memorizing_transformers_pytorch.training.schedule import learning_rate_at
+from memorizing_transformers_pytorch.training.optimizer import learning_rate_at, make_average, make_optimizer
 
 SMOOTHING = 0.98  # of the running mean of the loss
 

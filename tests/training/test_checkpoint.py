@@ -21,12 +21,12 @@ from memorizing_transformers_pytorch.training.checkpoint import (
     checkpoints_of,
     keep_only,
     last_of,
+    own_state,
     read_state,
     restore,
     write_checkpoint,
 )
 from memorizing_transformers_pytorch.training.config import RunConfig
-from memorizing_transformers_pytorch.training.state import own_state
 from memorizing_transformers_pytorch.training.trainer import Trainer
 
 from .helpers import make_config, make_trainer, same, weights_of
