@@ -109,7 +109,7 @@ def train_and_report(options: Train) -> Path:
 
 
 def report(options: Train, folder: Path) -> None:
-    """Evaluate the run on its test documents and let it continue one of them, if it has any; then draw it all."""
+    """Evaluate the run on its test documents and let it continue one of them, if there are any; then write the page."""
     device = "cpu" if options.run.device == "cpu" else None
     run = load_run(folder)
     test = prepare(run.config.data, run.tokenizer.num_tokens, tokenizer=run.tokenizer).test
@@ -123,14 +123,15 @@ def report(options: Train, folder: Path) -> None:
         length, count = options.evaluate_tokens, options.evaluate_documents
         evaluate_run(Evaluate(run=folder, memory=f"0,{size}", max_tokens=length, documents=count, device=device))
     longest = max(documents, key=lambda n: len(test[n]))
+    name, tokens = test.names[longest], test[longest].tolist()
     if options.sample_tokens > 0:
-        print(sample(options.sample_tokens, run, test.names[longest], test[longest].tolist()))
-    draw(run, (test.names[longest], test[longest].tolist()))
+        print(sample(options.sample_tokens, run, name, tokens))
+    draw(run, (name, tokens))
 
 
 def draw(run: LoadedRun, document: tuple[str, list[int]] | None) -> None:
-    """Write report.html, with what was looked up in this held-out document. That it fails is no reason for a training
-    to have failed."""
+    """Write report.html, with what the model looks up in this held-out document. If it fails, the training has still
+    succeeded."""
     try:
         found, about = None, ""
         if document is not None and run.config.model.layers_with_memory:
@@ -141,9 +142,8 @@ def draw(run: LoadedRun, document: tuple[str, list[int]] | None) -> None:
 
 
 def looked_up(run: LoadedRun, name: str, tokens: list[int]) -> tuple[Explanation, str]:
-    """What the model looks up in a held-out document, of which it has read what comes before; and a sentence on it."""
-    end = min(len(tokens), SAMPLE_READS_TOKENS)
-    length = run.config.training.segment_length
+    """What the model looks up in a piece of a held-out document after it has read what comes before; and a sentence."""
+    end, length = min(len(tokens), SAMPLE_READS_TOKENS), run.config.training.segment_length
     start = max(end - min(length, EXPLAINED_TOKENS), end // 2)
     with run.model.knn_memories_context(batch_size=1) as memories:
         number = memories.ledger.begin(name, 0, 0)
@@ -151,13 +151,13 @@ def looked_up(run: LoadedRun, name: str, tokens: list[int]) -> tuple[Explanation
         session.read([tokens[:start]])
         session.close()
         memories.ledger.grow(number, start)
-        piece = torch.tensor(tokens[start:end])
+        piece = tokens[start:end]
         found = explain(run.model, piece, memories, tokenizer=run.tokenizer, contribution="ablate", most_passages=8)
-    return found, f"{name}, held out: tokens {start:,} to {end - 1:,}, after those before them were read."
+    return found, f"{name}, held out: tokens {start:,} to {end - 1:,}, after the model has read those before them."
 
 
 def sample(count: int, run: LoadedRun, name: str, tokens: list[int]) -> str:
-    """Read a held-out document far beyond the local context, and go on writing it; kept as sample.txt."""
+    """Read a held-out document far beyond the local context, and continue it; written to sample.txt."""
     read = tokens[:SAMPLE_READS_TOKENS]
     with run.model.knn_memories_context(batch_size=1) as memories:
         [written] = generate(

@@ -24,8 +24,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from memorizing_transformers_pytorch.data.document import SPLITS, Split, TextDocument
-from memorizing_transformers_pytorch.data.text import text_bytes
+from memorizing_transformers_pytorch.data.document import SPLITS, Split, TextDocument, text_bytes
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.utils.durable import sync, sync_folder
 from memorizing_transformers_pytorch.utils.plain_json import parse_json, read_object

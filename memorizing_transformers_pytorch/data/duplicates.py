@@ -15,8 +15,7 @@ from itertools import islice
 import numpy as np
 from datasketch import MinHash  # type: ignore[import-untyped]
 
-from memorizing_transformers_pytorch.data.document import TextDocument
-from memorizing_transformers_pytorch.data.text import text_bytes
+from memorizing_transformers_pytorch.data.document import TextDocument, text_bytes
 
 _NUM_PERMUTATIONS = 128
 _SHINGLE_WORDS = 5

@@ -11,9 +11,8 @@ from itertools import groupby
 from pathlib import Path
 
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.document import TextDocument
+from memorizing_transformers_pytorch.data.document import TextDocument, decode
 from memorizing_transformers_pytorch.data.tables import is_table, read_table, without_nulls
-from memorizing_transformers_pytorch.data.text import decode
 
 # Tests, tables and generated text of the standard library; and what others installed into it.
 _NOT_LIBRARY = frozenset(

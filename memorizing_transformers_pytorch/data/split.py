@@ -6,9 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from memorizing_transformers_pytorch.data.document import Split, TextDocument
+from memorizing_transformers_pytorch.data.document import Split, TextDocument, text_bytes
 from memorizing_transformers_pytorch.data.duplicates import near_duplicate_leaders
-from memorizing_transformers_pytorch.data.text import text_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

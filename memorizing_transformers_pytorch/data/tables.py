@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.document import TextDocument
-from memorizing_transformers_pytorch.data.text import decode, text_bytes, without_surrogates
+from memorizing_transformers_pytorch.data.document import TextDocument, decode, text_bytes, without_surrogates
 from memorizing_transformers_pytorch.utils.plain_json import parse_object
 
 _ROWS_AT_ONCE = 64

@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from memorizing_transformers_pytorch.data.text import text_bytes
+from memorizing_transformers_pytorch.data.document import text_bytes
 from memorizing_transformers_pytorch.utils.plain_json import parse_json
 
 _BYTES_JSON = json.dumps({"type": "bytes"})

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memorizing_transformers_pytorch.data.text import decode
+from memorizing_transformers_pytorch.data.document import decode
 from memorizing_transformers_pytorch.library.readers import DocumentReader
 from memorizing_transformers_pytorch.library.room import Room
 from memorizing_transformers_pytorch.memory.disk.manifest import files_of_memory

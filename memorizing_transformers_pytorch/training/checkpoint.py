@@ -1,7 +1,7 @@
 """Checkpoints of a training run, which resume exactly: weights, optimiser, place in the data, memories.
 
 A checkpoint is a folder `checkpoints/step-N` of safetensors files and one JSON file; nothing is pickled. It is written
-under another name, synced to the disk and then renamed; before it is removed, it is renamed again. So a folder with that
+under another name, synced to the disk and then renamed; before it is removed, it is renamed again. So a folder of that
 name is always complete. (So is `step-N.replaced`, which exists for a moment when step N is written again.)
 
     model.safetensors       weights, with the configuration of the model
