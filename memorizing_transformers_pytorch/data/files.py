@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from glob import glob, has_magic
 from itertools import groupby
@@ -15,20 +15,10 @@ from memorizing_transformers_pytorch.data.document import TextDocument, decode
 from memorizing_transformers_pytorch.data.tables import is_table, read_table, without_nulls
 
 # Tests, tables and generated text of the standard library; and what others installed into it.
-_NOT_LIBRARY = frozenset(
-    {
-        "test",
-        "tests",
-        "idlelib",
-        "encodings",
-        "lib2to3",
-        "pydoc_data",
-        "turtledemo",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-    }
-)
+_NOT_LIBRARY = {
+    "test", "tests", "idlelib", "encodings", "lib2to3", "pydoc_data", "turtledemo", "site-packages", "dist-packages",
+    "__pycache__",
+}  # fmt: skip
 
 
 class Files:
@@ -80,7 +70,7 @@ def standard_library(config: DataConfig) -> Files:
 def folder(config: DataConfig) -> Files:
     """The files below a folder that match the pattern, but hidden ones. Raises ValueError if there are none."""
     root = Path(config.source)
-    paths = _below(root, config.pattern, frozenset())
+    paths = _below(root, config.pattern, set())
     if not paths:
         raise ValueError(f"expected files that match {config.pattern!r} in {config.source!r}, got none")
     return Files(root, paths, config)
@@ -100,7 +90,7 @@ def matching(config: DataConfig) -> Files:
     return Files(fixed[0], paths, config)
 
 
-def _below(root: Path, pattern: str, skipped: frozenset[str]) -> list[Path]:
+def _below(root: Path, pattern: str, skipped: Set[str]) -> list[Path]:
     """Files whose path ends like the pattern, sorted; hidden and skipped folders are not entered."""
     paths: list[Path] = []
     for place, folders, names in os.walk(root, onerror=_refuse):

@@ -15,23 +15,14 @@ from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.corpora import open_corpus
 from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, Split, TextDocument
 from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
-from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from memorizing_transformers_pytorch.utils.durable import replacing
 from memorizing_transformers_pytorch.utils.progress import bar
 
 # What decides on the text and the side of a document. The corpus and the tokenizer have fingerprints of their own.
 _DECIDING = (
-    "source",
-    "pattern",
-    "group",
-    "errors",
-    "text_column",
-    "name_column",
-    "nulls",
-    "valid",
-    "test",
-    "near_duplicates",
-)
+    "source", "pattern", "group", "errors", "text_column", "name_column", "nulls", "valid", "test", "near_duplicates",
+)  # fmt: skip
 
 
 class Prepared(NamedTuple):
@@ -52,7 +43,7 @@ def prepare(config: DataConfig, num_tokens: int, progress: bool = True, tokenize
     Raises ValueError for a corpus that cannot be read, or leaves nothing to train on, and for another vocabulary.
     """
     if tokenizer is None and config.tokenizer != "bpe":
-        tokenizer = ByteTokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is not None and tokenizer.num_tokens != num_tokens:
         raise ValueError(f"expected a tokenizer of {num_tokens:,} tokens, got one of {tokenizer.num_tokens:,}")
     corpus = open_corpus(config, progress)

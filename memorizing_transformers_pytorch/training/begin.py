@@ -14,7 +14,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
 from memorizing_transformers_pytorch.data.prepare import Prepared, prepare
-from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from memorizing_transformers_pytorch.data.tokenizer import Tokenizer, load_tokenizer
 from memorizing_transformers_pytorch.model.checkpoint import load_weights, read_weights
 from memorizing_transformers_pytorch.training import run as folders
 from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, last_of, read_state, restore
@@ -87,10 +87,8 @@ def _tokenizer_to_keep(config: RunConfig, resumed: Path | None) -> Tokenizer | N
         return None
     tokenizer = load_tokenizer(source / folders.TOKENIZER)
     wanted = config.data.tokenizer
-    if resumed is None and wanted != "bpe":
-        other = ByteTokenizer() if wanted == "bytes" else load_tokenizer(wanted)
-        if other.to_json() != tokenizer.to_json():
-            raise ValueError(f"expected the tokenizer of {source}, whose weights the run starts from, got {wanted!r}")
+    if resumed is None and wanted != "bpe" and load_tokenizer(wanted).to_json() != tokenizer.to_json():
+        raise ValueError(f"expected the tokenizer of {source}, whose weights the run starts from, got {wanted!r}")
     return tokenizer
 
 
