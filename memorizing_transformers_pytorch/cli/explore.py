@@ -31,7 +31,7 @@ class Explore:
     read_only: bool = False
     """Ask and look only: nothing is read, forgotten or saved."""
     device: str | None = None
-    """Such as cpu or cuda; unless given, cuda where there is one."""
+    """Such as cpu or cuda; by default cuda where there is one."""
 
 
 def main(arguments: Sequence[str], program: str) -> None:

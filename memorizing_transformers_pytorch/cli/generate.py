@@ -97,7 +97,7 @@ def generate_text(options: Generate) -> None:
         print(prompt, end="", flush=True)
         for piece in until(options.stop, pieces(written, tokens, run.tokenizer)):
             print(piece, end="", flush=True)
-        print()
+        print(flush=True)
 
 
 def memories_of(run: LoadedRun, options: Generate) -> AbstractContextManager[KNNMemoryList | None]:

@@ -1,12 +1,13 @@
-"""How a run begins, or goes on: its folder, its text, its model with what it starts from.
+"""How a run starts or resumes: its folder, its text, its model and initial weights.
 
-On bad input nothing is left behind, and what was there stays.
+Bad input leaves nothing behind and changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Begun(NamedTuple):
 
 
 def begin(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> Begun:
-    """A new run in this folder, or with `resume` the one in it, where its last checkpoint was written.
+    """A new run in this folder, or with `resume` the run in it, as of its last checkpoint.
 
     Raises ValueError for what makes no sense: see `training.loop.train`.
     """
@@ -48,9 +49,12 @@ def begin(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> 
             prepared = prepare(config.data, config.model.num_tokens, progress=main, tokenizer=tokenizer)
         _check_something_is_remembered(config, prepared)
         trainer = Trainer(config, prepared.train, accelerator)
-        best = None
-        if resume and last_of(folder) is not None:
-            best = _go_on(trainer, prepared, folder)
+        best, last = None, last_of(folder) if resume else None
+        if last is not None:
+            if (was := read_state(last)["text"]) != prepared.fingerprint:
+                now = prepared.fingerprint
+                raise ValueError(f"the text has changed: {folder} was trained on {was}, the text is now {now}")
+            best = restore(trainer, last)["best"]
         elif config.init_from is not None:
             weights = read_weights(_weights_of(config.init_from))
             for model in {trainer.model, trainer.averaged_model}:
@@ -64,12 +68,12 @@ def begin(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
     """One with these settings, also in a process that has trained with others before: accelerate keeps the first."""
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-
-    def make() -> Accelerator:
-        precision, cpu = config.training.precision, config.device == "cpu"
-        return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[patience])
-
+    make = partial(
+        Accelerator,
+        mixed_precision=config.training.precision,
+        cpu=config.device == "cpu",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     try:
         return make()
     except ValueError:
@@ -108,14 +112,3 @@ def _weights_of(source: Path) -> Path:
         return source
     checkpoint = folders.checkpoint_of(source)
     return checkpoint / (AVERAGE if (checkpoint / AVERAGE).is_file() else MODEL)
-
-
-def _go_on(trainer: Trainer, prepared: Prepared, folder: Path) -> dict[str, Any] | None:
-    """Let the trainer stand where the run stopped; the best validation so far."""
-    last = last_of(folder)
-    assert last is not None
-    was = read_state(last)["text"]
-    if was != prepared.fingerprint:
-        raise ValueError(f"expected the text that {folder} began with ({was}), got another ({prepared.fingerprint})")
-    best: dict[str, Any] | None = restore(trainer, last)["best"]
-    return best

@@ -10,7 +10,7 @@ from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.model.config import ModelConfig
 
 
-def _check(config: object, *, least: float, names: tuple[str, ...]) -> None:
+def _check_at_least(least: float, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
@@ -55,7 +55,7 @@ class OptimizerConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} to be above 0, got {getattr(self, name)}")
-        _check(self, least=0, names=("warmup_steps", "weight_decay"))
+        _check_at_least(0, self, "warmup_steps", "weight_decay")
         _check_share(self, "decay_share", "final_share")
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
@@ -84,7 +84,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         _check_share(self, "last_share", "dropout")
-        _check(self, least=0, names=("from_step",))
+        _check_at_least(0, self, "from_step")
         steps = [step for step, _ in self.growth]
         if steps and (steps[0] < 0 or steps != sorted(set(steps)) or min(size for _, size in self.growth) < 1):
             raise ValueError(f"expected growth as rising steps with at least 1 entry each, got {self.growth}")
@@ -122,8 +122,9 @@ class TrainingConfig:
     """Write metrics for TensorBoard too."""
 
     def __post_init__(self) -> None:
-        names = ("steps", "rows", "segment_length", "segments", "row_groups", "validate_every", "checkpoint_every")
-        _check(self, least=1, names=(*names, "log_every", "validation_tokens", "validation_documents"))
+        sizes = ("steps", "rows", "segment_length", "segments", "row_groups")
+        every = ("validate_every", "validation_tokens", "validation_documents", "checkpoint_every", "log_every")
+        _check_at_least(1, self, *sizes, *every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +158,8 @@ class RunConfig:
             raise ValueError(f"expected {expected}, got {largest}")
         for name in ("clear_memories_on_sos_token_id", "clear_memories_on_eos_token_id"):
             if getattr(self.model, name) is not None:
-                raise ValueError(
-                    f"expected model.{name} to be None (the stream knows where documents begin), got a token"
-                )
+                why = "the stream knows where documents begin"
+                raise ValueError(f"expected model.{name} to be None ({why}), got a token")
 
     @property
     def memory_from_step(self) -> int:

@@ -98,7 +98,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
     """
 
     def __init__(self, *, step: int, steps: int, bytes_per_token: float, disable: bool) -> None:
-        self._bar = progress_bar(initial=step, total=steps, unit=" steps", disable=disable, dynamic_ncols=True)
+        self._bar = progress_bar(initial=step, total=steps, unit=" steps", disable=disable)
         self._nats_to_bits_per_byte = 1 / math.log(2) / bytes_per_token
 
     def record(self, step: Step, previous_tokens: int) -> Record:

@@ -9,6 +9,7 @@ report.html      all of that, and what was looked up  sample.txt      what the m
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,20 +30,12 @@ RUNS = Path("runs")  # where runs are, unless told
 SHIPPED = Path(__file__).parent.parent / "shipped"  # a small run that comes with the package
 CONFIG, TOKENIZER, METRICS = "config.yaml", "tokenizer.json", "metrics.jsonl"
 
-# What may change when a run goes on: it says how much more is done or written down, not what is done.
-MAY_CHANGE = {
-    "output",
-    "device",
-    "data.cache",
-    "training.steps",
-    "training.on_nan",
-    "training.validate_every",
-    "training.validation_tokens",
-    "training.validation_documents",
-    "training.checkpoint_every",
-    "training.log_every",
-    "training.tensorboard",
-}
+# Fields that may change when a run is resumed: they say how much more is done or logged, not what is done.
+MAY_CHANGE = {"output", "device", "data.cache"} | {
+    f"training.{name}"
+    for name in ("steps", "on_nan", "validate_every", "validation_tokens", "validation_documents", "checkpoint_every",
+                 "log_every", "tensorboard")
+}  # fmt: skip
 
 
 class LoadedRun(NamedTuple):
@@ -114,11 +107,8 @@ def load_run(
 
 def free_name(folder: Path) -> Path:
     """The folder, or with a number behind it the first that does not exist yet."""
-    number, name = 1, folder
-    while name.exists():
-        number += 1
-        name = folder.with_name(f"{folder.name}-{number}")
-    return name
+    names = itertools.chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 @contextmanager

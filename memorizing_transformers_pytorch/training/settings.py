@@ -27,16 +27,16 @@ _STRICT = dacite.Config(strict=True, cast=[tuple, Path], type_hooks={float: _flo
 
 
 def to_plain(config: Any) -> Plain:
-    """A configuration as nested dicts of what YAML and JSON can hold."""
-    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+    """A configuration as nested dicts of values that YAML and JSON can hold."""
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
 
 
 def from_plain(plain: Mapping[str, Any]) -> RunConfig:
@@ -52,17 +52,10 @@ def from_plain(plain: Mapping[str, Any]) -> RunConfig:
 
 
 _DEEPEST = 20
-# The second line: for a value that does not fit its tag, such as !!int '', the parser raises what comes of it.
+# For a value that does not fit its tag, such as !!int '', the parser raises whatever error that leads to.
 _OF_YAML = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    yaml.YAMLError,
-)
+    ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, yaml.YAMLError,
+)  # fmt: skip
 
 
 def read_yaml(path: Path) -> Plain:

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from memorizing_transformers_pytorch.data.stream import Batch, DocumentStream
-from memorizing_transformers_pytorch.memory import KNNMemoryList, NonFiniteError
+from memorizing_transformers_pytorch.memory import NonFiniteError
 from memorizing_transformers_pytorch.model.config import IGNORE_INDEX
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.model.segment import XLMemories
@@ -99,12 +99,9 @@ class Trainer:
         self._wrapped, self._stepper = accelerator.prepare(self.model, self.optimizer)
         torch.manual_seed(config.seed + rank)  # from here on random numbers differ: dropout
         self.groups = [list(range(rows))[i :: training.row_groups] for i in range(training.row_groups)]
-        self.memories = self._new_memories(rows)
+        self.memories = self.model.create_knn_memories(batch_size=rows, max_memories=config.entries_at(0))
         self.states = self._new_states()
         self.progress = Progress()
-
-    def _new_memories(self, rows: int) -> KNNMemoryList:
-        return self.model.create_knn_memories(batch_size=rows, max_memories=self.config.entries_at(0))
 
     def _new_states(self) -> list[XLMemories]:
         return [self.model.initial_state(len(group)) for group in self.groups]
@@ -130,7 +127,7 @@ class Trainer:
         self._prepare_memories()
         self._wrapped.train()
         batches = [next(self.stream).to(self.accelerator.device) for _ in range(self.config.training.segments)]
-        [tokens, scored] = self._summed([sum(_count(batch) for batch in batches), sum(_scored(b) for b in batches)])
+        tokens, scored = self._summed([sum(int(batch.mask.sum()) for batch in batches), sum(map(_scored, batches))])
         loss = self._accumulate(batches, scored)
         rate, norm = self._change_weights(loss)
         self.progress.step += 1
@@ -189,7 +186,7 @@ class Trainer:
     def _loss(self, batch: Batch, group: int) -> Tensor | None:
         """The sum of the losses of a row group, in nats; None if keys or queries are not finite."""
         rows = self.groups[group]
-        part = batch if len(self.groups) == 1 else _taken(batch, rows)
+        part = Batch(*(tensor[rows] for tensor in batch))
         hidden = None
         if self.config.memory.dropout > 0:
             hidden = (torch.rand(len(rows)) < self.config.memory.dropout).to(part.tokens.device)
@@ -254,13 +251,5 @@ class Trainer:
         return self._summed([number if self.accelerator.is_main_process else 0.0])[0]
 
 
-def _count(batch: Batch) -> int:
-    return int(batch.mask.sum())
-
-
 def _scored(batch: Batch) -> int:
     return int((batch.labels != IGNORE_INDEX).sum())
-
-
-def _taken(batch: Batch, rows: list[int]) -> Batch:
-    return Batch(*(tensor[rows] for tensor in batch))

@@ -441,7 +441,7 @@ def test_what_is_no_text_is_refused(run: SimpleNamespace, stdin: io.BytesIO) -> 
     (run.folder / "marked").write_bytes(b"\xef\xbb\xbfabc")
     for name, message in (
         ("binary", "expected text to read, got .* which is binary"),
-        ("latin", "expected UTF-8 in .* got byte 0xe9 at 4"),
+        ("latin", "expected UTF-8 in .* got byte 0xe9 at offset 4"),
         ("nowhere", "expected a text file to read, got .* does not exist"),
         ("", "expected a text file to read, got .* a folder"),
     ):

@@ -167,7 +167,7 @@ def test_another_text_is_refused(tmp_path: Path) -> None:
     run = train(config, tmp_path / "run")
     before = content_of(run)
     (tmp_path / "corpus" / "new.txt").write_text("one more document")
-    with pytest.raises(ValueError, match=r"expected the text that .*run began with"):
+    with pytest.raises(ValueError, match=r"the text has changed: .*run was trained on"):
         train(config, run, resume=True)
     assert content_of(run) == before
 
