@@ -28,8 +28,9 @@ def parse_arguments(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed: Options = tyro.cli(kind, args=list(arguments), prog=program, default=default)
-            return parsed
+            if default is None:
+                return tyro.cli(kind, args=list(arguments), prog=program)
+            return tyro.cli(kind, args=list(arguments), prog=program, default=default)
     except SystemExit as stopped:
         if stopped.code != 2:
             raise

@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,12 @@ class Page:
         self.ask = gr.Button("Continue", variant="primary", elem_id="ask")
         self.failed = gr.HTML(elem_id="failed")
         with gr.Row():
-            for kind in ("with", "without"):
-                with gr.Column(min_width=280):
-                    gr.HTML(f"<h3>{'With' if kind == 'with' else 'Without'} the memory</h3>")
-                    setattr(self, kind, gr.HTML(elem_id=kind))
+            with gr.Column(min_width=280):
+                gr.HTML("<h3>With the memory</h3>")
+                self.with_memory = gr.HTML(elem_id="with")
+            with gr.Column(min_width=280):
+                gr.HTML("<h3>Without the memory</h3>")
+                self.without = gr.HTML(elem_id="without")
         gr.HTML("<h2>What was looked up</h2>")
         with gr.Row():
             self.layer = gr.Dropdown([("all layers", ALL)], value=ALL, label="Layer", elem_id="layer")
@@ -108,7 +111,8 @@ class Page:
     def _wire(self) -> None:
         table = [self.documents, self.chosen]
         after_change = [self.told, *table, self.tokens, self.sources]
-        answer = [self.failed, getattr(self, "with"), self.without, self.layer, self.head, self.tokens, self.sources]  # type: ignore[attr-defined]
+        written = [self.failed, self.with_memory, self.without]
+        answer = [*written, self.layer, self.head, self.tokens, self.sources]
         self.blocks.load(self._on_load, None, [self.session, *table], **ASKS)
         asked = [self.prompt, self.count, self.temperature, self.seed, self.measure]
         self.ask.click(self._on_ask, asked, answer, **ASKS)
@@ -130,32 +134,25 @@ class Page:
     def _on_load(self, request: gr.Request) -> list[Any]:
         return [_session(request), *self._table(_session(request))]
 
-    def _on_files(self, files: Sequence[str] | None, request: gr.Request, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008 (so does Gradio want it)
-        told = []
+    def _on_files(self, files: Sequence[str] | None, request: gr.Request, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008 (Gradio wants it so)
+        told, count = "", len(files or ())
         for i, path in enumerate(map(Path, files or ())):
-
-            def tell(part: float, i: int = i) -> None:
-                progress((i + part) / len(files or ()), desc=f"reading {i + 1} of {len(files or ())}")
-
-            told.append(_tried(lambda path=path, tell=tell: self._read_file(_session(request), path, tell)))  # type: ignore[misc]
-        return ["".join(told), *self._table(_session(request)), None]
-
-    def _read_file(self, session: str, path: Path, tell: Callable[[float], None]) -> str:
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise ValueError(f"expected at most {MAX_BYTES:,} bytes in {path.name!r}, got {path.stat().st_size:,}")
-            return self._service.read(session, path.name, path.read_bytes(), tell)
-        finally:
-            path.unlink(missing_ok=True)  # Gradio's copy
+            try:
+                size = path.stat().st_size
+                if size > MAX_BYTES:
+                    raise ValueError(f"expected at most {MAX_BYTES:,} bytes in {path.name!r}, got {size:,}")
+                tell = partial(_tell, progress, i, count)
+                said = self._service.read(_session(request), path.name, path.read_bytes(), tell)
+                told += shown.message(said)
+            except (ValueError, OSError) as error:
+                told += shown.message(str(error), is_bad=True)
+            finally:
+                path.unlink(missing_ok=True)  # Gradio's copy
+        return [told, *self._table(_session(request)), None]
 
     def _on_paste(self, name: str, text: str, request: gr.Request, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
-        session = _session(request)
-        data = text.encode("utf-8", "surrogatepass")
-
-        def tell(part: float) -> None:
-            progress(part, desc="reading")
-
-        told = _tried(lambda: self._service.read(session, name, data, tell))
+        session, data = _session(request), text.encode("utf-8", "surrogatepass")
+        told = _tried(lambda: self._service.read(session, name, data, partial(_tell, progress, 0, 1)))
         return [told, *self._table(session), text if "mt-alert" in told else ""]
 
     def _on_forget(self, numbers: list[int], request: gr.Request) -> list[Any]:
@@ -200,6 +197,11 @@ def _tried(action: Callable[[], str]) -> str:
         return str(shown.message(action()))
     except (ValueError, OSError) as error:
         return str(shown.message(str(error), is_bad=True))
+
+
+def _tell(progress: Any, number: int, count: int, part: float) -> None:
+    """Show how much of a text, and of all texts, has been read."""
+    progress((number + part) / count, desc=f"reading {number + 1} of {count}")
 
 
 def _session(request: gr.Request) -> str:

@@ -86,12 +86,12 @@ class Service:
             room = Room(space.reader)
             known = next((each for each in ledger.documents() if each.about.get(DIGEST) == digest), None)
             if known is not None:
-                raise ValueError(f"expected a text that is not remembered yet, got that of {known.title!r}")
+                raise ValueError(f"this text is already in the memory, as {known.title!r}")
             try:
                 for part in space.reader.read(title, text, {"file": title, DIGEST: digest}, None):
                     progress(part)
                     if session in self._gone:
-                        raise ValueError("expected somebody who waits for what is read, got a closed session")
+                        raise ValueError("the session is closed")
             except BaseException:
                 for each in [each for each in ledger.documents() if each.number not in before]:
                     space.reader.forget(each.number)

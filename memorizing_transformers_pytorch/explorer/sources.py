@@ -62,11 +62,7 @@ class Sources:
         """
         if self._decode is None:
             return list(map(str, tokens))
-        found, known, written = (
-            list[str](),
-            0,
-            0,
-        )  # tokens from `known` to `written` are decoded again, for what follows
+        found, known, written = list[str](), 0, 0  # tokens `known` to `written` are decoded again, as context
         for end in range(1, len(tokens) + 1):
             before, text = self.decoded(tokens[known:written]), self.decoded(tokens[known:end])
             if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens) and end - written < LONGEST_CHARACTER:
@@ -85,10 +81,7 @@ def decoder(tokenizer: object) -> Decode | None:
     if decode is None:
         raise ValueError(f"expected a tokenizer with decode(), got {type(tokenizer).__name__}")
 
-    def text(tokens: Sequence[int]) -> str:
-        return str(decode([int(token) for token in tokens]))
-
-    return text
+    return lambda tokens: str(decode([int(token) for token in tokens]))
 
 
 def encoded(text: object, tokenizer: object, vocabulary: int) -> torch.Tensor:

@@ -151,7 +151,7 @@ def test_a_memory_is_not_saved_among_other_things(model: str) -> None:
         ("e.txt", b" \n", "got an empty file"),
         ("l.txt", "Où".encode("latin-1"), "expected UTF-8 in 'l.txt'"),
         ("h.txt", b"x" * 2_001, "expected at most 2,000 bytes in 'h.txt', got 2,001"),
-        ("again.txt", TEXT, "not remembered yet, got that of 'whale.txt'"),
+        ("again.txt", TEXT, "already in the memory, as 'whale.txt'"),
     ],
 )
 def test_bad_texts_are_refused_and_nothing_is_lost(
