@@ -67,12 +67,9 @@ class DataConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        self._check_numbers()
-        given = [name for name, value in (("subset", self.subset), ("streaming", self.streaming)) if value]
-        if given and not self.source.startswith("hf:"):
-            raise ValueError(f"expected {given[0]} only with a source of hf:NAME, got source {self.source!r}")
-
-    def _check_numbers(self) -> None:
+        for name in ("subset", "streaming"):
+            if getattr(self, name) and not self.source.startswith("hf:"):
+                raise ValueError(f"expected {name} only with a source of hf:NAME, got source {self.source!r}")
         if not (0 <= self.valid < 1 and 0 <= self.test < 1 and self.valid + self.test < 1):
             raise ValueError(f"expected valid and test from 0, below 1 together, got {self.valid} and {self.test}")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:

@@ -25,9 +25,7 @@ class Files:
     """The documents of files below a folder, in the order of their paths; names are paths relative to it."""
 
     def __init__(self, root: Path, paths: list[Path], config: DataConfig) -> None:
-        self._root = root
-        self._paths = paths
-        self._config = config
+        self._root, self._paths, self._config = root, paths, config
 
     def __iter__(self) -> Iterator[TextDocument]:
         return without_nulls(self._documents(), self._config)
@@ -45,11 +43,8 @@ class Files:
 
     def fingerprint(self) -> str:
         """Path, size and time of change of every file."""
-        lines = []
-        for path in self._paths:
-            status = path.stat()
-            lines.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
-        return "\n".join(lines)
+        found = ((path.resolve(), path.stat()) for path in self._paths)
+        return "\n".join(f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in found)
 
     def _read(self, path: Path) -> str:
         try:
@@ -83,11 +78,8 @@ def matching(config: DataConfig) -> Files:
         return Files(source.parent, [source], config)
     paths = sorted(path for path in map(Path, glob(config.source, recursive=True)) if path.is_file())
     if not paths:
-        raise ValueError(
-            f"expected a source that is stdlib, enwik8, hf:NAME or an existing path, got {config.source!r}"
-        )
-    fixed = [part for part in source.parents if not has_magic(str(part))]
-    return Files(fixed[0], paths, config)
+        raise ValueError(f"expected stdlib, enwik8, hf:NAME or an existing path as source, got {config.source!r}")
+    return Files(next(part for part in source.parents if not has_magic(str(part))), paths, config)
 
 
 def _below(root: Path, pattern: str, skipped: Set[str]) -> list[Path]:

@@ -41,7 +41,6 @@ def make_splitter(
     near_duplicates: Jaccard similarity of the sets of five words in a row (see duplicates.py), from which documents are
     kept on one side.
     """
-    if near_duplicates is None:
-        return Splitter(valid=valid, test=test)
     free = (document for document in documents if document.split is None)
-    return Splitter(valid=valid, test=test, leaders=near_duplicate_leaders(free, near_duplicates))
+    leaders = {} if near_duplicates is None else near_duplicate_leaders(free, near_duplicates)
+    return Splitter(valid=valid, test=test, leaders=leaders)

@@ -45,12 +45,6 @@ class _Piece(NamedTuple):
     length: int
 
 
-def _lengths(documents: Sequence[np.ndarray]) -> np.ndarray:
-    if isinstance(documents, TokenisedDocuments):
-        return documents.lengths
-    return np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
-
-
 class DocumentStream(Iterator[Batch]):
     """An endless stream of batches over documents, in a new order each time all have been handed out.
 
@@ -77,14 +71,15 @@ class DocumentStream(Iterator[Batch]):
         if not self._only or min(self._only) < 0 or max(self._only) >= rows:
             raise ValueError(f"expected only to hold some of {rows} rows, got {self._only}")
         self._documents = documents
-        self._lengths = _lengths(documents)
+        if isinstance(documents, TokenisedDocuments):
+            self._lengths = documents.lengths
+        else:
+            self._lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
         self._usable = np.flatnonzero(self._lengths > 1)
         if rows > len(self._usable):
             most = f"{len(self._usable)} rows, one for each document of at least 2 tokens"
             raise ValueError(f"expected at most {most}, got {rows}")
-        self._segment_length = segment_length
-        self._seed = seed
-        self._pack = pack
+        self._segment_length, self._seed, self._pack = segment_length, seed, pack
         self._taken = 0  # documents handed out in this epoch
         self._places = [[-1, 0] for _ in range(rows)]  # document and position of each row; -1 before its first
         self._begin_epoch(0)
@@ -116,20 +111,18 @@ class DocumentStream(Iterator[Batch]):
         for name in ("seed", "documents"):
             if state[name] != ours[name]:
                 raise ValueError(f"expected the state of a stream with {name} {ours[name]}, got {state[name]}")
-        if len(state["places"]) != len(self._places):
-            raise ValueError(f"expected the state of {len(self._places)} rows, got {len(state['places'])}")
-        numbers = [state["epoch"], state["taken"], *itertools.chain(*state["places"])]
-        if not all(isinstance(number, int) for number in numbers) or state["epoch"] < 0:
+        epoch, taken, places = state["epoch"], state["taken"], state["places"]
+        if len(places) != len(self._places):
+            raise ValueError(f"expected the state of {len(self._places)} rows, got {len(places)}")
+        if not all(isinstance(number, int) for number in (epoch, taken, *itertools.chain(*places))) or epoch < 0:
             raise ValueError(f"expected an epoch, documents taken and places as whole numbers, got {state}")
-        for number, position in state["places"]:
+        for number, position in places:
             if number >= 0 and not (number < len(self._lengths) and 0 <= position <= self._lengths[number]):
                 raise ValueError(f"expected places within the documents, got position {position} of {number}")
-        if not 0 <= state["taken"] <= len(self._usable):
-            most = f"{len(self._usable)} documents taken of epoch {state['epoch']}"
-            raise ValueError(f"expected at most {most}, got {state['taken']}")
-        self._begin_epoch(state["epoch"])
-        self._taken = state["taken"]
-        self._places = [list(place) for place in state["places"]]
+        if not 0 <= taken <= len(self._usable):
+            raise ValueError(f"expected at most {len(self._usable)} documents taken of epoch {epoch}, got {taken}")
+        self._begin_epoch(epoch)
+        self._taken, self._places = taken, [list(place) for place in places]
 
     def _advance(self, row: int) -> list[_Piece]:
         """What the row reads next, whether or not it is handed out here."""
