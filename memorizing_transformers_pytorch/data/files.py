@@ -78,7 +78,8 @@ def matching(config: DataConfig) -> Files:
         return Files(source.parent, [source], config)
     paths = sorted(path for path in map(Path, glob(config.source, recursive=True)) if path.is_file())
     if not paths:
-        raise ValueError(f"expected stdlib, enwik8, hf:NAME or an existing path as source, got {config.source!r}")
+        known = "stdlib, enwik8, hf:NAME or an existing path"
+        raise ValueError(f"expected a source that is {known}, got {config.source!r}")
     return Files(next(part for part in source.parents if not has_magic(str(part))), paths, config)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.explorer.explanation import Explanation, Passage
 from memorizing_transformers_pytorch.explorer.sources import Sources, decoder, encoded
-from memorizing_transformers_pytorch.explorer.watching import LookedUp, Trace, Watched, watched
+from memorizing_transformers_pytorch.explorer.watching import LookedUp, Trace, Watched, hiding, watched
 
 COLUMNS = ("token", "layer", "head", "score", "weight", "document", "position", "source_token", "age")
 
@@ -115,7 +115,7 @@ def _ablated(eye: Watched, ids: Tensor, found: Explanation, passages: list[Passa
     whole, measured = float(np.nansum(found.losses)), []
     for each in passages:
         start = found.starts.get(each.document, 0)
-        with eye.without(each.document, start + each.first, start + each.last):
+        with hiding(eye, each.document, start + each.first, start + each.last):
             losses = _losses(eye.run(ids), ids)
         measured.append(replace(each, contribution=float(np.nansum(losses)) - whole))
     return sorted(measured, key=lambda each: -(each.contribution or 0.0))

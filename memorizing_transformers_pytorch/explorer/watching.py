@@ -5,17 +5,15 @@ Shapes: T tokens, H query heads, K retrieved, V vocabulary.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
-from memorizing_transformers_pytorch.memory.ledger import Ledger
 from memorizing_transformers_pytorch.model.memory_step import shifted
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 
@@ -43,54 +41,17 @@ class Trace(NamedTuple):
     layers: list[LookedUp]
 
 
-class Watched(ABC):
-    """A model and one row of its memory. Nothing is remembered of what it is run on."""
+class OurModel:
+    """A `MemorizingTransformer` and one row of its memories. Nothing is stored of what it is run on."""
 
-    ledger: Ledger
-
-    @abstractmethod
-    def run(self, tokens: Tensor) -> Trace:
-        """Run on tokens (T,), as one segment or chunk. Raises ValueError for tokens that the model does not have."""
-
-    @property
-    def longest(self) -> int | None:
-        """How many tokens the model has positions for; None if for any number."""
-        return None
-
-    @property
-    @abstractmethod
-    def memories(self) -> list[KNNMemory]:
-        """Where what is remembered of any document can be read, the newest first."""
-
-    @abstractmethod
-    def start_of(self, document: int) -> int:
-        """At which place of the row a document begins."""
-
-    @contextmanager
-    def without(self, document: int, first: int, last: int) -> Iterator[None]:
-        """Inside, look-ups find the best of what else there is than these places (`last` included) of a document."""
-        with ExitStack() as stack:
-            for memory in self._all_memories():
-                stack.enter_context(memory.hiding(document, first, last))
-            yield
-
-    @abstractmethod
-    def blind(self) -> AbstractContextManager[None]:
-        """Inside, nothing is looked up."""
-
-    @abstractmethod
-    def _all_memories(self) -> Sequence[KNNMemory]:
-        """Those of every layer."""
-
-
-class OurModel(Watched):
-    """A `MemorizingTransformer`, and its memories."""
+    longest: int | None = None  # as many tokens as there are
 
     def __init__(self, model: MemorizingTransformer, memories: KNNMemoryList, row: int) -> None:
         self._model, self._memories, self._row, self._is_blind = model, memories, row, False
         self.ledger = memories.ledger
 
     def run(self, tokens: Tensor) -> Trace:
+        """Run on tokens (T,), as one segment."""
         model, seen = self._model, dict[int, LookedUp]()
         read = shifted(self._memories, model.config.shift_knn_memories_down)
         with ExitStack() as stack:
@@ -117,21 +78,26 @@ class OurModel(Watched):
 
     @property
     def memories(self) -> list[KNNMemory]:
+        """Where the stored entries of any document can be read, the newest first."""
         return [self._memories[0]]
 
+    @property
+    def all_memories(self) -> Sequence[KNNMemory]:
+        """The memories of every layer."""
+        return self._memories
+
     def start_of(self, document: int) -> int:
+        """At which place of the row a document begins."""
         return 0
 
     @contextmanager
     def blind(self) -> Iterator[None]:
+        """Inside, nothing is looked up."""
         self._is_blind = True
         try:
             yield
         finally:
             self._is_blind = False
-
-    def _all_memories(self) -> Sequence[KNNMemory]:
-        return self._memories
 
 
 def _ranks(memory: KNNMemory, row: int, slots: Tensor) -> Tensor:
@@ -151,8 +117,8 @@ def _looked_up(layer: int, memory: KNNMemory, lookup: Any, weights: Tensor, ages
     return LookedUp(layer, shown, lookup.scores[0].float().cpu(), origins, ages, mask)
 
 
-class AttachedModel(Watched):
-    """A model of transformers with an attached memory."""
+class AttachedModel:
+    """The same for a model of transformers with an attached memory."""
 
     def __init__(self, memory: Any, row: int) -> None:
         self._memory, self._row = memory, row
@@ -183,7 +149,8 @@ class AttachedModel(Watched):
         off: AbstractContextManager[None] = self._memory.enabled(False)
         return off
 
-    def _all_memories(self) -> Sequence[KNNMemory]:
+    @property
+    def all_memories(self) -> Sequence[KNNMemory]:
         return [memory for site in self._memory.layers.values() for memory in site.memories]
 
 
@@ -199,22 +166,28 @@ def _joined(site: Any, here: Tensor) -> LookedUp:
     return LookedUp(site.index, weights, scores, origins, here - origins[..., 1], mask)
 
 
-def watched(model: Any, memories: Any, row: int) -> Watched:
-    """Raises ValueError for a model without a memory of its kind, or a row that there is not."""
+Watched = OurModel | AttachedModel
+
+
+@contextmanager
+def hiding(watched: Watched, document: int, first: int, last: int) -> Iterator[None]:
+    """Inside, look-ups find the best entries outside these places (`last` included) of a document."""
+    with ExitStack() as stack:
+        for memory in watched.all_memories:
+            stack.enter_context(memory.hiding(document, first, last))
+        yield
+
+
+def watched(model: nn.Module, memories: Any, row: int) -> Watched:
+    """Raises ValueError for a model without a memory of its kind, or a row that does not exist."""
     if isinstance(model, MemorizingTransformer):
         if not isinstance(memories, KNNMemoryList) or len(memories) != len(model.config.layers_with_memory):
             raise ValueError(f"expected the memories of this model as a KNNMemoryList, got {type(memories).__name__}")
         if not memories:
             raise ValueError("expected a model with a memory, got one that has no layers with a memory")
-        check_row(row, memories[0].num_indices)
-        return OurModel(model, memories, row)
-    if not hasattr(memories, "watched_row") or memories.model is not model:
+    elif not hasattr(memories, "watched_row") or memories.model is not model:
         raise ValueError(f"expected the memory that is attached to this model, got {type(memories).__name__}")
-    check_row(row, memories.num_rows)
-    return AttachedModel(memories, row)
-
-
-def check_row(row: int, rows: int) -> None:
-    """Raises ValueError for a row that there is not."""
+    rows = memories[0].num_indices if isinstance(memories, KNNMemoryList) else memories.num_rows
     if not 0 <= row < rows:
         raise ValueError(f"expected a row from 0 to {rows - 1}, got {row}")
+    return OurModel(model, memories, row) if isinstance(model, MemorizingTransformer) else AttachedModel(memories, row)
