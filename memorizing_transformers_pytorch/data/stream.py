@@ -153,23 +153,18 @@ class DocumentStream(Iterator[Batch]):
 
     def _batch(self, pieces: list[_Piece]) -> Batch:
         shape = (self.rows, self._segment_length)
-        tokens = np.zeros(shape, dtype=np.int64)
-        labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        lines = {row: line for line, row in enumerate(self._only)}
-        for piece in pieces:
-            text = self._documents[piece.document][piece.position : piece.position + piece.length + 1]
-            tokens[lines[piece.row], piece.column : piece.column + piece.length] = text[: piece.length]
-            labels[lines[piece.row], piece.column : piece.column + len(text) - 1] = text[1:]
-        mask = np.zeros(shape, dtype=bool)
+        tokens, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        mask, starts = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
         origins = np.zeros((*shape, 3), dtype=np.int64)
-        starts = np.zeros(shape, dtype=bool)
-        line = np.array([lines[piece.row] for piece in pieces])
-        _, column, number, position, length = np.array(pieces).T
-        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-        places = np.repeat(line, length), np.repeat(column, length) + within
-        mask[places] = True
-        starts[line, column] = position == 0
-        origins[places] = np.stack(
-            (np.repeat(number, length), np.repeat(position, length) + within, tokens[places]), axis=-1
-        )
+        lines = {row: line for line, row in enumerate(self._only)}
+        for row, column, document, position, length in pieces:
+            line, end = lines[row], column + length
+            text = self._documents[document][position : position + length + 1].astype(np.int64)
+            tokens[line, column:end] = text[:length]
+            labels[line, column : column + len(text) - 1] = text[1:]
+            mask[line, column:end] = True
+            starts[line, column] = position == 0
+            origins[line, column:end, 0] = document
+            origins[line, column:end, 1] = np.arange(position, position + length)
+            origins[line, column:end, 2] = text[:length]
         return Batch(*map(torch.from_numpy, (tokens, labels, mask, origins, starts)))

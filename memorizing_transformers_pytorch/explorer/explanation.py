@@ -128,8 +128,7 @@ class Explanation:
 
     def of_token(self, token: int, count: int = 10) -> list[LookedUpEntry]:
         """The entries with the largest weights that were found for a token."""
-        own = np.flatnonzero(self.columns["token"] == token)
-        return [self.entry(int(i)) for i in own[np.argsort(-self.columns["weight"][own], kind="stable")][:count]]
+        return [self.entry(int(i)) for i in self.rows_by_token()[token][:count]]
 
     def mass_of_tokens(self) -> np.ndarray:
         """(T,): the share of attention on the memory, as a mean over layers and heads."""
