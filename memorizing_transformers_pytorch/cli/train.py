@@ -38,19 +38,19 @@ class Train:
     """Train a model with a memory, test what the memory is worth, and let it write."""
 
     preset: str = "small"
-    """Where to start from: small, enwik8, paper-200m, paper-1b or paper-8b."""
+    """The configuration to start from: small, enwik8, paper-200m, paper-1b or paper-8b."""
     config: Path | None = None
     """A YAML file with fields of a run, laid over the preset. (Flags are laid over both.)"""
     resume: bool = False
-    """Go on with the run in --output, exactly where its last checkpoint was written, with its own configuration."""
+    """Resume the run in --output, exactly from its last checkpoint, with its own configuration."""
     overwrite: bool = False
     """Replace the run in --output."""
     evaluate: bool = True
     """At the end, evaluate on the held-out test documents, with controls."""
     evaluate_tokens: int = 16_384
-    """Tokens that are then read of each document. (`evaluate` reads whole documents, at any memory sizes.)"""
+    """Tokens to read of each of these documents. (`evaluate` reads whole documents, at any memory sizes.)"""
     evaluate_documents: int = 64
-    """How many documents are then read, drawn at random; all if there are fewer."""
+    """Documents to evaluate on, drawn at random; all if there are fewer."""
     sample_tokens: int = 160
     """Tokens to write at the end, continuing a held-out document; 0 for none."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str], program: str) -> None:
 def parse(arguments: Sequence[str], program: str) -> Train:
     """The arguments over what they start from: a preset and a file, or with --resume the run itself.
 
-    Raises ValueError for an unknown preset, a file or a run that cannot be read, or values that make no sense.
+    Raises ValueError for an unknown preset, a file or a run that cannot be read, or bad values.
     """
     first = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     first.add_argument("--preset")

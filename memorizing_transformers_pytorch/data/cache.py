@@ -1,8 +1,8 @@
-"""Tokenised documents on disk: written once, memory-mapped ever after, so that a corpus need not fit into memory.
+"""Tokenised documents on disk: written once, then memory-mapped, so that a corpus need not fit into memory.
 
 A folder holds for each split the tokens one after the other (.tokens), where each document begins (.offsets.npy), its
-size as UTF-8 (.bytes.npy) and its name (.names), besides tokenizer.json and meta.json. It is written aside and renamed
-when all of it is on the disk: it is whole, or not there. Several processes may build it at once; the first one's stays.
+size as UTF-8 (.bytes.npy) and its name (.names), besides tokenizer.json and meta.json. It is written under another name
+and renamed when it is complete on the disk. Several processes may build it at once; the first one wins.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def build(
     tokenizer: Tokenizer,
     about: dict[str, Any],
 ) -> Path:
-    """The folder of that fingerprint: as it is there, or written from the documents. about: kept in meta.json."""
+    """The folder with that fingerprint, written from the documents unless it exists. about: goes into meta.json."""
     folder = cache / fingerprint
     if folder.is_dir():
         return folder
@@ -143,7 +143,7 @@ def build(
 
 
 def _remove_stale(cache: Path) -> None:
-    """What builders that were killed left behind."""
+    """Remove what killed builders left behind."""
     for aside in cache.glob(f"{_ASIDE}*"):
         with contextlib.suppress(FileNotFoundError):  # its builder may be just done
             if aside.stat().st_mtime < time.time() - _STALE_SECONDS:

@@ -10,10 +10,10 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 class TextDocument(NamedTuple):
-    """A text that belongs together, read from its beginning to its end.
+    """A text that is read from its beginning to its end.
 
-    split: where the corpus itself puts it; None: its name decides (split.py). Bytes of the text that are no UTF-8 are
-    lone surrogates (PEP 383).
+    split: given by the corpus itself; None: the name decides (split.py). Bytes of the text that are not UTF-8 are lone
+    surrogates (PEP 383).
     """
 
     name: str
@@ -22,9 +22,9 @@ class TextDocument(NamedTuple):
 
 
 class Corpus(Protocol):
-    """Documents in an order that stays, one in memory at a time, as often as they are asked for.
+    """Documents in a fixed order, one in memory at a time; can be read several times.
 
-    Reading raises ValueError for what is no text.
+    Reading raises ValueError for binary files.
     """
 
     def __iter__(self) -> Iterator[TextDocument]: ...

@@ -78,7 +78,7 @@ def _fetch(address: str, part: Path, num_bytes: int, shown: tqdm[Any]) -> str | 
             _write(response, part, begin, num_bytes, shown)
     except urllib.error.HTTPError as error:
         with error:
-            if error.code == 416:  # the part is longer than the server's file: begin anew and see
+            if error.code == 416:  # the part is longer than the server's file: start again
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):
                 raise ValueError(f"expected a file at {address}, got {error.code} {error.reason}") from error

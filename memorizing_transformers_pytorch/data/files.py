@@ -63,7 +63,7 @@ def standard_library(config: DataConfig) -> Files:
 
 
 def folder(config: DataConfig) -> Files:
-    """The files below a folder that match the pattern, but hidden ones. Raises ValueError if there are none."""
+    """The files below a folder that match the pattern, except hidden ones. Raises ValueError if there are none."""
     root = Path(config.source)
     paths = _below(root, config.pattern, set())
     if not paths:
@@ -72,7 +72,7 @@ def folder(config: DataConfig) -> Files:
 
 
 def matching(config: DataConfig) -> Files:
-    """The file of that name, or those that match a glob. Raises ValueError if there are none."""
+    """The file with that name, or the files that match a glob. Raises ValueError if there are none."""
     source = Path(config.source)
     if source.is_file():
         return Files(source.parent, [source], config)

@@ -15,7 +15,7 @@ from memorizing_transformers_pytorch.data.tables import check_columns, row_docum
 class HuggingFaceDataset:
     """One split of a dataset: on disk, or streamed.
 
-    Raises ValueError if there is none, if it cannot be read, or if `datasets` is missing.
+    Raises ValueError if the dataset does not exist or cannot be read, or if `datasets` is not installed.
     """
 
     def __init__(self, config: DataConfig) -> None:

@@ -39,7 +39,7 @@ def prepare(config: DataConfig, num_tokens: int, progress: bool = True, tokenize
     """Tokenise the corpus, or find it in the cache. The text is read again only if something has changed.
 
     num_tokens: the vocabulary of the model: a BPE is trained to it; another tokenizer must have it.
-    tokenizer: used instead of the configured one, such as that of a run that goes on.
+    tokenizer: used instead of the configured one, such as that of a resumed run.
     Raises ValueError for a corpus that cannot be read, or leaves nothing to train on, and for another vocabulary.
     """
     if tokenizer is None and config.tokenizer != "bpe":
@@ -60,7 +60,7 @@ def prepare(config: DataConfig, num_tokens: int, progress: bool = True, tokenize
     about["tokenizer"] = _hash(tokenizer.to_json())
     key = _hash(json.dumps(about))
     if not (config.cache / key).is_dir():
-        splitter()  # what takes long or finds faults comes before anything is written
+        splitter()  # slow work, and errors, come before anything is written
     folder = cache.build(config.cache, key, _sided(corpus, splitter, "tokenising", progress), tokenizer, about)
     train, valid, test = (TokenisedDocuments(folder, split) for split in SPLITS)
     if not train.num_tokens_total:

@@ -50,9 +50,9 @@ class DocumentStream(Iterator[Batch]):
 
     documents: token ids of each; those of fewer than 2 tokens are skipped. rows: of all processes together.
     pack: fill the segment that ends a document with the next of that row, instead of padding.
-    only: the rows that this process hands out. Every process keeps account of all rows, which costs next to nothing: so
-    each document goes to one of them in each pass, as if one read all rows, and a state taken by one is that of all.
-    Raises ValueError for sizes below 1, more rows than documents, or rows that are none.
+    only: the rows that this process hands out. Every process tracks the positions of all rows, which costs almost
+    nothing: so each document goes to one process in each pass, and the state of one process is that of all.
+    Raises ValueError for sizes below 1, more rows than documents, or rows that do not exist.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ class BPETokenizer:
     def train(cls, texts: Iterable[str], num_tokens: int) -> BPETokenizer:
         """Learn `num_tokens` tokens, at least the 256 bytes; the same from the same texts, whatever their order.
 
-        Raises ValueError for fewer, or if the texts are not enough for so many.
+        Raises ValueError for fewer than 256, or for more tokens than the texts can give.
         """
         if num_tokens < 256:
             raise ValueError(f"expected num_tokens to be at least 256, got {num_tokens}")

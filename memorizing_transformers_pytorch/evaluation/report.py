@@ -44,7 +44,7 @@ def markdown(summary: Summary, title: str, what: str, *, warning: str | None = N
     documents, tokens = len(summary.names), sum(summary.tokens)
     scope = f"{documents} {'document' if documents == 1 else 'documents'}, {tokens:,} tokens, each read in order."
     if documents > 1:
-        brackets = "In brackets: 95% intervals, by drawing documents anew; those against off are paired."
+        brackets = "In brackets: 95% intervals, by the bootstrap over documents; those against off are paired."
     else:
         brackets = "One document, so there are no intervals and no memory of another one."
     brackets = f"The same weights, local context and XL memory in each line. {brackets}"

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Gradio reports its use to its makers unless this is said before it is imported.
+# Gradio sends usage data to its makers unless this is set before it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
@@ -26,10 +26,10 @@ from memorizing_transformers_pytorch.explorer.service import MAX_BYTES, Service
 from memorizing_transformers_pytorch.explorer.workspace import Sampling
 
 HOST = "127.0.0.1"
-NAMES = (HOST, "localhost")  # by which it is asked; a page of another may have its own name lead here (DNS rebinding)
+NAMES = (HOST, "localhost")  # accepted host names: another site may point its own name here (DNS rebinding)
 PORTS = 100  # that are tried
-ATTEMPTS = 5  # to take one that others may want too
-MAX_UPLOAD = 50 * MAX_BYTES  # beyond it the browser refuses all files that were chosen; below, we only the large ones
+ATTEMPTS = 5  # since another program may take the port first
+MAX_UPLOAD = 50 * MAX_BYTES  # beyond it the browser refuses all chosen files; below, we refuse only the large ones
 DELAY = 0.1  # seconds
 ALL = -1  # layers or heads
 TITLE = "Memory explorer"
@@ -37,7 +37,7 @@ ASKS: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", 
 
 
 def free_port(wanted: int) -> int:
-    """This port, or the next one that is free. Raises ValueError if there is none near."""
+    """This port, or the next free one. Raises ValueError if none of the next ports is free."""
     for port in range(wanted, min(wanted + PORTS, 65_536)):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

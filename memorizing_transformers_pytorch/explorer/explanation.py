@@ -100,7 +100,7 @@ class Explanation:
         return self._texts[key]
 
     def _best(self, of_each_token: int | None = None) -> np.ndarray:
-        """Rows of the table, the largest weight first; of each token at most so many."""
+        """Rows of the table, the largest weight first; of each token at most this many."""
         weights = self.columns["weight"]
         if of_each_token is None:
             return np.argsort(-weights, kind="stable")
@@ -115,14 +115,14 @@ class Explanation:
 
     @property
     def no_passages(self) -> str:
-        """Why there are none, in words."""
+        """The reason why there are no passages."""
         return "What was looked up is of no known document." if len(self) else "Nothing was looked up."
 
     def title(self, document: int) -> str:
         return self.titles.get(document, f"document {document}" if document >= 0 else "unknown")
 
     def text(self, document: int, first: int, last: int, around: int = 0) -> str:
-        """What stands in a document from a position to another, and so many tokens around."""
+        """The text of a document between two positions (both included), and `around` tokens on either side."""
         start = self.starts.get(document, 0)
         return self.sources.text(document, start + max(first - around, 0), start + last + around)
 
@@ -156,7 +156,7 @@ class Explanation:
         return float(total) / heads if heads else 0.0
 
     def to_dicts(self, count: int | None = None, *, of_each_token: int | None = None) -> list[dict[str, Any]]:
-        """The entries with the largest weights, as for JSON; all unless told how many, together or of each token."""
+        """The entries with the largest weights, as for JSON; by default all, else so many in total, or of each token."""
         return [self.entry(int(i))._asdict() for i in islice(self._best(of_each_token), count)]
 
     def to_pandas(self) -> Any:
@@ -185,7 +185,7 @@ class Explanation:
         return ENVIRONMENT.get_template("notebook.html").render(summary=summary, passages=self.passages[:20])
 
     def passages_by(self, size: int) -> list[Passage]:
-        """The pieces, of so many tokens, of known sources that were looked up, those with the most attention first."""
+        """The pieces of `size` tokens of known sources that were looked up, those with the most attention first."""
         columns, passages = self.columns, []
         known = is_known(columns["document"], columns["position"])
         keys = np.stack((columns["document"][known], columns["position"][known] // size), axis=1)

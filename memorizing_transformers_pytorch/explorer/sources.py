@@ -74,7 +74,7 @@ class Sources:
 
 
 def decoder(tokenizer: object) -> Decode | None:
-    """How a tokenizer, ours or one of transformers, makes text of tokens. Raises ValueError for what cannot."""
+    """The `decode` of a tokenizer, ours or one of transformers. Raises ValueError for an object without it."""
     if tokenizer is None:
         return None
     decode = getattr(tokenizer, "decode", None)
@@ -85,8 +85,8 @@ def decoder(tokenizer: object) -> Decode | None:
 
 
 def encoded(text: object, tokenizer: object, vocabulary: int) -> torch.Tensor:
-    """Token ids (T,) of a text, or those that were given. Raises ValueError for what is neither, empty, or
-    several texts."""
+    """Token ids (T,) of a text, or the given ones. Raises ValueError for anything else, for no token, and for several
+    texts."""
     if isinstance(text, str):
         encode = getattr(tokenizer, "encode", None)
         if encode is None:

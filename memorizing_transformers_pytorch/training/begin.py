@@ -22,7 +22,7 @@ from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, 
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.trainer import Trainer
 
-PATIENCE = datetime.timedelta(hours=24)  # of processes that wait while the main one tokenises or validates
+PATIENCE = datetime.timedelta(hours=24)  # of processes that wait while the main process tokenises or validates
 
 
 class Begun(NamedTuple):
@@ -36,7 +36,7 @@ class Begun(NamedTuple):
 def begin(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> Begun:
     """A new run in this folder, or with `resume` the run in it, as of its last checkpoint.
 
-    Raises ValueError for what makes no sense: see `training.loop.train`.
+    Raises ValueError for bad input: see `training.loop.train`.
     """
     config.check()
     if resume:
@@ -62,7 +62,7 @@ def begin(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> 
     if main:
         folders.keep_config(config, folder)
         prepared.tokenizer.save(folder / folders.TOKENIZER)
-    accelerator.wait_for_everyone()  # until then another process may see a run that is being replaced
+    accelerator.wait_for_everyone()  # else another process may see a run that is being replaced
     return Begun(trainer, prepared, best)
 
 
@@ -82,9 +82,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 def _tokenizer_to_keep(config: RunConfig, resumed: Path | None) -> Tokenizer | None:
-    """The tokenizer that a run goes on with, or that of the run whose weights it starts from; None for a new one.
+    """The tokenizer of a resumed run, or of the run whose weights this run starts from; None to train a new one.
 
-    Raises ValueError if another one was asked for: the same numbers would be other tokens.
+    Raises ValueError if another tokenizer was asked for: the same ids would be other tokens.
     """
     source = resumed or config.init_from
     if source is None or not (source / folders.TOKENIZER).is_file():

@@ -67,12 +67,12 @@ def write_checkpoint(trainer: Trainer, run: Path, extra: dict[str, Any]) -> Path
     folder = run / "checkpoints" / f"step-{trainer.progress.step}"
     aside = folder.with_name(f".{folder.name}.incomplete")
 
-    def make_anew() -> None:
+    def start() -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
 
     stages: list[tuple[bool, Callable[[], None]]] = [
-        (main, make_anew),
+        (main, start),
         (True, lambda: _write_parts(trainer, aside, extra)),
         (main, lambda: _publish(aside, folder)),
     ]
@@ -153,7 +153,7 @@ def _part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _publish(aside: Path, folder: Path) -> None:
-    """Bring everything to the disk, then give it its name."""
+    """Sync everything to the disk, then rename it."""
     write_checksums(aside)
     sync_folder(aside)
     replaced = folder.with_name(f"{folder.name}.replaced")
@@ -166,7 +166,7 @@ def _publish(aside: Path, folder: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a checkpoint, if it is there, under a name that is none: half of one is never taken for a whole."""
+    """Rename a checkpoint, if it exists, before removing it: a half-removed one is never taken for a whole one."""
     if folder.exists():
         hidden = folder.with_name(f".{folder.name}.removed")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -175,7 +175,7 @@ def _discard(folder: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint. Raises ValueError where there is none."""
+    """The JSON part of a checkpoint. Raises ValueError for a folder that is no checkpoint."""
     try:
         state = read_object(checkpoint / STATE)
     except (OSError, ValueError) as error:
@@ -193,7 +193,7 @@ def _has_steps(progress: Any, best: Any) -> bool:
 
 
 def restore(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
-    """Let a trainer of the same configuration stand where the checkpoint was written; returns its state.json.
+    """Load a checkpoint into a trainer with the same configuration; returns its state.json.
 
     Raises ValueError for a checkpoint that is damaged, or of another number of processes.
     """

@@ -42,7 +42,7 @@ SECONDS_BETWEEN_PLOTS = 60
 def train(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train as configured and keep everything in `folder`; with `resume`, continue from its last checkpoint.
 
-    Raises ValueError, before anything is written, for a configuration or text that makes no sense, a folder that exists
+    Raises ValueError, before anything is written, for a bad configuration or text, a folder that exists
     already, or one to resume that holds a run of another configuration. Raises FloatingPointError for a loss that is
     not finite, SaveError where a checkpoint or a record cannot be written, Interrupted after SIGINT or SIGTERM,
     when a checkpoint has been written.

@@ -34,7 +34,7 @@ def make_average(model: nn.Module, config: OptimizerConfig) -> AveragedModel | N
 
 
 def learning_rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of a step, counted from 0, in a run of so many: linear warm-up, the schedule, linear decay."""
+    """The rate of a step, counted from 0, in a run of `steps`: linear warm-up, the schedule, linear decay."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     decay_from = max(round(steps * (1 - config.decay_share)), config.warmup_steps)

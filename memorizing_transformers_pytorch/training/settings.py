@@ -16,7 +16,7 @@ Plain = dict[str, Any]
 
 
 def _float(value: Any) -> float:
-    """YAML takes some numbers, such as 1e-3, for text."""
+    """YAML reads some numbers, such as 1e-3, as text."""
     try:
         return float(value)
     except (OverflowError, TypeError, ValueError):
@@ -40,7 +40,7 @@ def to_plain(config: Any) -> Plain:
 
 
 def from_plain(plain: Mapping[str, Any]) -> RunConfig:
-    """The inverse. Raises ValueError for fields that are unknown, missing, of another type or make no sense."""
+    """The inverse. Raises ValueError for fields that are unknown, missing, of another type or have bad values."""
     try:
         return dacite.from_dict(RunConfig, plain, _STRICT)
     except dacite.DaciteError as error:
@@ -59,7 +59,7 @@ _OF_YAML = (
 
 
 def read_yaml(path: Path) -> Plain:
-    """A YAML mapping. Raises ValueError if there is none in that file, or it has aliases, or is nested deeply."""
+    """A YAML mapping. Raises ValueError for other files, and for YAML with aliases or deep nesting."""
     try:
         text = path.read_text(encoding="utf-8")
         _expect_simple(text)
@@ -72,7 +72,7 @@ def read_yaml(path: Path) -> Plain:
 
 
 def _expect_simple(text: str) -> None:
-    """A few aliases of aliases are a value that no memory holds when written out; nesting takes quadratic time."""
+    """Refuse aliases, which can expand to more than fits into memory, and deep nesting, which takes quadratic time."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -4,7 +4,7 @@ A step reads `segments` segments of every row, one after the other, and each seg
 are accumulated. The loss of a step is the mean over all its scored tokens, of all processes: so it does not matter
 into how many parts or processes the rows are divided. Each process has its own rows, with their memories and state.
 
-It knows nothing of files, validation or reports. Shapes: B rows, T tokens of a segment.
+Knows nothing of files, validation or reports. Shapes: B rows, T tokens of a segment.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Trainer:
         return sum(memory.seconds_searching for memory in self.memories)
 
     def _prepare_memories(self) -> None:
-        """What is to happen to memories before this step: in use from now on, another size, all empty."""
+        """Before this step: start to use the memories, resize them, or empty them, as configured."""
         progress, settings = self.progress, self.config.memory
         if progress.memory_since is None and progress.step >= self.config.memory_from_step:
             smoothed = progress.smoothed_loss
@@ -228,7 +228,7 @@ class Trainer:
         return rate, norm
 
     def _skip(self) -> None:
-        self._forget_everything()  # what is not finite must not live on in them
+        self._forget_everything()  # they may hold numbers that are not finite
         if self.config.training.on_nan == "stop":
             self._stepper.zero_grad()
             raise FloatingPointError(f"the loss or its gradient is not finite at step {self.progress.step + 1}")

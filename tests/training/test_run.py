@@ -130,7 +130,7 @@ def test_bad_input_writes_nothing(tmp_path: Path) -> None:
         (make_config(tmp_path, memory={"growth": ((0, 99),)}), "expected memory.growth up to"),
         (make_config(tmp_path, model={"num_tokens": 300}), "expected a tokenizer of 300 tokens"),
         (make_config(tmp_path, data={"source": str(tmp_path / "none")}), "expected"),
-        (make_config(tmp_path, init_from=tmp_path / "none"), "expected the folder of a run|expected a run"),
+        (make_config(tmp_path, init_from=tmp_path / "none"), "is not a training run|expected a run"),
         (make_config(tmp_path, init_from=tmp_path / "corpus" / "1.txt"), "expected a safetensors file"),
     ]
     for config, message in bad:
@@ -173,7 +173,7 @@ def test_another_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_cannot_go_on(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected the folder of a run, got .*corpus'"):
+    with pytest.raises(ValueError, match=r"corpus' is not a training run"):
         train(make_config(tmp_path), tmp_path / "corpus", resume=True)
 
 
