@@ -156,7 +156,7 @@ class Explanation:
         return float(total) / heads if heads else 0.0
 
     def to_dicts(self, count: int | None = None, *, of_each_token: int | None = None) -> list[dict[str, Any]]:
-        """The entries with the largest weights, as for JSON; by default all, else so many in total, or of each token."""
+        """The entries with the largest weights, as for JSON; by default all, or `count`, or some of each token."""
         return [self.entry(int(i))._asdict() for i in islice(self._best(of_each_token), count)]
 
     def to_pandas(self) -> Any:

@@ -39,9 +39,7 @@ def _record(line: bytes, where: str) -> Record:
 def check_tensorboard_is_there() -> None:
     """Raises ValueError, with the remedy, if TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "--training.tensorboard needs tensorboard: pip install 'memorizing_transformers_pytorch[tensorboard]'"
-        )
+        raise ValueError("tensorboard is not installed: pip install 'memorizing_transformers_pytorch[tensorboard]'")
 
 
 class Metrics(AbstractContextManager["Metrics"]):

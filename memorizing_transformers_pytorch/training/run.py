@@ -159,8 +159,8 @@ def _empty(folder: Path) -> None:
 
 
 def keep_config(config: RunConfig, folder: Path) -> None:
-    """Write the configuration of a run; an older one is replaced at the end. It does not name the folder, so that it can
-    be used for another run."""
+    """Write the configuration of a run; an older one is replaced at the end. It does not name the folder, so that
+    another run can use it."""
     with replacing(folder / CONFIG) as aside:
         write_yaml(dataclasses.replace(config, output=None), aside)
 
