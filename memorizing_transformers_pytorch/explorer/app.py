@@ -6,7 +6,6 @@ import asyncio
 import http.client
 import json
 import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -28,25 +27,11 @@ from memorizing_transformers_pytorch.explorer.workspace import Sampling
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")  # accepted host names: another site may point its own name here (DNS rebinding)
 PORTS = 100  # that are tried
-ATTEMPTS = 5  # since another program may take the port first
 MAX_UPLOAD = 50 * MAX_BYTES  # beyond it the browser refuses all chosen files; below, we refuse only the large ones
 DELAY = 0.1  # seconds
 ALL = -1  # layers or heads
 TITLE = "Memory explorer"
 ASKS: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
-
-
-def free_port(wanted: int) -> int:
-    """This port, or the next free one. Raises ValueError if none of the next ports is free."""
-    for port in range(wanted, min(wanted + PORTS, 65_536)):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-            return port
-    raise ValueError(f"expected a free port from {wanted} on, got none among {PORTS}")
 
 
 class Page:
@@ -228,19 +213,17 @@ class DelayedJoins:
         await self._app(scope, receive, later if is_join else send)
 
 
-def launch(service: Service, name: str, port: int) -> tuple[gr.Blocks, str]:
-    """Show the page on this machine alone, at this port or the next free one -> it, and its address."""
-    for _ in range(ATTEMPTS):
-        port = free_port(port)
+def launch(service: Service, name: str, wanted: int) -> tuple[gr.Blocks, str]:
+    """Show the page on this machine alone, at this port or the next free one -> the page, and its address."""
+    for port in range(wanted, min(wanted + PORTS, 65_536)):
         blocks = Page(service, name).blocks
-        with suppress(OSError):  # another program was quicker
+        with suppress(OSError):  # the port is taken
             app = _launched(blocks, port)
             app.add_api_route("/closed/{session}", service.let_go, methods=["POST"], status_code=204)
             if _is_own(blocks, port):
                 return blocks, f"http://{HOST}:{port}"
         blocks.close(verbose=False)
-        port += 1
-    raise ValueError(f"expected a free port, got none in {ATTEMPTS} attempts")
+    raise ValueError(f"none of the {PORTS} ports from {wanted} on is free: choose another --port")
 
 
 def _launched(blocks: gr.Blocks, port: int) -> Any:

@@ -257,15 +257,20 @@ def test_hostile_texts_are_shown_and_not_obeyed(model: str) -> None:
     assert visible("a\tb\r\nc é 漢", 100) == "a\tb\nc é 漢"
 
 
-def test_a_taken_port_gives_way_to_the_next() -> None:
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_taken_port_gives_way_to_the_next(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    from memorizing_transformers_pytorch.explorer.app import HOST, free_port
+    from memorizing_transformers_pytorch.explorer.app import HOST, launch
 
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert port < free_port(port) <= port + 100
+        blocks, address = launch(serving(str(make_run(tmp_path / "run"))), "a run", port)
+        blocks.close(verbose=False)
+        gc.collect()
+    assert port < int(address.rsplit(":", 1)[1]) <= port + 100
 
 
 def _status(host: str, port: int, method: str, path: str) -> int:
