@@ -175,7 +175,7 @@ def test_reading_that_is_broken_off_leaves_the_memory_as_it_was(model: str) -> N
 
     with pytest.raises(OSError, match="full"):
         service.read("me", "long.txt", b"a long text " * 300, fail)
-    with pytest.raises(ValueError, match="closed session"):
+    with pytest.raises(ValueError, match="the session is closed"):
         service.read("me", "long.txt", b"a long text " * 300, lambda _: service.let_go("me"))
     service.read("other", "whale.txt", TEXT)
     assert titles(service, "other") == ["whale.txt"]
@@ -183,7 +183,7 @@ def test_reading_that_is_broken_off_leaves_the_memory_as_it_was(model: str) -> N
 
 def test_a_session_that_was_let_go_leaves_nothing_behind_whatever_it_still_asked_for(model: str) -> None:
     service = serving(model)
-    with pytest.raises(ValueError, match="closed session"):
+    with pytest.raises(ValueError, match="the session is closed"):
         service.read("me", "whale.txt", TEXT, lambda _: service.let_go("me"))
     assert service.sessions == []
     assert titles(service, "me") == []
