@@ -176,8 +176,8 @@ def test_a_layer_that_runs_again_for_an_unknown_call_is_refused() -> None:
     layer.forward = lambda *inputs, **options: checkpoint(forward, *inputs, use_reentrant=False, **options)
     with pytest.raises(ValueError, match=r"use model\.gradient_checkpointing_enable"):
         memory.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    positions = memory.model.model.rotary_emb(embedded, torch.arange(9)[None])
     with pytest.raises(ValueError, match="outside of a call of its model"):
-        positions = memory.model.model.rotary_emb(embedded, torch.arange(9)[None])
         memory.model.model.layers[0].self_attn(embedded, position_embeddings=positions, attention_mask=None)
 
 
