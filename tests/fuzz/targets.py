@@ -131,7 +131,7 @@ def metrics(folder: Path) -> Read:
 
 
 def memory(mmap: bool, folder: Path) -> Read:
-    kinds = ({"dtype": torch.float32}, {"dtype": torch.int8, "policy": "least-attended"})
+    kinds = ({"dtype": torch.float32}, {"dtype": torch.int8, "policy": "by-document"})
     memories = KNNMemoryList([KNNMemory(3, 20, 2, num_kv_heads=2, **kind) for kind in kinds])
     memories.extra, count = {"some": [1, None, {"more": "text"}]}, 12
     for title in ("one", "two"):

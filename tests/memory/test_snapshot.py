@@ -70,15 +70,20 @@ def test_the_state_holds_the_filled_places_only_and_is_a_copy() -> None:
     memory = used()
     state = memory.state_dict()
     assert state["filled"].tolist() == [7, 4, 0]
-    assert {name: tuple(part.shape) for name, part in state.items() if name in ("keys", "origins", "written")} == {
+    assert {name: tuple(part.shape) for name, part in state.items() if name in ("keys", "origins")} == {
         "keys": (HEADS, 11, DIM),
         "origins": (11, 3),
-        "written": (11,),
     }
     before = {name: part.clone() for name, part in state.items()}
     add(memory, 20)
     assert_equal_states(state, before)
     assert all(part.is_contiguous() for part in state.values())
+
+
+def test_what_older_versions_saved_too_is_ignored() -> None:
+    memory, other = used(), make()
+    other.load_state_dict({**memory.state_dict(), "written": torch.ones(11), "clock": torch.tensor(9)})
+    assert_equal_states(memory.state_dict(), other.state_dict())
 
 
 def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
@@ -102,15 +107,13 @@ FAULTS: dict[str, Callable[[State], State]] = {
     "another dtype": changed("values", Tensor.double),
     "fewer origins": changed("origins", lambda origins: origins[1:]),
     "short origins": changed("origins", lambda origins: origins[:, 1:]),
-    "another clock": changed("clock", lambda clock: clock.expand(2)),
+    "another capacity's shape": changed("capacity", lambda capacity: capacity.expand(2)),
     "a row too many": changed("filled", lambda filled: torch.cat((filled, filled[-1:]))),
     "overfull": lambda state: {**state, "filled": torch.tensor([8, 3, 0])},
     "negative": lambda state: {**state, "filled": torch.tensor([7, 5, -1])},
     "cursor beyond": put("cursors", 0, CAPACITY),
     "cursor before": put("cursors", 0, -1),
     "cursor not behind": put("cursors", 1, 2),
-    "written later": put("written", 3, 99),
-    "never written": put("written", 3, 0),
     "NaN": put("keys", 2, float("nan")),
     "infinity": put("values", 2, float("inf")),
     "another capacity": lambda _state: used(max_memories=9).state_dict(),
@@ -156,8 +159,8 @@ def test_lists_of_memories_are_restored_all_or_none() -> None:
     state = memories.state_dict()
     assert {name.split(".")[0] for name in state} == {"0", "1"}
     for faulty in (
-        {**state, "1.clock": torch.zeros(2)},
-        {**state, "2.clock": torch.zeros(())},
+        {**state, "1.capacity": torch.zeros(2)},
+        {**state, "2.capacity": torch.zeros(())},
         {name: part for name, part in state.items() if not name.startswith("1.")},
     ):
         with pytest.raises(ValueError, match=r"(?s)^expected .*got"):

@@ -102,13 +102,13 @@ def of_codes(entries: Tensor, **options: object) -> KNNMemory:
     return memory
 
 
-@pytest.mark.parametrize("index", ["exact", "auto", "IVF16,Flat", "SQ8"])
+@pytest.mark.parametrize("index", ["exact", "auto", "IVF16,Flat", "IVF16,SQ8"])
 def test_nearly_all_of_the_best_entries_are_found_by_codes(index: str) -> None:
     entries, queries = normalize(torch.randn(1, 2, 3_001, 2, DIM), dim=-1), torch.randn(1, 2, 101, DIM)
     best = (queries @ entries[..., 0, :].mT).topk(32).indices
     slots = of_codes(entries, index=index).retrieve(queries, 32).slots % 4_096
     share = (slots.unsqueeze(-1) == best.unsqueeze(-2)).any(dim=-1).float().mean()
-    assert float(share) > (0.97 if index in ("exact", "auto", "SQ8") else 0.9)
+    assert float(share) > (0.97 if index in ("exact", "auto") else 0.9)
 
 
 @pytest.mark.parametrize("query_dtype", [torch.float32, torch.float64], ids=str)
@@ -202,7 +202,7 @@ def test_codes_make_room_as_numbers_do(policy: str) -> None:
 
 def test_codes_take_little_more_than_a_quarter_of_float32() -> None:
     def pairs(dtype: torch.dtype) -> int:
-        return Sizes(3, 2, 10, 64, dtype).bytes_per_entry - (3 * 8 + 8 + 4)  # origins, written and usage
+        return Sizes(3, 2, 10, 64, dtype).bytes_per_entry - 3 * 8  # origins
 
     assert [pairs(dtype) for dtype in STORAGE_DTYPES] == [2 * 2 * 64 * 4, 2 * 2 * 64 * 2, 2 * 2 * 64 * 2, 2 * 2 * 68]
 

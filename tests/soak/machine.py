@@ -99,10 +99,6 @@ class Machine:
             origins = memory.origins(found.slots)
             for row, entries in enumerate(self.plain.rows):
                 self._check_found(queries[row], entries, found.scores[row], found.mask[row], origins[row])
-        for row, entries in enumerate(self.plain.rows):  # both layers count the same, as they find the same
-            numbers = origins[row][found.mask[row]][:, 1].tolist()
-            for each in entries:
-                each.usage += numbers.count(each.origin[1])
 
     def _check_found(
         self, queries: Tensor, entries: list[Entry], scores: Tensor, mask: Tensor, origins: Tensor
@@ -149,7 +145,7 @@ class Machine:
         needed = max(len(a) + len(b) for a, b in zip(self.plain.rows, plain.rows, strict=True))
         self.plain.capacity = max(self.plain.capacity, needed)
         for row, more in zip(self.plain.rows, plain.rows, strict=True):
-            row += [Entry(each.pairs, (each.origin[0] + shift, *each.origin[1:]), each.usage) for each in more]
+            row += [Entry(each.pairs, (each.origin[0] + shift, *each.origin[1:])) for each in more]
         self.serial += 20 * (shift + 1)  # so that numbers of documents stay different
 
     def save(self) -> None:
@@ -201,8 +197,6 @@ def _same(memory: KNNMemory, plain: PlainMemory, sign: int) -> bool:
             kept = Vectors(held[name], held.get(f"{name[:-1]}_scales")).floats().cpu()
             if entries and not torch.equal(kept, sign * torch.stack(wanted, dim=1)):
                 return False
-        if plain.policy == "least-attended" and held["usage"].tolist() != [each.usage for each in entries]:
-            return False
     return True
 
 

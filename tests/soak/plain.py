@@ -9,39 +9,30 @@ from torch import Tensor
 
 @dataclass
 class Entry:
-    """A key and a value per head (G, 2, D) as they are stored, the origin, and how often it was retrieved."""
+    """A key and a value per head (G, 2, D) as they are stored, and the origin."""
 
     pairs: Tensor
     origin: tuple[int, int, int]
-    usage: int = 0
 
 
 @dataclass
 class PlainMemory:
-    """Rows of at most `capacity` entries, which make room as the policy says."""
+    """Rows of at most `capacity` entries, which are evicted as the policy says."""
 
     capacity: int
     policy: str
     rows: list[list[Entry]] = field(default_factory=list)
 
     def copy(self) -> PlainMemory:
-        rows = [[Entry(each.pairs, each.origin, each.usage) for each in row] for row in self.rows]
+        rows = [list(row) for row in self.rows]
         return PlainMemory(self.capacity, self.policy, rows)
 
     def add(self, row: int, entries: list[Entry]) -> None:
         known = self.rows[row]
         excess = min(len(known) + len(entries) - self.capacity, len(known))
-        if excess > 0 and self.policy == "least-attended":
-            self._let_go_of_least_attended(known, excess)
         if excess > 0 and self.policy == "by-document":
             self._let_go_of_documents(known, excess, {each.origin[0] for each in entries})
         self.rows[row] = (known + entries)[-self.capacity :]
-
-    def _let_go_of_least_attended(self, known: list[Entry], excess: int) -> None:
-        count = max(excess, min(self.capacity // 16, len(known)))
-        candidates = known[: max(len(known) // 2, count)]
-        gone = sorted(range(len(candidates)), key=lambda i: (candidates[i].usage, i))[:count]
-        known[:] = [each for i, each in enumerate(known) if i not in set(gone)]
 
     def _let_go_of_documents(self, known: list[Entry], excess: int, going_on: set[int]) -> None:
         gone = 0

@@ -56,9 +56,12 @@ def locked(folder: Path, seconds: float = SECONDS_TO_WAIT) -> Iterator[None]:
     try:
         lock.acquire(timeout=seconds)
     except filelock.Timeout:
-        raise SaveError(f"expected to be the only one who writes {str(folder)!r}, got another who does") from None
+        raise SaveError(
+            f"the memory in {str(folder)!r} is locked by another process; "
+            f"wait, or remove {LOCK} if that process has died"
+        ) from None
     except OSError as error:
-        raise SaveError(f"expected a folder that can be written, got {str(folder)!r}: {error}") from error
+        raise SaveError(f"cannot write to the folder {str(folder)!r}: {error}") from error
     try:
         yield
     finally:
