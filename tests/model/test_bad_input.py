@@ -100,7 +100,7 @@ BAD: dict[str, tuple[Callable[[Scene], dict[str, Any]], str]] = {
     "origins of two fields": (lambda s: {"origins": origins_of(s.tokens)[..., :2]}, r"\(2, 5, 3\), got .*\(2, 5, 2\)"),
     "float origins": (
         lambda s: {"origins": origins_of(s.tokens).float()},
-        "origins to be a tensor of integers, not torch.float32",
+        "origins to be a tensor of integers",
     ),
     "too few memories": (lambda s: {"knn_memories": s.memories[:1]}, "memories for 2 layers, got 1"),
     "too many memories": (lambda s: {"knn_memories": [*s.memories, *s.memories]}, "memories for 2 layers, got 4"),
