@@ -25,6 +25,7 @@ from memorizing_transformers_pytorch.explorer.page import ENTRIES, write_page
 from memorizing_transformers_pytorch.library.build import (
     evicted_since,
     files_below,
+    held_titles,
     room_messages,
     text_of,
 )
