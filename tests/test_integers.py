@@ -101,9 +101,9 @@ def test_integers_of_any_type_are_the_same_numbers(boundary: Callable[[Tensor], 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_what_are_no_integers_is_refused(boundary: Callable[[Tensor], Any]) -> None:
     for dtype in OTHERS:
-        with pytest.raises(ValueError, match="must be a tensor of integers, not torch"):
+        with pytest.raises(ValueError, match="to be a tensor of integers, got torch"):
             boundary(IDS.to(dtype))
     if boundary is not origins_alone:
         wrong = torch.full((1, 20), -1).view(torch.uint64) if boundary is added else IDS + 99
-        with pytest.raises(ValueError, match=r"expected|must be below"):
+        with pytest.raises(ValueError, match="expected"):
             boundary(wrong)

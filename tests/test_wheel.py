@@ -22,10 +22,10 @@ with model.knn_memories_context(batch_size=1) as memories:
     loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
 import memorizing_transformers_pytorch.cli
-from memorizing_transformers_pytorch.explorer.markup import whole_page
-assert "<main>" in whole_page("title", "<main></main>")
-from importlib.resources import files
-assert all((files("memorizing_transformers_pytorch.explorer") / name).is_file() for name in ("app.css", "app.js"))
+from memorizing_transformers_pytorch.explorer.markup import part, shown
+from memorizing_transformers_pytorch.explorer.run_page import run_page
+assert "<main>" in run_page("title", [], None, None, "")
+assert part("app.css") and part("app.js") and shown.message("text")
 assert loss.isfinite()
 print("stepped")
 """

@@ -1,12 +1,13 @@
-"""Arguments to dataclasses, by tyro; what it refuses becomes one line. And what several commands make of theirs."""
+"""Arguments to dataclasses, with tyro, whose errors become one line; and what several commands do with them."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import tyro
@@ -16,25 +17,30 @@ from memorizing_transformers_pytorch.training.run import RUNS, SHIPPED, newest_r
 
 Options = TypeVar("Options")
 
-MORE_ROOM = " (--max-memories, for a new memory)"  # what to do if documents were evicted
+MORE_ROOM = " (--max-memories, for a new memory)"  # the remedy where documents were evicted
 _BOX = "╭╮╰╯│─ "
 
 
-def parse_arguments(kind: type[Options], arguments: Sequence[str], program: str, **tyro_options: Any) -> Options:
-    """The arguments as this dataclass. Raises ValueError for unknown ones and for values that make no sense."""
+def parse_arguments(
+    kind: type[Options], arguments: Sequence[str], program: str, default: Options | None = None
+) -> Options:
+    """The arguments as this dataclass. Raises ValueError for unknown arguments and bad values."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed: Options = tyro.cli(kind, args=list(arguments), prog=program, **tyro_options)
-            return parsed
+            if default is None:
+                return tyro.cli(kind, args=list(arguments), prog=program)
+            return tyro.cli(kind, args=list(arguments), prog=program, default=default)
     except SystemExit as stopped:
         if stopped.code != 2:
             raise
-    raise ValueError(_first_paragraph(said.getvalue()))
+    # The box that tyro draws: a title, the message, an empty line, then hints.
+    lines = [line.strip(_BOX) for line in said.getvalue().splitlines()[1:]]
+    raise ValueError(" ".join(itertools.takewhile(bool, lines)).removeprefix("Error parsing "))
 
 
 def chosen_device(name: str | None) -> str:
-    """The device of this name; unless given, CUDA where there is one. Raises ValueError for one that is not there."""
+    """The device of this name; by default CUDA where there is one. Raises ValueError if this machine lacks it."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     check_device(name)
@@ -42,7 +48,7 @@ def chosen_device(name: str | None) -> str:
 
 
 def default_model() -> str:
-    """The newest run below ./runs, or else the model that comes with the package, which is then said."""
+    """The newest run below ./runs, or else (with a message) the model that comes with the package."""
     run = newest_run(RUNS)
     if run is not None:
         return str(run)
@@ -54,14 +60,3 @@ def default_model() -> str:
 def name_of(model: str) -> str:
     """What to call a model on a page."""
     return "the shipped model" if model == SHIPPED.name else model
-
-
-def _first_paragraph(box: str) -> str:
-    """What stands in the box that tyro draws, between its title and the first rule."""
-    found: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip(_BOX)
-        if not text:
-            break
-        found.append(text)
-    return " ".join(found).removeprefix("Error parsing ")

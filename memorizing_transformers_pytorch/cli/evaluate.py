@@ -5,39 +5,39 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
 from memorizing_transformers_pytorch.data.config import DataConfig
+from memorizing_transformers_pytorch.data.document import text_bytes
 from memorizing_transformers_pytorch.data.prepare import prepare
-from memorizing_transformers_pytorch.data.text import text_bytes
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.evaluation.controls import CONTROLS
 from memorizing_transformers_pytorch.evaluation.evaluate import evaluate
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
-from memorizing_transformers_pytorch.evaluation.report import markdown, plot
+from memorizing_transformers_pytorch.evaluation.report import evaluation_charts, markdown
 from memorizing_transformers_pytorch.evaluation.summary import Summary, summarise
 from memorizing_transformers_pytorch.model.config import ModelConfig
 from memorizing_transformers_pytorch.training.checkpoint import read_state
-from memorizing_transformers_pytorch.training.report import check_plots_are_possible
 from memorizing_transformers_pytorch.training.run import LoadedRun, checkpoint_of, load_run
+from memorizing_transformers_pytorch.training.settings import to_plain
+from memorizing_transformers_pytorch.utils.charts import check_plots_are_possible, save_png
 
 DEFAULT_SIZES = (0, 512, 2_048, 8_192)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Loss of a run on held-out documents with memories of several sizes, and with memories that should be of no use.
+    """Loss of a run on held-out documents, with memories of several sizes and with memories that should be of no use.
 
     Writes evaluation.json, evaluation.md and evaluation.png.
     """
@@ -45,44 +45,44 @@ class Evaluate:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     memory: str | None = None
-    """Sizes of the memory in entries, such as 0,512,2048. 0 is off and always there. Unless given: 0, 512, 2048, 8192
-    and that of the run."""
+    """Sizes of the memory in entries, such as 0,512,2048; 0 (off) is always included. By default 0, 512, 2048, 8192 and
+    the size in the run."""
     controls: bool = True
-    """Also read another document's memory, shuffled values and random keys, at the memory size of the run, or the
-    largest if that is not among the sizes."""
+    """Also read another document's memory, shuffled values and random keys, at the memory size of the run, or at the
+    largest size if that of the run is not evaluated."""
     split: Literal["test", "valid"] = "test"
     """Which held-out documents of the run."""
     source: str | None = None
-    """Evaluate on all of this text instead: a file, a folder, hf:NAME, ... (as --data.source of train). It is read as
-    that of the run is: pattern, group, columns, max_documents, ..."""
+    """Evaluate on all of this text instead: a file, a folder, hf:NAME, ... (as --data.source of train). Pattern, group,
+    columns, max_documents, ... are those of the run."""
     text_column: str | None = None
-    """The column of the text of --source; that of the run unless given."""
+    """The column of --source that holds the text; by default that of the run."""
     cache: Path | None = None
-    """Folder for downloads and tokenised text; that of the run unless given."""
+    """Folder for downloads and tokenised text; by default that of the run."""
     min_tokens: int = 2
     """Leave out documents with fewer tokens."""
     max_tokens: int | None = None
-    """Score only so many tokens of each document, from its beginning."""
+    """Score only the first tokens of each document, this many."""
     documents: int | None = None
-    """Evaluate on so many documents, drawn at random; on all unless given."""
+    """Evaluate on this many documents, drawn at random; by default on all."""
     rows: int = 4
     """Documents that are read side by side."""
     checkpoint: Literal["last", "best"] = "last"
     """Which weights of the run."""
     index: str | None = None
-    """How memories are searched: exact, auto or a faiss factory string; as in training unless given."""
+    """How memories are searched: exact, auto or a faiss factory string; by default as in training."""
     output: Path | None = None
-    """Folder to write to; "evaluation" in the run unless given. What is there is replaced at the end."""
+    """Folder to write to; by default "evaluation" in the run. An older report is replaced at the end."""
     seed: int = 0
-    """Of the documents drawn, of shuffling, random keys and intervals."""
+    """Seed of the documents drawn, of shuffling, random keys and intervals."""
     device: str | None = None
-    """Such as cpu or cuda; unless given, cuda where there is one."""
+    """Such as cpu or cuda; by default cuda where there is one."""
 
 
 class Texts(NamedTuple):
-    """Documents as token ids, their names, and the UTF-8 bytes of what of each is scored.
+    """Documents as token ids, their names, and how many UTF-8 bytes of each are scored.
 
-    fingerprint: of the text that they are from, as a checkpoint keeps it.
+    fingerprint: of the text that they come from, as a checkpoint keeps it.
     """
 
     names: list[str]
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str], program: str) -> None:
 
 
 def evaluate_run(options: Evaluate) -> Path:
-    """Read, report and print; returns the folder with the report. Raises ValueError for what makes no sense."""
+    """Evaluate, print the report and write it; returns its folder. Raises ValueError for bad options."""
     check_plots_are_possible()
     wanted = None if options.memory is None else parse_sizes(options.memory)
     folder = options.output or options.run / "evaluation"
@@ -129,10 +129,9 @@ def evaluate_run(options: Evaluate) -> Path:
 
 
 def check_text(options: Evaluate, fingerprint: str) -> str | None:
-    """A warning, also on standard error, if the split is that of another text than the run was trained on."""
-    if options.source is not None:
-        return None
-    if read_state(checkpoint_of(options.run, options.checkpoint))["text"] == fingerprint:
+    """A warning, also printed to standard error, if the text of the run has changed since training."""
+    trained_on = read_state(checkpoint_of(options.run, options.checkpoint))["text"]
+    if options.source is not None or trained_on == fingerprint:
         return None
     warning = "the text has changed since training: documents held out now may have been trained on"
     print(f"warning: {warning}", file=sys.stderr)
@@ -141,14 +140,14 @@ def check_text(options: Evaluate, fingerprint: str) -> str | None:
 
 def parse_sizes(text: str) -> list[int]:
     """ "0,512 2048" -> [0, 512, 2048], sorted, with 0. Raises ValueError for anything else."""
-    parts = [part for part in re.split(r"[,\s]+", text) if part]
+    parts = text.replace(",", " ").split()
     if not parts or not all(part.replace("_", "").isdecimal() for part in parts):
         raise ValueError(f"expected memory sizes such as 0,512,2048, got {text!r}")
-    return sorted({0, *(int(part) for part in parts)})
+    return sorted({0, *map(int, parts)})
 
 
 def choose_sizes(wanted: Sequence[int] | None, config: ModelConfig, controls: bool) -> tuple[list[int], int | None]:
-    """The memory sizes to evaluate, and the one at which to read the controls, if any."""
+    """The memory sizes to evaluate, and the size at which to read the controls, if any."""
     own = config.max_knn_memories
     if wanted is None:
         wanted = sorted({*DEFAULT_SIZES, own}) if config.layers_with_memory else [0]
@@ -177,9 +176,8 @@ def read_texts(options: Evaluate, run: LoadedRun) -> Texts:
 
 
 def data_of(options: Evaluate, data: DataConfig) -> DataConfig:
-    """Which text to read, and how: as the run (data) does, but for what the options say."""
-    if options.cache is not None:
-        data = dataclasses.replace(data, cache=options.cache)
+    """The text to read, and how: as in the run (data), except for what the options say."""
+    data = dataclasses.replace(data, cache=options.cache or data.cache)
     if options.source is None:
         if options.text_column is not None:
             raise ValueError(f"expected text_column only with a source, got {options.text_column!r}")
@@ -197,9 +195,9 @@ def data_of(options: Evaluate, data: DataConfig) -> DataConfig:
 
 
 def scored_bytes(text: np.ndarray, num_bytes: int, max_tokens: int | None, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the tokens that are scored: of a text of num_bytes, all but the first, and at most max_tokens.
+    """UTF-8 bytes of the scored tokens of a text of num_bytes: all but the first token, and at most max_tokens.
 
-    Those of a character that several tokens write count where it ends.
+    A character that several tokens write counts where it ends.
     """
 
     def read_by(count: int) -> int:
@@ -212,10 +210,8 @@ def scored_bytes(text: np.ndarray, num_bytes: int, max_tokens: int | None, token
 
 def _what(options: Evaluate, run: LoadedRun) -> str:
     """A sentence on the weights and the documents."""
-    if options.source is None:
-        where = f"the {options.split} split"
-    else:
-        first = run.config.data.max_documents
+    where, first = f"the {options.split} split", run.config.data.max_documents
+    if options.source is not None:
         where = f"all of {options.source}" if first is None else f"{options.source} (the first {first:,})"
     least = f" that have {options.min_tokens:,} tokens or more" if options.min_tokens > 2 else ""
     drawn = f" (at most {options.documents} of them, drawn at random)" if options.documents is not None else ""
@@ -225,20 +221,16 @@ def _what(options: Evaluate, run: LoadedRun) -> str:
     return f"{weights}, on the documents of {where}{least}{drawn}, {segments}.{cut}"
 
 
-def _plain(options: Evaluate) -> dict[str, Any]:
-    fields = dataclasses.asdict(options)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
-
-
 @contextmanager
 def _written_to(folder: Path) -> Iterator[Path]:
-    """A folder inside that folder, made at once: an evaluation may take hours. In the end its files are put in place.
+    """A folder inside that folder, made at once, since evaluating may take hours. Its files are moved out at the end.
 
-    Raises ValueError where none can be made. If anything fails inside, everything is as it was.
+    Raises ValueError if it cannot be made. If anything fails inside, everything is as it was.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with ExitStack() as stack:
-        stack.callback(_remove_empty, made)
+        for path in reversed(made):
+            stack.callback(_remove_if_empty, path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             aside = stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-"))
@@ -249,22 +241,21 @@ def _written_to(folder: Path) -> Iterator[Path]:
             os.replace(path, folder / path.name)
 
 
-def _remove_empty(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _report(options: Evaluate, run: LoadedRun, summary: Summary, warning: str | None, folder: Path) -> None:
-    """Print the report, then write it, with the numbers and the plot, into the folder."""
+    """Print the report, then write it with the numbers and the plot."""
     found, segment_length = provenance(run.model.device), run.config.training.segment_length
     came_from = f"Checkpoint of step {run.step:,}; evaluated {origin(found)}."
     title = f"Evaluation of {run.folder.name}"
     text = markdown(summary, title, _what(options, run), warning=warning, origin=came_from)
-    with suppress(BrokenPipeError):  # who reads may have read enough: the files are written all the same
+    with suppress(BrokenPipeError):  # the files are written even if nobody reads the output to its end
         print(text)
     facts = {"run": str(run.folder), "step": run.step, "segment_length": segment_length, "warning": warning}
-    content = {**facts, "options": _plain(options), **found, **summary.to_dict()}
+    content = {**facts, "options": to_plain(options), **found, **summary.to_dict()}
     (folder / "evaluation.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     (folder / "evaluation.md").write_text(text, encoding="utf-8")
-    plot(summary, segment_length, folder / "evaluation.png")
+    save_png(evaluation_charts(content), folder / "evaluation.png")

@@ -40,32 +40,32 @@ class Explain:
     """Show where a model looks in its memory for each token of a text, and what each source is worth."""
 
     prompt: str
-    """The text to explain; - reads it from standard input. It is read as one segment and not remembered."""
+    """The text to explain; - reads it from standard input. The model reads it as one segment and does not store it."""
     model: str | None = None
-    """Folder of a run, or name or folder of a causal language model of transformers; unless given, the newest run below
+    """Folder of a run, or name or folder of a causal language model of transformers; by default the newest run below
     runs/, or else "shipped", the small model that comes with the package."""
     memory: Path | None = None
-    """Look up in what this folder holds, built by `memory build` with this model; it stays as it is."""
+    """Look up in the memory in this folder, which `memory build` made with this model; it is not changed."""
     read: tuple[str, ...] = ()
     """Text files, and folders of them, to read before the prompt; files of a folder that are not text are skipped."""
     pattern: str = "*"
     """Which files of folders to read, such as *.py."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """The page to write; report.html unless given."""
+    """The page to write; by default report.html."""
     json: bool = False
-    """Instead, print what there is as JSON, with the 8 entries of each token that have the largest weights."""
+    """Print JSON instead, with the 8 entries of each token that have the largest weights."""
     all_entries: bool = False
-    """With --json: all of them, one for each token, layer, head and place of what was retrieved."""
+    """With --json: all entries, for each token, layer and head."""
     contribution: Literal["none", "ablate"] = "none"
-    """What each passage is worth: ablate runs the text again without each of those that were looked up most."""
+    """What each passage is worth: ablate runs the text again without each of the most looked-up passages."""
     row: int = 0
-    """Of the memory."""
+    """Row of the memory."""
     max_memories: int | None = None
-    """Entries that each layer can hold, without --memory; 262,144 unless given."""
+    """Entries that each layer can hold, without --memory; by default 262,144."""
     index: str | None = None
     """How the memory is searched: exact, auto or a faiss factory string."""
     device: str | None = None
-    """Such as cpu or cuda; unless given, cuda where there is one."""
+    """Such as cpu or cuda; by default cuda where there is one."""
 
 
 def main(arguments: Sequence[str], program: str) -> None:
@@ -74,22 +74,21 @@ def main(arguments: Sequence[str], program: str) -> None:
 
 
 def explain_text(options: Explain) -> None:
-    """Read, explain, then write the page and print what it says. Raises ValueError for bad input, before anything is
-    read where that can be known."""
+    """Read, explain, then write the page and print a summary. Raises ValueError for bad input, if possible before
+    anything is read."""
     prompt = read_text(STDIN) if options.prompt == STDIN else options.prompt
     output = checked(options, prompt)
     texts = texts_of(options.read, options.pattern) if options.read else {}
-    model = default_model() if options.model is None else options.model
-    reader = opened(options, model)
-    check_length(reader, prompt)
+    model, device = default_model() if options.model is None else options.model, chosen_device(options.device)
+    reader = open_reader(model, device, max_memories=options.max_memories, dtype=None, index=options.index)
+    if options.memory is not None:
+        reader.load(options.memory, mmap=True)
+    if reader.longest is not None and (count := len(reader.tokenizer.encode(prompt))) > reader.longest:
+        raise ValueError(f"expected at most {reader.longest:,} tokens of prompt, got {count:,} (--read longer texts)")
     read_all(reader, texts)
+    contribution: Literal["ablate"] | None = None if options.contribution == "none" else options.contribution
     found = explain(
-        reader.model,
-        prompt,
-        reader.memory,
-        tokenizer=reader.tokenizer,
-        row=options.row,
-        contribution=None if options.contribution == "none" else options.contribution,
+        reader.model, prompt, reader.memory, tokenizer=reader.tokenizer, row=options.row, contribution=contribution
     )
     if options.json:
         print(json.dumps(as_json(found, all_entries=options.all_entries), indent=1))
@@ -99,51 +98,29 @@ def explain_text(options: Explain) -> None:
 
 
 def checked(options: Explain, prompt: str) -> Path:
-    """Where to write. Raises ValueError for options that cannot be followed."""
-    if not prompt.strip():
-        raise ValueError("expected a text to explain, by --prompt, got an empty one")
-    if options.memory is None and not options.read:
-        raise ValueError("expected something to look up, by --memory or --read, got neither")
-    if options.memory is not None and options.max_memories is not None:
-        raise ValueError("expected --max-memories or --memory, got both")
-    if options.json and options.output is not None:
-        raise ValueError("expected --json or --output, got both")
-    if options.all_entries and not options.json:
-        raise ValueError("expected --all-entries with --json, got it without")
+    """The file to write. Raises ValueError for options that do not fit together."""
     output = REPORT if options.output is None else options.output
+    for is_bad, message in (
+        (not prompt.strip(), "expected a text to explain, by --prompt, got an empty one"),
+        (not (options.memory or options.read), "expected something to look up, by --memory or --read, got neither"),
+        (options.memory and options.max_memories is not None, "expected --max-memories or --memory, got both"),
+        (options.json and options.output, "expected --json or --output, got both"),
+        (options.all_entries and not options.json, "expected --all-entries with --json, got it without"),
+        (output.exists() and not output.is_file(), f"got {str(output)!r}, which is a folder or a device: name a file"),
+    ):
+        if is_bad:
+            raise ValueError(message)
     if not options.json:
-        check_writable(output)
+        try:
+            tempfile.TemporaryFile(dir=output.parent).close()  # better before long work than after it
+        except OSError as error:
+            raise ValueError(f"expected a file that can be written, got {str(output)!r}: {error.strerror}") from None
     return output
 
 
-def check_writable(path: Path) -> None:
-    """Raises ValueError where no file can be put: better before long work than after it."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"expected a file to write, got {str(path)!r}, which is a folder or a device")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise ValueError(f"expected a file that can be written, got {str(path)!r}: {error.strerror}") from None
-
-
-def opened(options: Explain, model: str) -> DocumentReader:
-    """The model with its memory, which is that on disk if there is one."""
-    device = chosen_device(options.device)
-    reader = open_reader(model, device, max_memories=options.max_memories, dtype=None, index=options.index)
-    if options.memory is not None:
-        reader.load(options.memory, mmap=True)
-    return reader
-
-
-def check_length(reader: DocumentReader, prompt: str) -> None:
-    """Raises ValueError for a prompt that the model cannot be given at once."""
-    if reader.longest is not None and (count := len(reader.tokenizer.encode(prompt))) > reader.longest:
-        raise ValueError(f"expected at most {reader.longest:,} tokens of prompt, got {count:,} (--read longer texts)")
-
-
 def texts_of(sources: Sequence[str], pattern: str) -> dict[str, str]:
-    """The texts of files, by their names. A file below a folder that is not text is skipped, with a message. Raises
-    ValueError for such a file that was given itself."""
+    """The texts of files, by their names. A file below a folder that holds no text is skipped with a message; raises
+    ValueError for such a file that was named itself."""
     given, texts = set(map(Path, sources)), dict[str, str]()
     for path in files_below(sources, pattern):
         try:
@@ -156,11 +133,9 @@ def texts_of(sources: Sequence[str], pattern: str) -> dict[str, str]:
 
 
 def read_all(reader: DocumentReader, texts: dict[str, str]) -> None:
-    """Read texts by their names, with a progress bar, and say which were too short or evicted."""
-    if not texts:
-        return
+    """Read texts by their names, with a progress bar; then say which of them the memory does not hold."""
     held, too_short = held_titles(reader.memory), list[str]()
-    with bar(total=sum(map(len, texts.values())), desc="reading", unit_scale=True) as progress:
+    with bar(total=sum(map(len, texts.values())), desc="reading", unit_scale=True, disable=not texts) as progress:
         for name, text in texts.items():
             done = 0.0
             for part in reader.read(name, text, {}, None):

@@ -21,17 +21,17 @@ class Explore:
     """Read texts into a memory, ask, see what is looked up, and forget, on a page of this machine alone."""
 
     what: tyro.conf.Positional[Path | None] = None
-    """Folder of a run, or of a memory, which stays as it is unless it is saved; else the newest run below ./runs,
-    or the small model that comes with the package."""
+    """Folder of a run, or of a memory, which is not changed unless you save to it; by default the newest run below
+    ./runs, or the small model that comes with the package."""
     model: str | None = None
     """The model for a memory: folder of a run, or name or folder of a causal language model of transformers, or
     "shipped"."""
     port: int = 7860
-    """Where to show it; the next free one, if it is taken."""
+    """Port of the page; if it is taken, the next free one."""
     read_only: bool = False
     """Ask and look only: nothing is read, forgotten or saved."""
     device: str | None = None
-    """Such as cpu or cuda; unless given, cuda where there is one."""
+    """Such as cpu or cuda; by default cuda where there is one."""
 
 
 def main(arguments: Sequence[str], program: str) -> None:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str], program: str) -> None:
 
 
 def chosen(options: Explore) -> tuple[str, Path | None]:
-    """The model, and the folder of a memory if one was given. Raises ValueError for what is neither."""
+    """The model, and the folder of a memory if one was given. Raises ValueError for any other folder."""
     what = options.what
     if what is None:
         return (default_model() if options.model is None else options.model), None

@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
+from memorizing_transformers_pytorch.data.document import decode
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.library.readers import load_memories
 from memorizing_transformers_pytorch.memory import KNNMemoryList
@@ -41,27 +42,27 @@ class Generate:
     max_new_tokens: int = 200
     """Tokens to write."""
     temperature: float = 0.6
-    """Of sampling; 0 takes the likeliest token."""
+    """Temperature of sampling; 0 takes the likeliest token."""
     top_k: int | None = None
-    """Sample from so many of the likeliest tokens only."""
+    """Sample only from this many of the likeliest tokens."""
     top_p: float | None = None
     """Sample from the fewest tokens that together have this probability."""
     stop: str | None = None
     """End before this text."""
     memories: Path | None = None
-    """Begin with what this folder holds, built by `memory build` with this run; it stays as it is."""
+    """Start with the memory in this folder, which `memory build` made with this run; it is not changed."""
     memory: bool = True
-    """Read and write with the memory, or on the local context alone."""
+    """Use the memory, or the local context alone."""
     index: str | None = None
-    """How the memory is searched: exact, auto or a faiss factory string; as in training unless given."""
+    """How the memory is searched: exact, auto or a faiss factory string; by default as in training."""
     segment_length: int | None = None
-    """Local context; that of the run unless given."""
+    """Local context; by default that of the run."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of sampling."""
     checkpoint: Literal["last", "best"] = "last"
     """Which weights of the run."""
     device: str | None = None
-    """Such as cpu or cuda; unless given, cuda where there is one."""
+    """Such as cpu or cuda; by default cuda where there is one."""
 
 
 def main(arguments: Sequence[str], program: str) -> None:
@@ -88,17 +89,19 @@ def generate_text(options: Generate) -> None:
         segment_length=segment_length,
     )
     write([tokens])  # checks everything, and reads nothing yet: reading may take long
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a question mark
     with memories_of(run, options) as memories:
         rest, state = read_whole_segments(run.model, tokens, memories, segment_length)
         written = (row[0] for row in write([rest], memories, xl_memories=state))
-        show(prompt)
+        print(prompt, end="", flush=True)
         for piece in until(options.stop, pieces(written, tokens, run.tokenizer)):
-            show(piece)
-        show("\n")
+            print(piece, end="", flush=True)
+        print(flush=True)
 
 
 def memories_of(run: LoadedRun, options: Generate) -> AbstractContextManager[KNNMemoryList | None]:
-    """An empty memory, that on disk, or none. Raises ValueError for a memory of another model."""
+    """An empty memory, the one on disk, or none. Raises ValueError for a memory of another model."""
     if options.memories is not None:
         if not options.memory:
             raise ValueError("expected --memories or --no-memory, got both")
@@ -107,11 +110,11 @@ def memories_of(run: LoadedRun, options: Generate) -> AbstractContextManager[KNN
 
 
 def read_input(options: Generate) -> tuple[str, str]:
-    """What to read before the prompt, and the prompt. Raises ValueError for what is no text, or two uses of stdin."""
+    """The text before the prompt, and the prompt. Raises ValueError for binary files, or two uses of stdin."""
     if [*options.read, options.prompt].count(STDIN) > 1:
         raise ValueError("expected - (standard input) at most once, got it several times")
-    texts = [read_text(name) for name in options.read]
-    before = "".join(text if text.endswith("\n") else text + "\n" for text in texts[:-1]) + "".join(texts[-1:])
+    *texts, last = [read_text(name) for name in options.read] or [""]
+    before = "".join(text if text.endswith("\n") else text + "\n" for text in texts) + last
     return before, read_text(STDIN) if options.prompt == STDIN else options.prompt
 
 
@@ -123,19 +126,13 @@ def read_text(name: str) -> str:
     where = "standard input" if name == STDIN else repr(name)
     if b"\0" in data:
         raise ValueError(f"expected text to read, got {where}, which is binary")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8 in {where}, got byte {data[error.start]:#04x} at {error.start:,}") from None
+    return decode(data, where, "strict")
 
 
 def read_whole_segments(
     model: MemorizingTransformer, tokens: list[int], memories: KNNMemoryList | None, segment_length: int
 ) -> tuple[list[int], XLMemories | None]:
-    """Read all segments that are full, but the last token, with a progress bar.
-
-    Returns the tokens that are left and the state to go on from; the rest falls into the same segments as ever.
-    """
+    """Read all full segments before the last token, with a progress bar. Returns the other tokens, and the state."""
     count = (len(tokens) - 1) // segment_length * segment_length
     if count == 0:
         return tokens, None
@@ -150,26 +147,22 @@ def read_whole_segments(
 
 def pieces(written: Iterator[int | None], before: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of tokens as they come, in whole characters; `before` are the tokens that they follow."""
-    context, pending = list(before[-1:]), list[int]()
+    context, pending, piece = list(before[-1:]), list[int](), ""
     for token in written:
         if token is None:
             continue
         pending.append(token)
-        piece = _new_text(context, pending, tokenizer)
+        # What the tokens add to those before them: some tokenizers write the first token of a text differently.
+        piece = tokenizer.decode(context + pending)[len(tokenizer.decode(context)) :]
         if piece and not piece.endswith("\N{REPLACEMENT CHARACTER}"):  # else wait for the rest of a character
             yield piece
-            context, pending = pending, []
-    if pending:
-        yield _new_text(context, pending, tokenizer)
-
-
-def _new_text(context: list[int], pending: list[int], tokenizer: Tokenizer) -> str:
-    """What the pending tokens add to their context: some tokenizers write the first token of a text differently."""
-    return tokenizer.decode(context + pending)[len(tokenizer.decode(context)) :]
+            context, pending, piece = pending, [], ""
+    if piece:
+        yield piece
 
 
 def until(stop: str | None, texts: Iterator[str]) -> Iterator[str]:
-    """The texts up to where `stop` begins; what may be its beginning is held back."""
+    """The texts up to where `stop` begins. An end that may be the beginning of `stop` is held back."""
     if not stop:
         yield from texts
         return
@@ -183,10 +176,3 @@ def until(stop: str | None, texts: Iterator[str]) -> Iterator[str]:
         yield held[: len(held) - begun]
         held = held[len(held) - begun :]
     yield held
-
-
-def show(text: str) -> None:
-    """Write to standard output at once; what its encoding does not know becomes a question mark."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    print(text, end="", flush=True)

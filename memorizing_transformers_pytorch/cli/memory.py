@@ -21,7 +21,7 @@ from memorizing_transformers_pytorch.memory.disk.folder import locked, make_fold
 from memorizing_transformers_pytorch.memory.disk.load import How, load, state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from memorizing_transformers_pytorch.memory.documents import DocumentTable, by_layer
-from memorizing_transformers_pytorch.training.interrupts import stopping_on_signals
+from memorizing_transformers_pytorch.utils.interrupts import stopping_on_signals
 from memorizing_transformers_pytorch.utils.progress import bar
 
 Memory = tyro.conf.Positional[Path]

@@ -25,9 +25,9 @@ from memorizing_transformers_pytorch.model.session import Session
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.presets import run_preset
-from memorizing_transformers_pytorch.training.report import check_plots_are_possible
 from memorizing_transformers_pytorch.training.run import LoadedRun, config_of, free_name, load_run
 from memorizing_transformers_pytorch.training.settings import from_plain, merged, read_yaml, to_plain
+from memorizing_transformers_pytorch.utils.charts import check_plots_are_possible
 
 SAMPLE_READS_TOKENS = 8_192
 EXPLAINED_TOKENS = 256
@@ -38,19 +38,19 @@ class Train:
     """Train a model with a memory, test what the memory is worth, and let it write."""
 
     preset: str = "small"
-    """Where to start from: small, enwik8, paper-200m, paper-1b or paper-8b."""
+    """The configuration to start from: small, enwik8, paper-200m, paper-1b or paper-8b."""
     config: Path | None = None
     """A YAML file with fields of a run, laid over the preset. (Flags are laid over both.)"""
     resume: bool = False
-    """Go on with the run in --output, exactly where its last checkpoint was written, with its own configuration."""
+    """Resume the run in --output, exactly from its last checkpoint, with its own configuration."""
     overwrite: bool = False
     """Replace the run in --output."""
     evaluate: bool = True
     """At the end, evaluate on the held-out test documents, with controls."""
     evaluate_tokens: int = 16_384
-    """Tokens that are then read of each document. (`evaluate` reads whole documents, at any memory sizes.)"""
+    """Tokens to read of each of these documents. (`evaluate` reads whole documents, at any memory sizes.)"""
     evaluate_documents: int = 64
-    """How many documents are then read, drawn at random; all if there are fewer."""
+    """Documents to evaluate on, drawn at random; all if there are fewer."""
     sample_tokens: int = 160
     """Tokens to write at the end, continuing a held-out document; 0 for none."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str], program: str) -> None:
 def parse(arguments: Sequence[str], program: str) -> Train:
     """The arguments over what they start from: a preset and a file, or with --resume the run itself.
 
-    Raises ValueError for an unknown preset, a file or a run that cannot be read, or values that make no sense.
+    Raises ValueError for an unknown preset, a file or a run that cannot be read, or bad values.
     """
     first = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     first.add_argument("--preset")
@@ -109,7 +109,7 @@ def train_and_report(options: Train) -> Path:
 
 
 def report(options: Train, folder: Path) -> None:
-    """Evaluate the run on its test documents and let it continue one of them, if it has any; then draw it all."""
+    """Evaluate the run on its test documents and let it continue one of them, if there are any; then write the page."""
     device = "cpu" if options.run.device == "cpu" else None
     run = load_run(folder)
     test = prepare(run.config.data, run.tokenizer.num_tokens, tokenizer=run.tokenizer).test
@@ -123,14 +123,15 @@ def report(options: Train, folder: Path) -> None:
         length, count = options.evaluate_tokens, options.evaluate_documents
         evaluate_run(Evaluate(run=folder, memory=f"0,{size}", max_tokens=length, documents=count, device=device))
     longest = max(documents, key=lambda n: len(test[n]))
+    name, tokens = test.names[longest], test[longest].tolist()
     if options.sample_tokens > 0:
-        print(sample(options.sample_tokens, run, test.names[longest], test[longest].tolist()))
-    draw(run, (test.names[longest], test[longest].tolist()))
+        print(sample(options.sample_tokens, run, name, tokens))
+    draw(run, (name, tokens))
 
 
 def draw(run: LoadedRun, document: tuple[str, list[int]] | None) -> None:
-    """Write report.html, with what was looked up in this held-out document. That it fails is no reason for a training
-    to have failed."""
+    """Write report.html, with what the model looks up in this held-out document. If it fails, the training has still
+    succeeded."""
     try:
         found, about = None, ""
         if document is not None and run.config.model.layers_with_memory:
@@ -141,9 +142,8 @@ def draw(run: LoadedRun, document: tuple[str, list[int]] | None) -> None:
 
 
 def looked_up(run: LoadedRun, name: str, tokens: list[int]) -> tuple[Explanation, str]:
-    """What the model looks up in a held-out document, of which it has read what comes before; and a sentence on it."""
-    end = min(len(tokens), SAMPLE_READS_TOKENS)
-    length = run.config.training.segment_length
+    """What the model looks up in a piece of a held-out document after it has read what comes before; and a sentence."""
+    end, length = min(len(tokens), SAMPLE_READS_TOKENS), run.config.training.segment_length
     start = max(end - min(length, EXPLAINED_TOKENS), end // 2)
     with run.model.knn_memories_context(batch_size=1) as memories:
         number = memories.ledger.begin(name, 0, 0)
@@ -151,13 +151,13 @@ def looked_up(run: LoadedRun, name: str, tokens: list[int]) -> tuple[Explanation
         session.read([tokens[:start]])
         session.close()
         memories.ledger.grow(number, start)
-        piece = torch.tensor(tokens[start:end])
+        piece = tokens[start:end]
         found = explain(run.model, piece, memories, tokenizer=run.tokenizer, contribution="ablate", most_passages=8)
-    return found, f"{name}, held out: tokens {start:,} to {end - 1:,}, after those before them were read."
+    return found, f"{name}, held out: tokens {start:,} to {end - 1:,}, after the model has read those before them."
 
 
 def sample(count: int, run: LoadedRun, name: str, tokens: list[int]) -> str:
-    """Read a held-out document far beyond the local context, and go on writing it; kept as sample.txt."""
+    """Read a held-out document far beyond the local context, and continue it; written to sample.txt."""
     read = tokens[:SAMPLE_READS_TOKENS]
     with run.model.knn_memories_context(batch_size=1) as memories:
         [written] = generate(

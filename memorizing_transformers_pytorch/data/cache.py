@@ -1,8 +1,8 @@
-"""Tokenised documents on disk: written once, memory-mapped ever after, so that a corpus need not fit into memory.
+"""Tokenised documents on disk: written once, then memory-mapped, so that a corpus need not fit into memory.
 
 A folder holds for each split the tokens one after the other (.tokens), where each document begins (.offsets.npy), its
-size as UTF-8 (.bytes.npy) and its name (.names), besides tokenizer.json and meta.json. It is written aside and renamed
-when all of it is on the disk: it is whole, or not there. Several processes may build it at once; the first one's stays.
+size as UTF-8 (.bytes.npy) and its name (.names), besides tokenizer.json and meta.json. It is written under another name
+and renamed when it is complete on the disk. Several processes may build it at once; the first one wins.
 """
 
 from __future__ import annotations
@@ -10,22 +10,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import threading
 import time
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from memorizing_transformers_pytorch.data.document import SPLITS, Document, Split
-from memorizing_transformers_pytorch.data.text import text_bytes
+from memorizing_transformers_pytorch.data.document import SPLITS, Split, TextDocument, text_bytes
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.utils.durable import sync, sync_folder
 from memorizing_transformers_pytorch.utils.plain_json import parse_json, read_object
@@ -33,8 +30,7 @@ from memorizing_transformers_pytorch.utils.plain_json import parse_json, read_ob
 FORMAT = 2
 _DTYPES = ("<u2", "<u4")  # of tokens
 _ASIDE = ".building-"
-_STALE_SECONDS = 3600.0
-_SIGN_OF_LIFE_SECONDS = 60.0
+_STALE_SECONDS = 14 * 24 * 3600.0  # no builder takes that long
 _CHARACTERS_AT_ONCE = 1 << 20
 _DOCUMENTS_AT_ONCE = 256
 
@@ -120,11 +116,11 @@ def _numbers(path: Path) -> np.ndarray:
 def build(
     cache: Path,
     fingerprint: str,
-    documents: Iterable[tuple[Split, Document]],
+    documents: Iterable[tuple[Split, TextDocument]],
     tokenizer: Tokenizer,
     about: dict[str, Any],
 ) -> Path:
-    """The folder of that fingerprint: as it is there, or written from the documents. about: kept in meta.json."""
+    """The folder with that fingerprint, written from the documents unless it exists. about: goes into meta.json."""
     folder = cache / fingerprint
     if folder.is_dir():
         return folder
@@ -133,9 +129,8 @@ def build(
     aside = cache / f"{_ASIDE}{fingerprint}-{uuid.uuid4().hex}"
     aside.mkdir()
     try:
-        with _signs_of_life(aside):
-            _write(aside, documents, tokenizer, about)
-            sync_folder(aside)
+        _write(aside, documents, tokenizer, about)
+        sync_folder(aside)
         try:
             aside.rename(folder)
         except OSError:
@@ -148,50 +143,31 @@ def build(
 
 
 def _remove_stale(cache: Path) -> None:
-    """What builders that were killed left behind."""
+    """Remove what killed builders left behind."""
     for aside in cache.glob(f"{_ASIDE}*"):
         with contextlib.suppress(FileNotFoundError):  # its builder may be just done
             if aside.stat().st_mtime < time.time() - _STALE_SECONDS:
                 shutil.rmtree(aside, ignore_errors=True)
 
 
-@contextmanager
-def _signs_of_life(aside: Path) -> Iterator[None]:
-    """Keep the folder's time recent while this process lives, even if the documents are long in coming."""
-    done = threading.Event()
-
-    def show() -> None:
-        while not done.wait(_SIGN_OF_LIFE_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(aside)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
 def _write(
-    aside: Path, documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, about: dict[str, Any]
+    aside: Path, documents: Iterable[tuple[Split, TextDocument]], tokenizer: Tokenizer, about: dict[str, Any]
 ) -> None:
     dtype = np.dtype(_DTYPES[tokenizer.num_tokens > 1 << 16])
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(_writer(aside, split)) for split in SPLITS}
+        writers = {split: _Writer(aside, split, stack) for split in SPLITS}
         for some in _batches(documents):
             encoded = tokenizer.encode_arrays([document.text for _, document in some])
             for (split, document), tokens in zip(some, encoded, strict=True):
                 writers[split].add(document, tokens.astype(dtype))
+        splits = {split: writer.finish() for split, writer in writers.items()}
     tokenizer.save(aside / "tokenizer.json")
-    splits = {split: writer.summary() for split, writer in writers.items()}
     meta = {**about, "dtype": dtype.str, "num_tokens": tokenizer.num_tokens, "splits": splits}
     (aside / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
-def _batches(documents: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Split, Document]]]:
-    some: list[tuple[Split, Document]] = []
+def _batches(documents: Iterable[tuple[Split, TextDocument]]) -> Iterator[list[tuple[Split, TextDocument]]]:
+    some: list[tuple[Split, TextDocument]] = []
     characters = 0
     for split, document in documents:
         some.append((split, document))
@@ -206,30 +182,24 @@ def _batches(documents: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple
 class _Writer:
     """Appends documents to the files of a split; keeps in memory two numbers for each."""
 
-    def __init__(self, tokens: Any, names: Any) -> None:
-        self._tokens, self._names = tokens, names
-        self._content = hashlib.sha256()
-        self._names_size = 0
-        self.offsets, self.num_bytes = array("q", [0]), array("q")
+    def __init__(self, aside: Path, split: Split, stack: ExitStack) -> None:
+        self._tokens, self._names = (
+            stack.enter_context((aside / f"{split}.{name}").open("wb")) for name in ("tokens", "names")
+        )
+        self._path, self._content = aside / split, hashlib.sha256()
+        self._offsets, self._num_bytes = array("q", [0]), array("q")
 
-    def add(self, document: Document, tokens: np.ndarray) -> None:
+    def add(self, document: TextDocument, tokens: np.ndarray) -> None:
         name = json.dumps(document.name).encode() + b"\n"
-        self._tokens.write(tokens)
+        self._tokens.write(tokens.data)
         self._names.write(name)
-        self._names_size += len(name)
         for part in (name, len(tokens).to_bytes(8, "little"), tokens.data):
             self._content.update(part)
-        self.offsets.append(self.offsets[-1] + len(tokens))
-        self.num_bytes.append(len(text_bytes(document.text)))
+        self._offsets.append(self._offsets[-1] + len(tokens))
+        self._num_bytes.append(len(text_bytes(document.text)))
 
-    def summary(self) -> dict[str, Any]:
-        return {"content": self._content.hexdigest(), "names_size": self._names_size}
-
-
-@contextmanager
-def _writer(aside: Path, split: Split) -> Iterator[_Writer]:
-    with (aside / f"{split}.tokens").open("wb") as tokens, (aside / f"{split}.names").open("wb") as names:
-        writer = _Writer(tokens, names)
-        yield writer
-    np.save(aside / f"{split}.offsets.npy", np.asarray(writer.offsets, dtype=np.int64))
-    np.save(aside / f"{split}.bytes.npy", np.asarray(writer.num_bytes, dtype=np.int64))
+    def finish(self) -> dict[str, Any]:
+        """Write the numbers; what meta.json says of the split."""
+        for name, numbers in (("offsets", self._offsets), ("bytes", self._num_bytes)):
+            np.save(f"{self._path}.{name}.npy", np.asarray(numbers, dtype=np.int64))
+        return {"content": self._content.hexdigest(), "names_size": self._names.tell()}

@@ -15,7 +15,7 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The text to train on. Raises ValueError for what makes no sense."""
+    """The text to train on. Raises ValueError for bad values."""
 
     source: str = "stdlib"
     """stdlib (Python's own source), enwik8 (downloaded), enwik8:PATH (the file or its zip), a folder, a file or a glob
@@ -23,16 +23,16 @@ class DataConfig:
     pattern: str = "*"
     """Which files of a folder are read, such as *.md. Hidden ones never are."""
     group: Literal["file", "folder"] = "file"
-    """What a document is: each file, or all files below each entry of the folder (a package, a book in chapters)."""
+    """Which files form a document: each file alone, or all files below each entry of the folder (a package, a book)."""
     errors: Literal["replace", "strict"] = "replace"
-    """What is done with bytes that are no UTF-8: replaced by U+FFFD, or refused."""
+    """What to do with bytes that are not UTF-8: replace them by U+FFFD, or refuse the file."""
 
     text_column: str = "text"
     """The column of .jsonl, .parquet and hf: that holds the text."""
     name_column: str | None = None
     """The column that names a document. Without one its name is a hash of its text."""
     nulls: Literal["skip", "fail"] = "skip"
-    """What is done with rows whose text is null: skipped, with a warning that says how many, or refused."""
+    """What to do with rows whose text is null: skip them, with a warning that says how many, or fail."""
     subset: str | None = None
     """The configuration of an hf: dataset that has several."""
     hf_split: str = "train"
@@ -40,7 +40,7 @@ class DataConfig:
     streaming: bool = False
     """Read an hf: dataset over the network as it is needed, without keeping it on disk."""
     max_documents: int | None = None
-    """Read only so many documents from the beginning."""
+    """Read only the first documents, this many."""
 
     valid: float = 0.05
     """Share of the documents held out to watch the training. enwik8 has a split of its own."""
@@ -67,12 +67,9 @@ class DataConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        self._check_numbers()
-        given = [name for name, value in (("subset", self.subset), ("streaming", self.streaming)) if value]
-        if given and not self.source.startswith("hf:"):
-            raise ValueError(f"expected {given[0]} only with a source of hf:NAME, got source {self.source!r}")
-
-    def _check_numbers(self) -> None:
+        for name in ("subset", "streaming"):
+            if getattr(self, name) and not self.source.startswith("hf:"):
+                raise ValueError(f"expected {name} only with a source of hf:NAME, got source {self.source!r}")
         if not (0 <= self.valid < 1 and 0 <= self.test < 1 and self.valid + self.test < 1):
             raise ValueError(f"expected valid and test from 0, below 1 together, got {self.valid} and {self.test}")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:

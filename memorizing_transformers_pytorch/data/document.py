@@ -1,4 +1,4 @@
-"""A document, and what gives documents. Knows no file."""
+"""Documents, where they come from, and their text as bytes. Knows no file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
-class Document(NamedTuple):
-    """A text that belongs together, read from its beginning to its end.
+class TextDocument(NamedTuple):
+    """A text that is read from its beginning to its end.
 
-    split: where the corpus itself puts it; None: its name decides (split.py). Bytes of the text that are no UTF-8 are
-    lone surrogates (PEP 383).
+    split: given by the corpus itself; None: the name decides (split.py). Bytes of the text that are not UTF-8 are lone
+    surrogates (PEP 383).
     """
 
     name: str
@@ -22,12 +22,40 @@ class Document(NamedTuple):
 
 
 class Corpus(Protocol):
-    """Documents in an order that stays, one in memory at a time, as often as they are asked for.
+    """Documents in a fixed order, one in memory at a time; can be read several times.
 
-    Reading raises ValueError for what is no text.
+    Reading raises ValueError for binary files.
     """
 
-    def __iter__(self) -> Iterator[Document]: ...
+    def __iter__(self) -> Iterator[TextDocument]: ...
 
     def fingerprint(self) -> str:
         """Something cheap that changes when the documents may have."""
+
+
+def decode(data: bytes, where: str, errors: Literal["replace", "strict"]) -> str:
+    """UTF-8 to text, without the mark (BOM) that some write before it.
+
+    Raises ValueError that names the place for other bytes, if errors is strict.
+    """
+    try:
+        return data.decode("utf-8", errors).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{data[error.start]:02x} at offset {error.start:,}"
+        raise ValueError(f"expected UTF-8 in {where}, got {found}") from error
+
+
+def without_surrogates(text: str, where: str, errors: Literal["replace", "strict"]) -> str:
+    """The text, if it can be written as UTF-8; escapes of JSON can name halves of characters, which cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        if errors == "strict":
+            raise ValueError(f"expected UTF-8 in {where}, got {text[error.start]!r} at {error.start:,}") from error
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def text_bytes(text: str) -> bytes:
+    """The bytes of a text, with those that were no UTF-8 as they were read."""
+    return text.encode("utf-8", "surrogateescape")

@@ -1,9 +1,11 @@
-"""Fetch a file over HTTP: resumed where it was cut off, checked, and in place only when it is whole."""
+"""Download a file over HTTP: resumed where it stopped, checked, and in place only when it is whole.
+
+(pooch does not resume downloads.)
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +15,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from memorizing_transformers_pytorch.utils.durable import sync
 from memorizing_transformers_pytorch.utils.progress import bar
 
 _BLOCK_BYTES = 1 << 16
@@ -29,11 +32,10 @@ def download(
     attempts: int = 5,
     wait_seconds: float = 1.0,
 ) -> None:
-    """Make `path` the file at `address`, unless it is there. What came so far waits beside it as a .part file.
+    """Download `address` to `path`, unless that file exists. An unfinished download stays beside it as a .part file.
 
-    A connection that breaks is taken up again, after a wait that doubles. Raises ValueError if the server has another
-    file (nothing is kept) or the address is none of HTTP, OSError if it cannot be reached in so many attempts without a
-    byte gained.
+    A connection that breaks is tried again, after a wait that doubles. Raises ValueError if the server has another file
+    (nothing is kept) or the address is not HTTP, OSError after that many attempts without a new byte.
     """
     if not address.startswith(("https://", "http://")):
         raise ValueError(f"expected an address that begins with https:// or http://, got {address!r}")
@@ -76,7 +78,7 @@ def _fetch(address: str, part: Path, num_bytes: int, shown: tqdm[Any]) -> str | 
             _write(response, part, begin, num_bytes, shown)
     except urllib.error.HTTPError as error:
         with error:
-            if error.code == 416:  # the part is longer than the server's file: begin anew and see
+            if error.code == 416:  # the part is longer than the server's file: start again
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):
                 raise ValueError(f"expected a file at {address}, got {error.code} {error.reason}") from error
@@ -99,12 +101,10 @@ def _write(response: BinaryIO, part: Path, begin: int, num_bytes: int, shown: tq
 
 
 def _accept(part: Path, path: Path, address: str, sha256: str) -> None:
-    digest = hashlib.sha256()
     with part.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-        os.fsync(file.fileno())
-    if digest.hexdigest() != sha256:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
         part.unlink()
-        raise ValueError(f"expected SHA-256 {sha256} of {address}, got {digest.hexdigest()}")
-    os.replace(part, path)
+        raise ValueError(f"expected SHA-256 {sha256} of {address}, got {found}")
+    sync(part)
+    part.replace(path)

@@ -15,8 +15,7 @@ from itertools import islice
 import numpy as np
 from datasketch import MinHash  # type: ignore[import-untyped]
 
-from memorizing_transformers_pytorch.data.document import Document
-from memorizing_transformers_pytorch.data.text import text_bytes
+from memorizing_transformers_pytorch.data.document import TextDocument, text_bytes
 
 _NUM_PERMUTATIONS = 128
 _SHINGLE_WORDS = 5
@@ -26,7 +25,7 @@ _SKETCHES_AT_ONCE = 4096
 _PROPOSED = 0.999  # of the pairs at the threshold
 
 
-def near_duplicate_leaders(documents: Iterable[Document], threshold: float) -> dict[str, str]:
+def near_duplicate_leaders(documents: Iterable[TextDocument], threshold: float) -> dict[str, str]:
     """For every document with near-identical others, the smallest name of its group. Others are not in it."""
     names, sketches = _sketches(documents)
     groups = _Groups()
@@ -45,7 +44,7 @@ def near_duplicate_leaders(documents: Iterable[Document], threshold: float) -> d
     return groups.leaders()
 
 
-def _sketches(documents: Iterable[Document]) -> tuple[list[str], np.ndarray]:
+def _sketches(documents: Iterable[TextDocument]) -> tuple[list[str], np.ndarray]:
     """The names of documents with words, and their sketches: a row of 32-bit numbers each."""
     names: list[str] = []
     rows = bytearray()  # grows in place

@@ -6,11 +6,11 @@ import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from memorizing_transformers_pytorch.data.document import SPLITS, Document
+from memorizing_transformers_pytorch.data.document import SPLITS, TextDocument
 from memorizing_transformers_pytorch.data.download import download
 
 ADDRESS = "http://mattmahoney.net/dc/enwik8.zip"
@@ -19,9 +19,8 @@ ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
 SPLIT_BYTES = (90_000_000, 5_000_000, 5_000_000)
 
 _OF_ARCHIVES = (
-    *(EOFError, OSError, RuntimeError, UnicodeDecodeError),
-    *(lzma.LZMAError, zipfile.BadZipFile, zlib.error),
-)
+    EOFError, OSError, RuntimeError, UnicodeDecodeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def download_enwik8(cache: Path, progress: bool) -> Path:
@@ -45,37 +44,31 @@ class Enwik8:
         self._split_bytes = split_bytes
         if not path.is_file():
             raise ValueError(f"expected enwik8 or enwik8.zip, got {str(path)!r}, which does not exist")
-        self._zipped = zipfile.is_zipfile(path)
         found = self._num_bytes()
         if found != sum(split_bytes):
             raise ValueError(f"expected {sum(split_bytes):,} bytes of enwik8 in {str(path)!r}, got {found:,}")
 
-    def __iter__(self) -> Iterator[Document]:
-        with self._open() as file:
+    def __iter__(self) -> Iterator[TextDocument]:
+        with ExitStack() as stack:
+            if zipfile.is_zipfile(self._path):
+                file = stack.enter_context(stack.enter_context(self._archive()).open("enwik8"))
+            else:
+                file = stack.enter_context(self._path.open("rb"))
             for split, num_bytes in zip(SPLITS, self._split_bytes, strict=True):
                 for number, page in enumerate(_pages(file, num_bytes)):
-                    yield Document(f"{split}/{number:06}", page.decode("utf-8", "surrogateescape"), split)
+                    yield TextDocument(f"{split}/{number:06}", page.decode("utf-8", "surrogateescape"), split)
 
     def fingerprint(self) -> str:
         status = self._path.stat()
         return f"{self._path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
     def _num_bytes(self) -> int:
-        if not self._zipped:
+        if not zipfile.is_zipfile(self._path):
             return self._path.stat().st_size
         with self._archive() as archive:
             if "enwik8" not in archive.namelist():
                 raise ValueError(f"expected 'enwik8' in {str(self._path)!r}, got {archive.namelist()[:5]}")
             return archive.getinfo("enwik8").file_size
-
-    @contextmanager
-    def _open(self) -> Iterator[IO[bytes]]:
-        if not self._zipped:
-            with self._path.open("rb") as file:
-                yield file
-            return
-        with self._archive() as archive, archive.open("enwik8") as file:
-            yield file
 
     @contextmanager
     def _archive(self) -> Iterator[zipfile.ZipFile]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.document import Document
+from memorizing_transformers_pytorch.data.document import TextDocument
 from memorizing_transformers_pytorch.data.tables import check_columns, row_document, wanted_columns, without_nulls
 
 
 class HuggingFaceDataset:
     """One split of a dataset: on disk, or streamed.
 
-    Raises ValueError if there is none, if it cannot be read, or if `datasets` is missing.
+    Raises ValueError if the dataset does not exist or cannot be read, or if `datasets` is not installed.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -27,9 +28,8 @@ class HuggingFaceDataset:
         self._name = config.source.removeprefix("hf:")
         with _failures(f"expected a dataset, got {self._name!r}"):
             self._builder = datasets.load_dataset_builder(self._name, config.subset)
-        self._dataset: Any = None
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[TextDocument]:
         rows = enumerate(self._rows())
         source, config = self._config.source, self._config
         return without_nulls((row_document(row, f"{source}, row {number:,}", config) for number, row in rows), config)
@@ -40,24 +40,21 @@ class HuggingFaceDataset:
         version = builder.config.version
         return f"{self._config.source} {builder.config_id} {version} {builder.hash} {self._config.hf_split}"
 
-    def _rows(self) -> Iterator[Any]:
-        with self._reading():
-            if self._dataset is None:
-                self._dataset = self._opened()
-            columns = self._dataset.column_names  # None if they are known from the rows alone
-        if columns is not None:
-            check_columns(columns, self._config.source, self._config)
-        with self._reading():
-            yield from self._dataset if columns is None else self._dataset.select_columns(wanted_columns(self._config))
-
-    def _reading(self) -> Any:
-        return _failures(f"expected to read the dataset {self._name!r}, got an error")
-
-    def _opened(self) -> Any:
+    @cached_property
+    def _dataset(self) -> Any:
         if self._config.streaming:
             return self._builder.as_streaming_dataset(self._config.hf_split)
         self._builder.download_and_prepare()
         return self._builder.as_dataset(self._config.hf_split)
+
+    def _rows(self) -> Iterator[Any]:
+        error = f"expected to read the dataset {self._name!r}, got an error"
+        with _failures(error):
+            columns = self._dataset.column_names  # None if only the rows tell
+        if columns is not None:
+            check_columns(columns, self._config.source, self._config)
+        with _failures(error):
+            yield from self._dataset if columns is None else self._dataset.select_columns(wanted_columns(self._config))
 
 
 @contextmanager

@@ -13,25 +13,16 @@ from memorizing_transformers_pytorch.data import cache
 from memorizing_transformers_pytorch.data.cache import TokenisedDocuments
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.corpora import open_corpus
-from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, Document, Split
+from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, Split, TextDocument
 from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
-from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from memorizing_transformers_pytorch.utils.durable import replacing
 from memorizing_transformers_pytorch.utils.progress import bar
 
 # What decides on the text and the side of a document. The corpus and the tokenizer have fingerprints of their own.
 _DECIDING = (
-    "source",
-    "pattern",
-    "group",
-    "errors",
-    "text_column",
-    "name_column",
-    "nulls",
-    "valid",
-    "test",
-    "near_duplicates",
-)
+    "source", "pattern", "group", "errors", "text_column", "name_column", "nulls", "valid", "test", "near_duplicates",
+)  # fmt: skip
 
 
 class Prepared(NamedTuple):
@@ -48,11 +39,11 @@ def prepare(config: DataConfig, num_tokens: int, progress: bool = True, tokenize
     """Tokenise the corpus, or find it in the cache. The text is read again only if something has changed.
 
     num_tokens: the vocabulary of the model: a BPE is trained to it; another tokenizer must have it.
-    tokenizer: used instead of the configured one, such as that of a run that goes on.
+    tokenizer: used instead of the configured one, such as that of a resumed run.
     Raises ValueError for a corpus that cannot be read, or leaves nothing to train on, and for another vocabulary.
     """
     if tokenizer is None and config.tokenizer != "bpe":
-        tokenizer = ByteTokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is not None and tokenizer.num_tokens != num_tokens:
         raise ValueError(f"expected a tokenizer of {num_tokens:,} tokens, got one of {tokenizer.num_tokens:,}")
     corpus = open_corpus(config, progress)
@@ -69,7 +60,7 @@ def prepare(config: DataConfig, num_tokens: int, progress: bool = True, tokenize
     about["tokenizer"] = _hash(tokenizer.to_json())
     key = _hash(json.dumps(about))
     if not (config.cache / key).is_dir():
-        splitter()  # what takes long or finds faults comes before anything is written
+        splitter()  # slow work, and errors, come before anything is written
     folder = cache.build(config.cache, key, _sided(corpus, splitter, "tokenising", progress), tokenizer, about)
     train, valid, test = (TokenisedDocuments(folder, split) for split in SPLITS)
     if not train.num_tokens_total:
@@ -99,13 +90,13 @@ def _trained(
 
 def _sided(
     corpus: Corpus, splitter: Callable[[], Splitter], doing: str, progress: bool
-) -> Iterator[tuple[Split, Document]]:
+) -> Iterator[tuple[Split, TextDocument]]:
     side = splitter()
     for document in _shown(corpus, doing, progress):
         yield side(document), document
 
 
-def _shown(corpus: Iterable[Document], doing: str, progress: bool) -> Iterable[Document]:
+def _shown(corpus: Iterable[TextDocument], doing: str, progress: bool) -> Iterable[TextDocument]:
     return bar(corpus, desc=doing, unit=" documents", disable=not progress)
 
 

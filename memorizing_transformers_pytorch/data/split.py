@@ -6,9 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from memorizing_transformers_pytorch.data.document import Document, Split
+from memorizing_transformers_pytorch.data.document import Split, TextDocument, text_bytes
 from memorizing_transformers_pytorch.data.duplicates import near_duplicate_leaders
-from memorizing_transformers_pytorch.data.text import text_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class Splitter:
     test: float
     leaders: dict[str, str] = field(default_factory=dict)
 
-    def __call__(self, document: Document) -> Split:
+    def __call__(self, document: TextDocument) -> Split:
         if document.split is not None:
             return document.split
         name = self.leaders.get(document.name, document.name)
@@ -35,14 +34,13 @@ class Splitter:
 
 
 def make_splitter(
-    documents: Iterable[Document], *, valid: float, test: float, near_duplicates: float | None
+    documents: Iterable[TextDocument], *, valid: float, test: float, near_duplicates: float | None
 ) -> Splitter:
     """The sides of these documents. They are read once to find near-identical ones, unless that is None.
 
     near_duplicates: Jaccard similarity of the sets of five words in a row (see duplicates.py), from which documents are
     kept on one side.
     """
-    if near_duplicates is None:
-        return Splitter(valid=valid, test=test)
     free = (document for document in documents if document.split is None)
-    return Splitter(valid=valid, test=test, leaders=near_duplicate_leaders(free, near_duplicates))
+    leaders = {} if near_duplicates is None else near_duplicate_leaders(free, near_duplicates)
+    return Splitter(valid=valid, test=test, leaders=leaders)

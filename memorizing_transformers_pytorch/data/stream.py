@@ -45,20 +45,14 @@ class _Piece(NamedTuple):
     length: int
 
 
-def _lengths(documents: Sequence[np.ndarray]) -> np.ndarray:
-    if isinstance(documents, TokenisedDocuments):
-        return documents.lengths
-    return np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
-
-
 class DocumentStream(Iterator[Batch]):
     """An endless stream of batches over documents, in a new order each time all have been handed out.
 
     documents: token ids of each; those of fewer than 2 tokens are skipped. rows: of all processes together.
     pack: fill the segment that ends a document with the next of that row, instead of padding.
-    only: the rows that this process hands out. Every process keeps account of all rows, which costs next to nothing: so
-    each document goes to one of them in each pass, as if one read all rows, and a state taken by one is that of all.
-    Raises ValueError for sizes below 1, more rows than documents, or rows that are none.
+    only: the rows that this process hands out. Every process tracks the positions of all rows, which costs almost
+    nothing: so each document goes to one process in each pass, and the state of one process is that of all.
+    Raises ValueError for sizes below 1, more rows than documents, or rows that do not exist.
     """
 
     def __init__(
@@ -77,14 +71,15 @@ class DocumentStream(Iterator[Batch]):
         if not self._only or min(self._only) < 0 or max(self._only) >= rows:
             raise ValueError(f"expected only to hold some of {rows} rows, got {self._only}")
         self._documents = documents
-        self._lengths = _lengths(documents)
+        if isinstance(documents, TokenisedDocuments):
+            self._lengths = documents.lengths
+        else:
+            self._lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
         self._usable = np.flatnonzero(self._lengths > 1)
         if rows > len(self._usable):
             most = f"{len(self._usable)} rows, one for each document of at least 2 tokens"
             raise ValueError(f"expected at most {most}, got {rows}")
-        self._segment_length = segment_length
-        self._seed = seed
-        self._pack = pack
+        self._segment_length, self._seed, self._pack = segment_length, seed, pack
         self._taken = 0  # documents handed out in this epoch
         self._places = [[-1, 0] for _ in range(rows)]  # document and position of each row; -1 before its first
         self._begin_epoch(0)
@@ -116,20 +111,18 @@ class DocumentStream(Iterator[Batch]):
         for name in ("seed", "documents"):
             if state[name] != ours[name]:
                 raise ValueError(f"expected the state of a stream with {name} {ours[name]}, got {state[name]}")
-        if len(state["places"]) != len(self._places):
-            raise ValueError(f"expected the state of {len(self._places)} rows, got {len(state['places'])}")
-        numbers = [state["epoch"], state["taken"], *itertools.chain(*state["places"])]
-        if not all(isinstance(number, int) for number in numbers) or state["epoch"] < 0:
+        epoch, taken, places = state["epoch"], state["taken"], state["places"]
+        if len(places) != len(self._places):
+            raise ValueError(f"expected the state of {len(self._places)} rows, got {len(places)}")
+        if not all(isinstance(number, int) for number in (epoch, taken, *itertools.chain(*places))) or epoch < 0:
             raise ValueError(f"expected an epoch, documents taken and places as whole numbers, got {state}")
-        for number, position in state["places"]:
+        for number, position in places:
             if number >= 0 and not (number < len(self._lengths) and 0 <= position <= self._lengths[number]):
                 raise ValueError(f"expected places within the documents, got position {position} of {number}")
-        if not 0 <= state["taken"] <= len(self._usable):
-            most = f"{len(self._usable)} documents taken of epoch {state['epoch']}"
-            raise ValueError(f"expected at most {most}, got {state['taken']}")
-        self._begin_epoch(state["epoch"])
-        self._taken = state["taken"]
-        self._places = [list(place) for place in state["places"]]
+        if not 0 <= taken <= len(self._usable):
+            raise ValueError(f"expected at most {len(self._usable)} documents taken of epoch {epoch}, got {taken}")
+        self._begin_epoch(epoch)
+        self._taken, self._places = taken, [list(place) for place in places]
 
     def _advance(self, row: int) -> list[_Piece]:
         """What the row reads next, whether or not it is handed out here."""
@@ -160,23 +153,18 @@ class DocumentStream(Iterator[Batch]):
 
     def _batch(self, pieces: list[_Piece]) -> Batch:
         shape = (self.rows, self._segment_length)
-        tokens = np.zeros(shape, dtype=np.int64)
-        labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        lines = {row: line for line, row in enumerate(self._only)}
-        for piece in pieces:
-            text = self._documents[piece.document][piece.position : piece.position + piece.length + 1]
-            tokens[lines[piece.row], piece.column : piece.column + piece.length] = text[: piece.length]
-            labels[lines[piece.row], piece.column : piece.column + len(text) - 1] = text[1:]
-        mask = np.zeros(shape, dtype=bool)
+        tokens, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        mask, starts = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
         origins = np.zeros((*shape, 3), dtype=np.int64)
-        starts = np.zeros(shape, dtype=bool)
-        line = np.array([lines[piece.row] for piece in pieces])
-        _, column, number, position, length = np.array(pieces).T
-        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-        places = np.repeat(line, length), np.repeat(column, length) + within
-        mask[places] = True
-        starts[line, column] = position == 0
-        origins[places] = np.stack(
-            (np.repeat(number, length), np.repeat(position, length) + within, tokens[places]), axis=-1
-        )
+        lines = {row: line for line, row in enumerate(self._only)}
+        for row, column, document, position, length in pieces:
+            line, end = lines[row], column + length
+            text = self._documents[document][position : position + length + 1].astype(np.int64)
+            tokens[line, column:end] = text[:length]
+            labels[line, column : column + len(text) - 1] = text[1:]
+            mask[line, column:end] = True
+            starts[line, column] = position == 0
+            origins[line, column:end, 0] = document
+            origins[line, column:end, 1] = np.arange(position, position + length)
+            origins[line, column:end, 2] = text[:length]
         return Batch(*map(torch.from_numpy, (tokens, labels, mask, origins, starts)))

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.document import Document
-from memorizing_transformers_pytorch.data.text import decode, text_bytes, without_surrogates
+from memorizing_transformers_pytorch.data.document import TextDocument, decode, text_bytes, without_surrogates
 from memorizing_transformers_pytorch.utils.plain_json import parse_object
 
 _ROWS_AT_ONCE = 64
@@ -22,14 +21,14 @@ def is_table(path: Path) -> bool:
     return path.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
 
 
-def read_table(path: Path, config: DataConfig) -> Iterator[Document | None]:
+def read_table(path: Path, config: DataConfig) -> Iterator[TextDocument | None]:
     """What `row_document` makes of each row. Raises ValueError for a file that is damaged or lacks the columns."""
     rows = _parquet_rows(path, config) if path.suffix == ".parquet" else _json_rows(path, config)
     for where, row in rows:
         yield row_document(row, where, config)
 
 
-def row_document(row: Mapping[str, Any], where: str, config: DataConfig) -> Document | None:
+def row_document(row: Mapping[str, Any], where: str, config: DataConfig) -> TextDocument | None:
     """The document of a row, named by its column, or without a name by a hash of its text, whatever its place.
 
     None if its text is null and such rows are skipped. Raises ValueError for a column that is missing or no text.
@@ -42,11 +41,11 @@ def row_document(row: Mapping[str, Any], where: str, config: DataConfig) -> Docu
         raise ValueError(f"expected text in column {config.text_column!r} of {where}, got {type(text).__name__}")
     text = without_surrogates(text, where, config.errors)
     if config.name_column is not None and row[config.name_column] is not None:
-        return Document(str(row[config.name_column]), text)
-    return Document(hashlib.sha256(text_bytes(text)).hexdigest()[:16], text)
+        return TextDocument(str(row[config.name_column]), text)
+    return TextDocument(hashlib.sha256(text_bytes(text)).hexdigest()[:16], text)
 
 
-def without_nulls(documents: Iterable[Document | None], config: DataConfig) -> Iterator[Document]:
+def without_nulls(documents: Iterable[TextDocument | None], config: DataConfig) -> Iterator[TextDocument]:
     """The documents of rows that have text. At the end a warning says how many had none."""
     skipped = 0
     try:

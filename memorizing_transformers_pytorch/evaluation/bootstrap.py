@@ -1,6 +1,6 @@
 """How far a mean over documents can be trusted: the percentile bootstrap (Efron 1979), with the document as its unit.
 
-Tokens of a document depend on each other, so documents are what is drawn anew, with replacement. The mean is that over
+Tokens of a document depend on each other, so documents are drawn, with replacement. The mean is that over
 all tokens of the documents drawn. Every mode is averaged over the same draws: differences between modes are paired.
 
 Shapes: C modes, N documents, S draws.

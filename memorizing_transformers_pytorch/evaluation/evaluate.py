@@ -4,7 +4,7 @@ Several documents of about the same length are read side by side. Each segment i
 weights and the same kind of local context and XL memory: the modes differ in the memory alone, and carry a state each.
 
 off    no memory
-512    a memory of its own document with so many entries (any size), which then stores the segment
+512    a memory of its own document with 512 entries (or any other size), which then stores the segment
 other, shuffled, random keys    that of the size `controls_at`, but useless; see `controls`
 
 Shapes: B rows (documents), T tokens of a segment.
@@ -35,7 +35,7 @@ Losses = dict[str, list[np.ndarray]]
 
 
 def mode_of(memory_size: int) -> str:
-    """What the mode with so many entries is called."""
+    """The name of the mode with this memory size."""
     return str(memory_size) if memory_size else "off"
 
 
@@ -90,7 +90,7 @@ def evaluate(
     max_tokens: score no more than the first ones of each document.
     seed: of shuffling and random keys. No other random numbers are drawn, and the model is left as it was.
 
-    Raises ValueError, before anything is read, for sizes that make no sense, no document of 2 tokens, or a control for
+    Raises ValueError, before anything is read, for bad sizes, no document of 2 tokens, or a control for
     which there are too few documents.
     """
     modes = _Modes(tuple(memory_sizes), controls_at, tuple(controls))
@@ -127,7 +127,7 @@ def _check(model: MemorizingTransformer, modes: _Modes, segment_length: int, row
 
 
 def _batches(lengths: Sequence[int], rows: int, at_least: int) -> list[list[int]]:
-    """Numbers of documents to read side by side, the longest first; at least so many at once."""
+    """Numbers of documents to read side by side, the longest first; in batches of `at_least` or more."""
     order = sorted((n for n, length in enumerate(lengths) if length > 1), key=lambda n: -lengths[n])
     if not order:
         raise ValueError(f"expected documents of at least 2 tokens, got {len(lengths)} shorter ones")

@@ -1,17 +1,16 @@
-"""An evaluation for people: a table with a sentence for each control, and a plot."""
+"""An evaluation for people: a table, a sentence for each control, and charts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
-from memorizing_transformers_pytorch.evaluation.controls import CONTROLS
 from memorizing_transformers_pytorch.evaluation.summary import Estimate, Summary, verdict
+from memorizing_transformers_pytorch.utils.charts import Chart, Curve
 
-_CONTROL_LABELS = {
+_LABELS = {
+    "off": "memory off",
     "other": "another document's memory",
     "shuffled": "own memory, values shuffled",
     "random keys": "own memory, random keys",
@@ -24,15 +23,16 @@ _HEADER = (
     "perplexity against off",
     "better than off",
 )
-_CONTROL_COLORS = dict(zip(CONTROLS, ("tab:orange", "tab:red", "tab:purple"), strict=True))
-_CONTROL_MARKERS = dict(zip(CONTROLS, "^sD", strict=True))
 
 
 def label(mode: str) -> str:
     """What people call a mode."""
-    if mode == "off":
-        return "off"
-    return _CONTROL_LABELS.get(mode) or f"{int(mode):,} entries"
+    return _LABELS.get(mode) or f"{int(mode):,} entries"
+
+
+def order(mode: str) -> tuple[int, int, str]:
+    """A sort key of modes: off, then sizes, then controls."""
+    return (1, int(mode), "") if mode.isdigit() else (0 if mode == "off" else 2, 0, mode)
 
 
 def markdown(summary: Summary, title: str, what: str, *, warning: str | None = None, origin: str | None = None) -> str:
@@ -44,7 +44,7 @@ def markdown(summary: Summary, title: str, what: str, *, warning: str | None = N
     documents, tokens = len(summary.names), sum(summary.tokens)
     scope = f"{documents} {'document' if documents == 1 else 'documents'}, {tokens:,} tokens, each read in order."
     if documents > 1:
-        brackets = "In brackets: 95% intervals, by drawing documents anew; those against off are paired."
+        brackets = "In brackets: 95% intervals, by the bootstrap over documents; those against off are paired."
     else:
         brackets = "One document, so there are no intervals and no memory of another one."
     brackets = f"The same weights, local context and XL memory in each line. {brackets}"
@@ -64,7 +64,7 @@ def table(summary: Summary) -> str:
         off, documents = name == "off", len(summary.names)
         lines.append(
             (
-                label(name),
+                "off" if off else label(name),
                 _with_interval(mode.loss, "{:.3f}"),
                 f"{mode.perplexity.value:.2f}",
                 "-" if mode.bits_per_byte is None else f"{mode.bits_per_byte:.3f}",
@@ -100,81 +100,31 @@ def _sentence(name: str, difference: Estimate) -> str:
     return f"{name}: {found}; from one document nothing follows for others."
 
 
-def plot(summary: Summary, segment_length: int, path: Path) -> None:
-    """Perplexity by memory size, and loss by position in the document, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def evaluation_charts(results: Mapping[str, Any]) -> list[Chart]:
+    """Perplexity by memory size, with the 95% intervals of the change against off; loss by position in the document.
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    by_size, by_position = figure.subplots(1, 2)
-    _plot_by_size(by_size, summary)
-    _plot_by_position(by_position, summary, segment_length)
-    for axes in (by_size, by_position):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    results: as `Summary.to_dict` gives them, and the segment_length.
+    """
+    modes, at = results["modes"], results["controls_at"]
+    sizes, off = sorted((name for name in modes if name.isdigit()), key=int), modes["off"]["perplexity"]["value"]
 
+    def curve(name: str, places: Mapping[str, int]) -> Curve:
+        points = [(size, modes[mode]["perplexity"]["value"]) for mode, size in places.items()]
+        intervals = [modes[mode]["change"]["interval"] for mode in places]
+        return Curve(name, points, [(off * (1 + i[0]), off * (1 + i[1])) for i in intervals if i])
 
-def _sizes(summary: Summary) -> list[str]:
-    return sorted((name for name in summary.modes if name.isdigit()), key=int)
-
-
-def _plot_by_size(axes: Any, summary: Summary) -> None:
-    """Bands and bars are the paired intervals of the change against off: off itself has none."""
-    off = summary.modes["off"].perplexity.value
-    axes.axhline(off, color="tab:gray", linestyle="--", label="memory off")
-    names = _sizes(summary)
-    if names:
-        sizes = [int(name) for name in names]
-        axes.plot(sizes, _perplexities(summary, names), marker="o", color="tab:blue", label="own memory")
-        low, high = _ends(summary, names, off)
-        axes.fill_between(sizes, low, high, color="tab:blue", alpha=0.2, linewidth=0)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    for name in summary.controls:
-        [value] = _perplexities(summary, [name])
-        low, high = _ends(summary, [name], off)
-        style = {"marker": _CONTROL_MARKERS[name], "color": _CONTROL_COLORS[name], "linestyle": "none", "capsize": 3}
-        bars = np.abs(np.array([low, high]) - value)
-        axes.errorbar([summary.controls_at], [value], yerr=bars, label=label(name), **style)
-    change = axes.secondary_yaxis("right", functions=(lambda y: 100 * (y / off - 1), lambda y: off * (1 + y / 100)))
-    change.set_ylabel("change against memory off (%)")
-    title = "By size of the memory" + (" (95% intervals of the change)" if len(summary.names) > 1 else "")
-    axes.set(xlabel="entries of the memory", ylabel="perplexity per token", title=title)
-
-
-def _perplexities(summary: Summary, names: Sequence[str]) -> list[float]:
-    return [summary.modes[name].perplexity.value for name in names]
-
-
-def _ends(summary: Summary, names: Sequence[str], off: float) -> tuple[list[float], list[float]]:
-    """Perplexities at the ends of the intervals; the value itself where there is none."""
-    changes = [summary.modes[name].change for name in names]
-    ends = [change.interval or (change.value, change.value) for change in changes]
-    return [off * (1 + low) for low, _ in ends], [off * (1 + high) for _, high in ends]
-
-
-def _plot_by_position(axes: Any, summary: Summary, segment_length: int) -> None:
-    """Over ranges of positions that more than one document has, if there is more than one."""
-    positions = summary.positions
-    least = min(len(summary.names), 2)
-    shown = [i for i, documents in enumerate(positions.documents) if documents >= least]
-    middles = [(positions.edges[i] * positions.edges[i + 1]) ** 0.5 or positions.edges[i + 1] / 2 for i in shown]
-    sizes = _sizes(summary)
-    colors = {"off": "tab:gray"} | _CONTROL_COLORS
-    for name, losses in positions.losses.items():
-        style: dict[str, Any] = {"color": colors.get(name), "linestyle": ":" if name in _CONTROL_COLORS else "-"}
-        if name in sizes:
-            style |= {"color": "tab:blue", "alpha": 0.3 + 0.7 * (sizes.index(name) + 1) / len(sizes)}
-        elif name == "off":
-            style["linestyle"] = "--"
-        axes.plot(middles, [losses[i] for i in shown], label=label(name) if name != "off" else "memory off", **style)
-    axes.axvline(segment_length, color="black", linewidth=0.8, linestyle=":", label="end of the first segment")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set(
-        xlabel="tokens of the document already read",
-        ylabel="loss (nats per token)",
-        title="By position in the document",
-    )
+    own = curve("own memory", {name: int(name) for name in sizes})
+    by_size = [Curve("memory off", [(size, off) for size, _ in own.points]), own]
+    by_size += [curve(label(name), {name: at}) for name in results["controls"]]
+    positions = results["positions"]
+    middles = [(max(low, 1) * high) ** 0.5 for low, high in pairwise(positions["edges"])]
+    kept = [i for i, count in enumerate(positions["documents"]) if count >= min(len(results["documents"]), 2)]
+    by_position = [
+        Curve(label(name), [(middles[i], positions["losses"][name][i]) for i in kept])
+        for name in sorted(positions["losses"], key=order)
+    ]
+    mark = (results["segment_length"], "end of the first segment")
+    return [
+        Chart("By size of the memory", "entries", "perplexity", by_size, log=True),
+        Chart("By position in the document", "tokens read before", "nats per token", by_position, log=True, mark=mark),
+    ]

@@ -6,7 +6,7 @@ Shapes: C modes, N documents, P ranges of positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,9 @@ class Estimate(NamedTuple):
 
     value: float
     interval: Interval | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "interval": None if self.interval is None else list(self.interval)}
 
 
 class ModeSummary(NamedTuple):
@@ -69,11 +72,12 @@ class Summary:
         """Everything, with values that JSON can hold."""
         return {
             "modes": {
-                name: {key: _plain(value) for key, value in mode._asdict().items()} for name, mode in self.modes.items()
+                name: {k: v.to_dict() if isinstance(v, Estimate) else v for k, v in mode._asdict().items()}
+                for name, mode in self.modes.items()
             },
             "controls_at": self.controls_at,
             "controls": {
-                name: {"loss_above_right_memory": _plain(difference), "verdict": verdict(difference)}
+                name: {"loss_above_right_memory": difference.to_dict(), "verdict": verdict(difference)}
                 for name, difference in self.controls.items()
             },
             "positions": self.positions._asdict(),
@@ -82,12 +86,6 @@ class Summary:
                 for n, (name, tokens) in enumerate(zip(self.names, self.tokens, strict=True))
             ],
         }
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, Estimate):
-        return value
-    return {"value": value.value, "interval": None if value.interval is None else list(value.interval)}
 
 
 def verdict(difference: Estimate) -> str:
@@ -121,54 +119,40 @@ def summarise(
     losses = {mode: [of_mode[n] for n in used] for mode, of_mode in losses.items()}
     counts = np.array([len(loss) for loss in losses["off"]])
     sums = np.array([[loss.sum(dtype=np.float64) for loss in of_mode] for of_mode in losses.values()])
+    means, drawn = sums.sum(axis=1) / counts.sum(), drawn_means(sums, counts, draws=draws, seed=seed)
+    rows, by_document = {mode: row for row, mode in enumerate(losses)}, sums / counts
     total_bytes = None if num_bytes is None else sum(int(num_bytes[n]) for n in used)
-    drawn = drawn_means(sums, counts, draws=draws, seed=seed)
-    means = _Means(dict(zip(losses, sums.sum(axis=1) / counts.sum(), strict=True)), drawn)
-    by_document = dict(zip(losses, sums / counts, strict=True))
+
+    def difference(mode: str, other: str) -> Estimate:
+        one, two = rows[mode], rows[other]
+        return Estimate(float(means[one] - means[two]), interval(None if drawn is None else drawn[one] - drawn[two]))
+
+    def summary(mode: str) -> ModeSummary:
+        row = rows[mode]
+        loss = Estimate(float(means[row]), interval(None if drawn is None else drawn[row]))
+        bits = loss.value * float(counts.sum()) / math.log(2)
+        return ModeSummary(
+            loss=loss,
+            perplexity=_mapped(np.exp, loss),
+            bits_per_byte=None if not total_bytes else bits / total_bytes,
+            change=_mapped(np.expm1, difference(mode, "off")),
+            better_documents=int((by_document[row] < by_document[rows["off"]]).sum()),
+        )
+
     return Summary(
         names=[names[n] for n in used],
         tokens=counts.tolist(),
-        modes={mode: _summary_of(mode, means, by_document, counts, total_bytes) for mode in losses},
+        modes={mode: summary(mode) for mode in losses},
         controls_at=controls_at,
-        controls={name: means.difference(name, mode_of(controls_at or 0)) for name in CONTROLS if name in losses},
+        controls={name: difference(name, mode_of(controls_at or 0)) for name in CONTROLS if name in losses},
         positions=by_position(losses),
-        document_losses={mode: of_mode.tolist() for mode, of_mode in by_document.items()},
+        document_losses={mode: by_document[row].tolist() for mode, row in rows.items()},
     )
 
 
-class _Means(NamedTuple):
-    """The mean loss of each mode, and those of each draw (C, S)."""
-
-    values: dict[str, float]
-    drawn: np.ndarray | None
-
-    def draws_of(self, mode: str) -> np.ndarray | None:
-        return None if self.drawn is None else self.drawn[list(self.values).index(mode)]
-
-    def difference(self, mode: str, other: str) -> Estimate:
-        draws, other_draws = self.draws_of(mode), self.draws_of(other)
-        drawn = None if draws is None or other_draws is None else draws - other_draws
-        return Estimate(float(self.values[mode] - self.values[other]), interval(drawn))
-
-
-def _summary_of(
-    mode: str, means: _Means, by_document: Mapping[str, np.ndarray], counts: np.ndarray, total_bytes: int | None
-) -> ModeSummary:
-    loss = Estimate(float(means.values[mode]), interval(means.draws_of(mode)))
-    bits = loss.value * float(counts.sum()) / math.log(2)
-    return ModeSummary(
-        loss=loss,
-        perplexity=_mapped(np.exp, loss),
-        bits_per_byte=None if not total_bytes else bits / total_bytes,
-        change=_mapped(np.expm1, means.difference(mode, "off")),
-        better_documents=int((by_document[mode] < by_document["off"]).sum()),
-    )
-
-
-def _mapped(function: Any, estimate: Estimate) -> Estimate:
+def _mapped(function: np.ufunc, estimate: Estimate) -> Estimate:
     """The estimate of an increasing function: percentiles go where their values go."""
-    found = estimate.interval
-    ends = None if found is None else Interval(float(function(found.low)), float(function(found.high)))
+    ends = None if estimate.interval is None else Interval(*map(float, function(estimate.interval)))
     return Estimate(float(function(estimate.value)), ends)
 
 

@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Gradio reports its use to its makers unless this is said before it is imported.
+# Gradio sends usage data to its makers unless this is set before it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from memorizing_transformers_pytorch.explorer import shown
-from memorizing_transformers_pytorch.explorer.desk import Sampling
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
-from memorizing_transformers_pytorch.explorer.joining import LaterJoins
+from memorizing_transformers_pytorch.explorer.markup import part, shown, visible
 from memorizing_transformers_pytorch.explorer.service import MAX_BYTES, Service
+from memorizing_transformers_pytorch.explorer.workspace import Sampling
 
 HOST = "127.0.0.1"
-NAMES = (HOST, "localhost")  # by which it is asked; a page of another may have its own name lead here (DNS rebinding)
+NAMES = (HOST, "localhost")  # accepted host names: another site may point its own name here (DNS rebinding)
 PORTS = 100  # that are tried
-ATTEMPTS = 5  # to take one that others may want too
-MAX_UPLOAD = 50 * MAX_BYTES  # beyond it the browser refuses all files that were chosen; below, we only the large ones
+MAX_UPLOAD = 50 * MAX_BYTES  # beyond it the browser refuses all chosen files; below, we refuse only the large ones
+DELAY = 0.1  # seconds
 ALL = -1  # layers or heads
-CSS, SCRIPT = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("app.css", "app.js"))
 TITLE = "Memory explorer"
 ASKS: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
-
-
-def free_port(wanted: int) -> int:
-    """This port, or the next one that is free. Raises ValueError if there is none near."""
-    for port in range(wanted, min(wanted + PORTS, 65_536)):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-            return port
-    raise ValueError(f"expected a free port from {wanted} on, got none among {PORTS}")
 
 
 class Page:
@@ -54,15 +40,13 @@ class Page:
     def __init__(self, service: Service, name: str) -> None:
         self._service = service
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, 600)) as self.blocks:
-            gr.HTML(
-                f'<h1 class="mt-title">{TITLE}</h1><p class="mt-note">{shown.escaped(name, 300)}</p>', padding=False
-            )
+            gr.HTML(shown.title(TITLE, name), padding=False)
             with gr.Row(elem_classes="mt-columns"):
                 with gr.Column(scale=2, min_width=320):
                     self._memory()
                 with gr.Column(scale=3, min_width=320):
                     self._question()
-            self.session = gr.HTML("", html_template="", js_on_load=SCRIPT, visible="hidden")
+            self.session = gr.HTML("", html_template="", js_on_load=part("app.js"), visible="hidden")
             self._wire()
 
     def _memory(self) -> None:
@@ -96,10 +80,12 @@ class Page:
         self.ask = gr.Button("Continue", variant="primary", elem_id="ask")
         self.failed = gr.HTML(elem_id="failed")
         with gr.Row():
-            for kind in ("with", "without"):
-                with gr.Column(min_width=280):
-                    gr.HTML(f"<h3>{'With' if kind == 'with' else 'Without'} the memory</h3>")
-                    setattr(self, kind, gr.HTML(elem_id=kind))
+            with gr.Column(min_width=280):
+                gr.HTML("<h3>With the memory</h3>")
+                self.with_memory = gr.HTML(elem_id="with")
+            with gr.Column(min_width=280):
+                gr.HTML("<h3>Without the memory</h3>")
+                self.without = gr.HTML(elem_id="without")
         gr.HTML("<h2>What was looked up</h2>")
         with gr.Row():
             self.layer = gr.Dropdown([("all layers", ALL)], value=ALL, label="Layer", elem_id="layer")
@@ -110,7 +96,8 @@ class Page:
     def _wire(self) -> None:
         table = [self.documents, self.chosen]
         after_change = [self.told, *table, self.tokens, self.sources]
-        answer = [self.failed, getattr(self, "with"), self.without, self.layer, self.head, self.tokens, self.sources]  # type: ignore[attr-defined]
+        written = [self.failed, self.with_memory, self.without]
+        answer = [*written, self.layer, self.head, self.tokens, self.sources]
         self.blocks.load(self._on_load, None, [self.session, *table], **ASKS)
         asked = [self.prompt, self.count, self.temperature, self.seed, self.measure]
         self.ask.click(self._on_ask, asked, answer, **ASKS)
@@ -126,38 +113,31 @@ class Page:
 
     def _table(self, session: str) -> list[Any]:
         found = self._service.documents(session)
-        choices = [(f"{each.number}: {shown.visible(each.title, 80)}", each.number) for each in found]
+        choices = [(f"{each.number}: {visible(each.title, 80)}", each.number) for each in found]
         return [shown.documents(found), gr.update(choices=choices, value=[])]
 
     def _on_load(self, request: gr.Request) -> list[Any]:
         return [_session(request), *self._table(_session(request))]
 
-    def _on_files(self, files: Sequence[str] | None, request: gr.Request, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008 (so does Gradio want it)
-        told = []
+    def _on_files(self, files: Sequence[str] | None, request: gr.Request, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008 (Gradio wants it so)
+        told, count = "", len(files or ())
         for i, path in enumerate(map(Path, files or ())):
-
-            def tell(part: float, i: int = i) -> None:
-                progress((i + part) / len(files or ()), desc=f"reading {i + 1} of {len(files or ())}")
-
-            told.append(_tried(lambda path=path, tell=tell: self._read_file(_session(request), path, tell)))  # type: ignore[misc]
-        return ["".join(told), *self._table(_session(request)), None]
-
-    def _read_file(self, session: str, path: Path, tell: Callable[[float], None]) -> str:
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise ValueError(f"expected at most {MAX_BYTES:,} bytes in {path.name!r}, got {path.stat().st_size:,}")
-            return self._service.read(session, path.name, path.read_bytes(), tell)
-        finally:
-            path.unlink(missing_ok=True)  # Gradio's copy
+            try:
+                size = path.stat().st_size
+                if size > MAX_BYTES:
+                    raise ValueError(f"expected at most {MAX_BYTES:,} bytes in {path.name!r}, got {size:,}")
+                tell = partial(_tell, progress, i, count)
+                said = self._service.read(_session(request), path.name, path.read_bytes(), tell)
+                told += shown.message(said)
+            except (ValueError, OSError) as error:
+                told += shown.message(str(error), is_bad=True)
+            finally:
+                path.unlink(missing_ok=True)  # Gradio's copy
+        return [told, *self._table(_session(request)), None]
 
     def _on_paste(self, name: str, text: str, request: gr.Request, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
-        session = _session(request)
-        data = text.encode("utf-8", "surrogatepass")
-
-        def tell(part: float) -> None:
-            progress(part, desc="reading")
-
-        told = _tried(lambda: self._service.read(session, name, data, tell))
+        session, data = _session(request), text.encode("utf-8", "surrogatepass")
+        told = _tried(lambda: self._service.read(session, name, data, partial(_tell, progress, 0, 1)))
         return [told, *self._table(session), text if "mt-alert" in told else ""]
 
     def _on_forget(self, numbers: list[int], request: gr.Request) -> list[Any]:
@@ -199,28 +179,51 @@ class Page:
 def _tried(action: Callable[[], str]) -> str:
     """What an action says, or what was wrong."""
     try:
-        return shown.message(action())
+        return str(shown.message(action()))
     except (ValueError, OSError) as error:
-        return shown.message(str(error), is_bad=True)
+        return str(shown.message(str(error), is_bad=True))
+
+
+def _tell(progress: Any, number: int, count: int, part: float) -> None:
+    """Show how much of a text, and of all texts, has been read."""
+    progress((number + part) / count, desc=f"reading {number + 1} of {count}")
 
 
 def _session(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
-def launch(service: Service, name: str, port: int) -> tuple[gr.Blocks, str]:
-    """Show the page on this machine alone, at this port or the next free one -> it, and its address."""
-    for _ in range(ATTEMPTS):
-        port = free_port(port)
+class DelayedJoins:
+    """ASGI middleware around Gradio, which confirms each new question a moment later.
+
+    A tab hears its answers on one stream, which the server closes after the last. If it hears that a new question is
+    accepted before it hears of the close, it takes the old stream for that of the new question, and waits for ever.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def later(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                await asyncio.sleep(DELAY)
+            await send(message)
+
+        is_join = str(scope.get("path", "")).rstrip("/").endswith("/queue/join")
+        await self._app(scope, receive, later if is_join else send)
+
+
+def launch(service: Service, name: str, wanted: int) -> tuple[gr.Blocks, str]:
+    """Show the page on this machine alone, at this port or the next free one -> the page, and its address."""
+    for port in range(wanted, min(wanted + PORTS, 65_536)):
         blocks = Page(service, name).blocks
-        with suppress(OSError):  # another program was quicker
+        with suppress(OSError):  # the port is taken
             app = _launched(blocks, port)
             app.add_api_route("/closed/{session}", service.let_go, methods=["POST"], status_code=204)
             if _is_own(blocks, port):
                 return blocks, f"http://{HOST}:{port}"
         blocks.close(verbose=False)
-        port += 1
-    raise ValueError(f"expected a free port, got none in {ATTEMPTS} attempts")
+    raise ValueError(f"none of the {PORTS} ports from {wanted} on is free: choose another --port")
 
 
 def _launched(blocks: gr.Blocks, port: int) -> Any:
@@ -236,9 +239,9 @@ def _launched(blocks: gr.Blocks, port: int) -> Any:
         footer_links=[],
         run_history=False,
         max_file_size=MAX_UPLOAD,
-        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=NAMES), Middleware(LaterJoins)]},
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=NAMES), Middleware(DelayedJoins)]},
         theme=_theme(),
-        css=CSS,
+        css=part("app.css"),
         prevent_thread_lock=True,
     )
     return app

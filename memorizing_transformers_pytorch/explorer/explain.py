@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.explorer.explanation import Columns, Explanation, Passage
-from memorizing_transformers_pytorch.explorer.sources import Sources, decoder, encoded, is_known
-from memorizing_transformers_pytorch.explorer.watching import LookedUp, Seen, Watched, watched
+from memorizing_transformers_pytorch.explorer.explanation import Explanation, Passage
+from memorizing_transformers_pytorch.explorer.sources import Sources, decoder, encoded
+from memorizing_transformers_pytorch.explorer.watching import LookedUp, Trace, Watched, hiding, watched
 
-CONTRIBUTIONS = (None, "ablate")
 COLUMNS = ("token", "layer", "head", "score", "weight", "document", "position", "source_token", "age")
 
 
 def explain(
-    model: Any,
-    tokens: Any,
+    model: nn.Module,
+    tokens: str | Sequence[int] | Tensor,
     memories: Any,
     *,
     tokenizer: Any = None,
     row: int = 0,
-    contribution: str | None = None,
+    contribution: Literal["ablate"] | None = None,
     passage: int = 64,
     most_passages: int = 16,
     around: int = 12,
@@ -46,23 +46,28 @@ def explain(
     Raises ValueError for tokens that the model does not have, or more than it has positions for, a model or row that
     has no memory, an unknown contribution, or sizes below 0.
     """
-    if contribution not in CONTRIBUTIONS or passage < 1:
-        raise ValueError(f"expected contribution {CONTRIBUTIONS} and passage >= 1, got {contribution!r}, {passage}")
+    if contribution not in (None, "ablate") or passage < 1:
+        raise ValueError(f"expected contribution None or 'ablate', passage >= 1, got {contribution!r}, {passage}")
     if most_passages < 0 or around < 0:
         raise ValueError(f"expected most_passages and around of at least 0, got {most_passages}, {around}")
     eye, decode = watched(model, memories, row), decoder(tokenizer)
     ids = encoded(tokens, tokenizer, _vocabulary(model))
     if eye.longest is not None and len(ids) > eye.longest:
         raise ValueError(f"expected at most {eye.longest:,} tokens, the positions of the model, got {len(ids):,}")
-    seen = eye.run(ids)
+    trace = eye.run(ids)
+    with eye.blind():
+        alone = eye.run(ids)
     sources = Sources(eye.memories, row, decode)
-    columns, starts = _columns(seen.layers, eye), _starts(seen.layers, eye)
+    columns = _columns(trace.layers)
+    documents, own = np.unique(columns["document"], return_inverse=True)
+    starts = {number: eye.start_of(number) for number in documents.tolist()}
+    columns["position"] = columns["position"] - np.array(list(starts.values()), dtype=np.int64)[own]
     found = Explanation(
         texts=sources.pieces(ids.tolist()),
-        losses=_losses(seen, ids),
-        without_memory=_losses(_alone(eye, ids), ids),
-        layers=[each.layer for each in seen.layers],
-        mass=_mass(seen.layers, len(ids)),
+        losses=_losses(trace, ids),
+        without_memory=_losses(alone, ids),
+        layers=[each.layer for each in trace.layers],
+        mass=_mass(trace.layers, len(ids)),
         titles={each.number: each.title for each in eye.ledger.documents()},
         columns=columns,
         passages=[],
@@ -70,7 +75,7 @@ def explain(
         starts=starts,
         around=around,
     )
-    passages = passages_of(found, passage)
+    passages = found.passages_by(passage)
     if contribution == "ablate":
         passages = _ablated(eye, ids, found, passages[:most_passages]) + passages[most_passages:]
     return replace(found, passages=passages)
@@ -81,16 +86,10 @@ def _vocabulary(model: Any) -> int:
     return int(embedding.weight.shape[0])
 
 
-def _losses(seen: Seen, ids: Tensor) -> np.ndarray:
+def _losses(trace: Trace, ids: Tensor) -> np.ndarray:
     """(T,): of each token, as predicted from those before it; the first is NaN."""
-    losses = F.cross_entropy(seen.logits[:-1], ids[1:], reduction="none")
+    losses = F.cross_entropy(trace.logits[:-1], ids[1:], reduction="none")
     return np.concatenate([[np.nan], losses.numpy()])
-
-
-def _alone(eye: Watched, ids: Tensor) -> Seen:
-    """A run that finds nothing."""
-    with eye.blind():
-        return eye.run(ids)
 
 
 def _mass(layers: list[LookedUp], count: int) -> np.ndarray:
@@ -98,50 +97,17 @@ def _mass(layers: list[LookedUp], count: int) -> np.ndarray:
     return np.stack([each.weights.sum(-1).numpy() for each in layers]) if layers else np.zeros((0, 0, count))
 
 
-def _columns(layers: list[LookedUp], eye: Watched) -> Columns:
-    parts: dict[str, list[np.ndarray]] = {}
+def _columns(layers: list[LookedUp]) -> dict[str, np.ndarray]:
+    """The table of all layers. Positions are places in what the row has read."""
+    parts: list[list[np.ndarray]] = [[] for _ in COLUMNS]
     for each in layers:
-        heads, tokens, places = (index.numpy() for index in each.mask.nonzero(as_tuple=True))
-        at = heads, tokens, places
-        documents, positions, own_tokens = each.origins[at].numpy().T
-        shift = np.array([eye.start_of(number) for number in np.unique(documents).tolist()] or [0])
-        own = np.searchsorted(np.unique(documents), documents)
-        columns = {
-            "token": tokens,
-            "layer": np.full_like(tokens, each.layer),
-            "head": heads,
-            "score": each.scores[at].numpy(),
-            "weight": each.weights[at].numpy(),
-            "document": documents,
-            "position": positions - shift[own] if len(own) else positions,
-            "source_token": own_tokens,
-            "age": each.ages[at].numpy(),
-        }
-        for name, column in columns.items():
-            parts.setdefault(name, []).append(column)
-    return {name: np.concatenate(parts[name]) if name in parts else np.zeros(0, dtype=np.int64) for name in COLUMNS}
-
-
-def _starts(layers: list[LookedUp], eye: Watched) -> dict[int, int]:
-    numbers = {number for each in layers for number in each.origins[each.mask][:, 0].tolist()}
-    return {number: eye.start_of(number) for number in numbers}
-
-
-def passages_of(found: Explanation, size: int) -> list[Passage]:
-    """The pieces of known sources that were looked up, those with the most attention first."""
-    columns = found.columns
-    known = is_known(columns["document"], columns["position"])
-    keys = np.stack((columns["document"][known], columns["position"][known] // size), axis=1)
-    pieces, own = np.unique(keys, axis=0, return_inverse=True)
-    weights = np.bincount(own.reshape(-1), columns["weight"][known], minlength=len(pieces))
-    heads = max(found.mass.shape[0] * found.mass.shape[1], 1)
-    passages = []
-    for i in np.argsort(-weights, kind="stable").tolist():
-        document, piece = pieces[i].tolist()
-        first, last = piece * size, (piece + 1) * size - 1
-        text = found.text(document, first, last)
-        passages.append(Passage(document, found.title(document), first, last, text, float(weights[i]) / heads))
-    return passages
+        found = heads, tokens, _ = each.mask.nonzero(as_tuple=True)
+        layer = torch.full_like(tokens, each.layer)
+        origins = each.origins[found].unbind(-1)
+        columns = (tokens, layer, heads, each.scores[found], each.weights[found], *origins, each.ages[found])
+        for part, column in zip(parts, columns, strict=True):
+            part.append(column.numpy())
+    return {n: np.concatenate(p) if p else np.zeros(0, np.int64) for n, p in zip(COLUMNS, parts, strict=True)}
 
 
 def _ablated(eye: Watched, ids: Tensor, found: Explanation, passages: list[Passage]) -> list[Passage]:
@@ -149,8 +115,7 @@ def _ablated(eye: Watched, ids: Tensor, found: Explanation, passages: list[Passa
     whole, measured = float(np.nansum(found.losses)), []
     for each in passages:
         start = found.starts.get(each.document, 0)
-        with ExitStack() as stack:
-            stack.enter_context(eye.without(each.document, start + each.first, start + each.last))
+        with hiding(eye, each.document, start + each.first, start + each.last):
             losses = _losses(eye.run(ids), ids)
         measured.append(replace(each, contribution=float(np.nansum(losses)) - whole))
     return sorted(measured, key=lambda each: -(each.contribution or 0.0))

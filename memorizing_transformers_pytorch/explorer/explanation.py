@@ -5,14 +5,14 @@ Shapes: N rows of the table, T tokens.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from memorizing_transformers_pytorch.explorer.markup import ENVIRONMENT
 from memorizing_transformers_pytorch.explorer.sources import Sources, is_known
 
 Columns = Mapping[str, np.ndarray]
@@ -91,18 +91,16 @@ class Explanation:
         return LookedUpEntry(**row, title=self.title(row["document"]), text=text)
 
     def _text_of(self, document: int, position: int, source_token: int) -> str:
-        """Of an entry. Many tokens and heads find the same ones: each is decoded once."""
+        """Of an entry. Many tokens and heads find the same entries: each is decoded once."""
         key = document, position, source_token
         if key not in self._texts:
-            is_there = is_known(document, position)
-            around = (
-                self.text(document, position, position, self.around) if is_there else self.sources.alone(source_token)
-            )
-            self._texts[key] = around
+            known = is_known(document, position)
+            alone = self.sources.alone
+            self._texts[key] = self.text(document, position, position, self.around) if known else alone(source_token)
         return self._texts[key]
 
     def _best(self, of_each_token: int | None = None) -> np.ndarray:
-        """Rows of the table, the largest weight first; of each token at most so many."""
+        """Rows of the table, the largest weight first; of each token at most this many."""
         weights = self.columns["weight"]
         if of_each_token is None:
             return np.argsort(-weights, kind="stable")
@@ -117,21 +115,20 @@ class Explanation:
 
     @property
     def no_passages(self) -> str:
-        """Why there are none, in words."""
+        """The reason why there are no passages."""
         return "What was looked up is of no known document." if len(self) else "Nothing was looked up."
 
     def title(self, document: int) -> str:
         return self.titles.get(document, f"document {document}" if document >= 0 else "unknown")
 
     def text(self, document: int, first: int, last: int, around: int = 0) -> str:
-        """What stands in a document from a position to another, and so many tokens around."""
+        """The text of a document between two positions (both included), and `around` tokens on either side."""
         start = self.starts.get(document, 0)
         return self.sources.text(document, start + max(first - around, 0), start + last + around)
 
     def of_token(self, token: int, count: int = 10) -> list[LookedUpEntry]:
         """The entries with the largest weights that were found for a token."""
-        own = np.flatnonzero(self.columns["token"] == token)
-        return [self.entry(int(i)) for i in own[np.argsort(-self.columns["weight"][own], kind="stable")][:count]]
+        return [self.entry(int(i)) for i in self.rows_by_token()[token][:count]]
 
     def mass_of_tokens(self) -> np.ndarray:
         """(T,): the share of attention on the memory, as a mean over layers and heads."""
@@ -139,13 +136,12 @@ class Explanation:
 
     def by_document(self) -> list[dict[str, Any]]:
         """Of each source: how many entries were looked up, and how much attention they got."""
-        found = []
-        for document in np.unique(self.columns["document"]).tolist():
-            own = self.columns["document"] == document
-            weight = self._share(self.columns["weight"][own].sum())
-            found.append(
-                {"document": document, "title": self.title(document), "entries": int(own.sum()), "weight": weight}
-            )
+        numbers, own, counts = np.unique(self.columns["document"], return_inverse=True, return_counts=True)
+        weights = np.bincount(own, self.columns["weight"], minlength=len(numbers))
+        found = [
+            {"document": document, "title": self.title(document), "entries": count, "weight": self._share(weight)}
+            for document, count, weight in zip(numbers.tolist(), counts.tolist(), weights, strict=True)
+        ]
         return sorted(found, key=lambda each: -each["weight"])
 
     def by_layer(self) -> list[dict[str, Any]]:
@@ -160,7 +156,7 @@ class Explanation:
         return float(total) / heads if heads else 0.0
 
     def to_dicts(self, count: int | None = None, *, of_each_token: int | None = None) -> list[dict[str, Any]]:
-        """The entries with the largest weights, as for JSON; all unless told how many, together or of each token."""
+        """The entries with the largest weights, as for JSON; by default all, or `count`, or some of each token."""
         return [self.entry(int(i))._asdict() for i in islice(self._best(of_each_token), count)]
 
     def to_pandas(self) -> Any:
@@ -185,10 +181,37 @@ class Explanation:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{each.weight:.3f}</td><td>{'' if each.contribution is None else f'{each.contribution:.3f}'}</td>"
-            f"<td>{html.escape(each.title)} {each.first}-{each.last}</td><td>{html.escape(each.text)}</td></tr>"
-            for each in self.passages[:20]
-        )
-        head = "<tr><th>attention</th><th>lowers the loss by</th><th>source</th><th>text</th></tr>"
-        return f"<p>{html.escape(str(self).splitlines()[0])}</p><table>{head}{rows}</table>"
+        summary = str(self).splitlines()[0]
+        return ENVIRONMENT.get_template("notebook.html").render(summary=summary, passages=self.passages[:20])
+
+    def passages_by(self, size: int) -> list[Passage]:
+        """The pieces of `size` tokens of known sources that were looked up, those with the most attention first."""
+        columns, passages = self.columns, []
+        known = is_known(columns["document"], columns["position"])
+        keys = np.stack((columns["document"][known], columns["position"][known] // size), axis=1)
+        pieces, own = np.unique(keys, axis=0, return_inverse=True)
+        weights = np.bincount(own.reshape(-1), columns["weight"][known], minlength=len(pieces))
+        for i in np.argsort(-weights, kind="stable").tolist():
+            document, piece = pieces[i].tolist()
+            first, last = piece * size, (piece + 1) * size - 1
+            text, weight = self.text(document, first, last), self._share(weights[i])
+            passages.append(Passage(document, self.title(document), first, last, text, weight))
+        return passages
+
+    def only(self, size: int, layer: int | None = None, head: int | None = None) -> Explanation:
+        """What one layer or one head found; heads have the same numbers in every layer. size: tokens of a passage. The
+        contributions of passages stay: they were measured with all layers and heads."""
+        if layer is None and head is None:
+            return self
+        kept, mass, layers = np.ones(len(self), dtype=bool), self.mass, self.layers
+        if layer is not None:
+            kept &= self.columns["layer"] == layer
+            mass, layers = mass[[number == layer for number in layers]], [each for each in layers if each == layer]
+        if head is not None:
+            kept &= self.columns["head"] == head
+            mass = mass[:, head : head + 1]
+        columns = {name: column[kept] for name, column in self.columns.items()}
+        part = replace(self, mass=mass, layers=layers, columns=columns)
+        worth = {(each.document, each.first): each.contribution for each in self.passages}
+        passages = part.passages_by(size)
+        return replace(part, passages=[replace(p, contribution=worth.get((p.document, p.first))) for p in passages])

@@ -1,16 +1,19 @@
-"""HTML out of what is not to be trusted: every text is escaped, isolated, and shows what it would hide.
-
-What other modules join is HTML already; `shown` makes it of a text.
-"""
+"""HTML from templates. Every text is escaped, and shows the characters that it would hide."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import re
-from collections.abc import Iterable, Sequence
-from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from memorizing_transformers_pytorch.utils.durable import replacing
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 # Characters that cannot be seen, or turn around what follows: controls, bidirectional formatting, surrogates, tags,
 # noncharacters. Joiners stay: emoji and whole scripts are written with them.
@@ -22,77 +25,47 @@ _HIDDEN = re.compile(
 )
 
 
-def visible(text: str) -> str:
-    """The text with an escape such as ⟨U+202E⟩ for each character that would be hidden, or hide others."""
+def visible(text: str, most: int | None = None) -> str:
+    """The text with an escape such as ⟨U+202E⟩ for each character that would be hidden, or hide others; cut after so
+    many characters."""
+    if most is not None:
+        text = text.replace("\r\n", "\n")
+        text = text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more)"
+    if text.isascii() and text.isprintable():  # most texts, and all numbers
+        return text
     return _HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
 
 
-def shown(text: str) -> str:
-    """HTML of any text, also as the value of an attribute."""
-    return html.escape(visible(text))
+def part(name: str) -> Markup:
+    """A style or script, which belongs into a page as it is."""
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 (a file of this package)
 
 
-def isolated(text: str) -> str:
-    """The same, so that its direction changes nothing around it."""
-    return f"<bdi>{shown(text)}</bdi>"
-
-
-def bar(share: float) -> str:
-    """A share as a bar, beside which the number stands."""
-    width = 100 * min(max(share, 0.0), 1.0)
-    return (
-        '<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
-        f'<rect class="track" width="100" height="8"/><rect class="full" width="{width:.1f}" height="8"/></svg>'
-    )
-
-
-def cell(content: str) -> str:
-    return f"<td>{content}</td>"
-
-
-def number(value: float | None, form: str = "{:.3f}", before: str = "") -> str:
-    """A cell with a number, or none where it is not known."""
-    known = value is not None and value == value
-    return f'<td class="number">{before}{form.format(value) if known else "-"}</td>'
-
-
-def table(caption: str, head: Sequence[str], rows: Iterable[str]) -> str:
-    """A table that scrolls by itself where it is too wide. rows: the cells of each, or whole rows."""
-    lines = "".join(row if row.startswith("<tr") else f"<tr>{row}</tr>" for row in rows)
-    names = "".join(f'<th scope="col">{shown(name)}</th>' for name in head)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{shown(caption)}"><table>'
-        f"<caption>{shown(caption)}</caption>"
-        f"<thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table></div>"
-    )
-
-
-def whole_page(title: str, body: str) -> str:
-    """One file that loads nothing, and in which nothing runs but its own script."""
-    style, script = _part("page.css"), _part("page.js")
-    policy = "; ".join(
-        (
-            "default-src 'none'",
-            f"style-src '{_digest(style)}'",
-            f"script-src '{_digest(script)}'",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
-        'content="light dark"><meta name="referrer" content="no-referrer">'
-        f"<title>{shown(title)}</title><style>{style}</style></head>\n<body>{body}\n"
-        f"<script>{script}</script></body></html>\n"
-    )
-
-
-def _part(name: str) -> str:
-    # A browser reads line ends as \n before it takes the hash.
-    return (files(__package__) / name).read_text(encoding="utf-8").replace("\r\n", "\n")
+def _finalize(value: Any) -> Any:
+    """What every expression of a template goes through before it is escaped."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _digest(text: str) -> str:
+    """What a Content-Security-Policy calls this style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(TEMPLATES),
+    autoescape=True,
+    finalize=_finalize,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.globals["part"] = part
+ENVIRONMENT.filters |= {"digest": _digest, "visible": visible}
+
+shown: Any = ENVIRONMENT.get_template("app.html").module  # the parts of the page of the explorer
+
+
+def write(path: Path, html: str) -> None:
+    """Put a page in place of what is there, once it is whole."""
+    with replacing(path) as aside:
+        aside.write_text(html, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the explorer does for those who look at it, each with a memory of their own. It knows no page."""
+"""What the explorer does for each of its sessions (browser tabs), which have memories of their own. Knows no page."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from memorizing_transformers_pytorch.explorer.chosen import chosen
-from memorizing_transformers_pytorch.explorer.desk import PASSAGE, Desk, HubDesk, RunDesk, Sampling
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
+from memorizing_transformers_pytorch.explorer.workspace import PASSAGE, Sampling, Workspace
 from memorizing_transformers_pytorch.library.build import DIGEST, evicted_since, held_titles, room_messages, text_of
-from memorizing_transformers_pytorch.library.readers import DocumentReader, RunReader
+from memorizing_transformers_pytorch.library.readers import DocumentReader
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
 
 MAX_BYTES = 20_000_000  # of one text
@@ -31,50 +30,45 @@ class Answer:
 
 
 class Service:
-    """One model, one at a time; a desk for each session, which is made when it is first needed.
+    """One model, which one session uses at a time; a workspace for each session, made when it is first needed.
 
-    memory: a folder that every desk begins with, as it is on disk; only `save` writes. read_only: nothing is read,
+    memory: a folder that every workspace begins with, as it is on disk; only `save` writes. read_only: nothing is read,
     forgotten or saved.
     """
 
     def __init__(self, reader: DocumentReader, memory: Path | None = None, *, read_only: bool = False) -> None:
         self.read_only = read_only
         self._reader, self._memory = reader, memory
-        self._desks: dict[str, Desk] = {}
+        self._workspaces: dict[str, Workspace] = {}
         self._gone = set[str]()
         self._lock = threading.Lock()
-        self._made()  # says now what is wrong with the folder
-
-    def _made(self) -> Desk:
-        if isinstance(self._reader, RunReader):
-            return RunDesk(self._reader, self._memory)
-        return HubDesk(self._reader, self._memory)
+        Workspace(reader, memory)  # says now what is wrong with the folder
 
     @contextmanager
-    def _at(self, session: str) -> Iterator[Desk]:
+    def _at(self, session: str) -> Iterator[Workspace]:
         with self._lock:
-            if session not in self._desks:
-                self._desks[session] = self._made()
-            desk = self._desks[session]
+            if session not in self._workspaces:
+                self._workspaces[session] = Workspace(self._reader, self._memory)
+            space = self._workspaces[session]
             try:
-                with desk.at_work():
-                    yield desk
+                with space.active():
+                    yield space
             finally:
                 if session in self._gone:
-                    self._desks.pop(session, None)
+                    self._workspaces.pop(session, None)
 
     @property
     def sessions(self) -> list[str]:
-        return list(self._desks)
+        return list(self._workspaces)
 
     def let_go(self, session: str) -> None:
         """Forget a session and all that only it remembers, at once or when what it waits for is done."""
         self._gone.add(session)
-        self._desks.pop(session, None)
+        self._workspaces.pop(session, None)
 
     def documents(self, session: str) -> DocumentTable:
-        with self._at(session) as desk:
-            return desk.reader.memory.documents()
+        with self._at(session) as space:
+            return space.reader.memory.documents()
 
     def read(self, session: str, name: str, data: bytes, progress: Progress = lambda part: None) -> str:
         """Read a text -> what has happened, in words. progress: is told which part was read.
@@ -86,22 +80,22 @@ class Service:
         if len(data) > MAX_BYTES:
             raise ValueError(f"expected at most {MAX_BYTES:,} bytes in {title!r}, got {len(data):,}")
         text, digest = text_of(data, title), hashlib.sha256(data).hexdigest()
-        with self._at(session) as desk:
-            memory, ledger = desk.reader.memory, desk.reader.memory.ledger
+        with self._at(session) as space:
+            memory, ledger = space.reader.memory, space.reader.memory.ledger
             before, held = set(ledger.numbers), held_titles(memory)
             known = next((each for each in ledger.documents() if each.about.get(DIGEST) == digest), None)
             if known is not None:
-                raise ValueError(f"expected a text that is not remembered yet, got that of {known.title!r}")
+                raise ValueError(f"this text is already in the memory, as {known.title!r}")
             try:
-                for part in desk.reader.read(title, text, {"file": title, DIGEST: digest}, None):
+                for part in space.reader.read(title, text, {"file": title, DIGEST: digest}, None):
                     progress(part)
                     if session in self._gone:
-                        raise ValueError("expected somebody who waits for what is read, got a closed session")
+                        raise ValueError("the session is closed")
             except BaseException:
                 memory.forget([number for number in ledger.numbers if number not in before])
                 raise
             newest = ledger.last
-            if stored := desk.reader.remembers(newest.tokens):
+            if stored := space.reader.remembers(newest.tokens):
                 held[newest.number] = title
             messages = room_messages([] if stored else [title], evicted_since(held, memory))
             said = [f"{line[0].upper()}{line[1:]}." for line in messages]
@@ -110,13 +104,13 @@ class Service:
     def forget(self, session: str, numbers: Sequence[int]) -> int:
         """Forget documents -> how many. Raises ValueError for those that there are not, forgetting none."""
         self._expect_changes()
-        with self._at(session) as desk:
-            there = {each.number for each in desk.reader.memory.documents()}
+        with self._at(session) as space:
+            there = {each.number for each in space.reader.memory.documents()}
             if not numbers or (unknown := [number for number in numbers if number not in there]):
                 raise ValueError(f"expected documents of the memory, got {unknown if numbers else 'none'}")
             for number in numbers:
-                desk.reader.memory.forget(number)
-            desk.answer = None
+                space.reader.memory.forget(number)
+            space.answer = None
             return len(numbers)
 
     def ask(self, session: str, prompt: str, sampling: Sampling, *, measure: bool = False) -> Answer:
@@ -125,24 +119,24 @@ class Service:
         measure: also by how much each passage lowers the loss. Raises ValueError for a prompt that is empty or too
         long.
         """
-        with self._at(session) as desk:
-            tokens = desk.encode(prompt)
+        with self._at(session) as space:
+            tokens = space.encode(prompt)
             if not tokens:
                 raise ValueError("expected a prompt, got an empty one")
-            if (needed := len(tokens) + sampling.new_tokens) > desk.longest:
+            if (needed := len(tokens) + sampling.new_tokens) > space.longest:
                 raise ValueError(
-                    f"expected at most {desk.longest:,} tokens of prompt and continuation, got {needed:,}"
+                    f"expected at most {space.longest:,} tokens of prompt and continuation, got {needed:,}"
                     " (read long texts in)"
                 )
-            new = desk.continued(tokens, sampling, with_memory=True)
-            alone = desk.continued(tokens, sampling, with_memory=False)
-            desk.answer = desk.explained(tokens + new, measure=measure)
-            return Answer(prompt, _added(desk, tokens, new), _added(desk, tokens, alone), desk.answer)
+            new = space.continued(tokens, sampling, with_memory=True)
+            alone = space.continued(tokens, sampling, with_memory=False)
+            space.answer = space.explained(tokens + new, measure=measure)
+            return Answer(prompt, _added(space, tokens, new), _added(space, tokens, alone), space.answer)
 
     def answer(self, session: str, layer: int | None = None, head: int | None = None) -> Explanation | None:
         """What was looked up for the last prompt, or by one layer or head; None before the first."""
-        with self._at(session) as desk:
-            return None if desk.answer is None else chosen(desk.answer, PASSAGE, layer, head)
+        with self._at(session) as space:
+            return None if space.answer is None else space.answer.only(PASSAGE, layer, head)
 
     def save(self, session: str, folder: str) -> str:
         """Write the memory of a session to a folder -> its name. Raises ValueError for a folder with anything else."""
@@ -150,8 +144,8 @@ class Service:
         if not folder.strip():
             raise ValueError("expected a folder to save to, got none")
         path = Path(folder.strip()).expanduser().resolve()
-        with self._at(session) as desk:
-            desk.reader.memory.save(path)
+        with self._at(session) as space:
+            space.reader.memory.save(path)
         return str(path)
 
     def _expect_changes(self) -> None:
@@ -159,6 +153,6 @@ class Service:
             raise ValueError("expected to change nothing (--read-only), got a change")
 
 
-def _added(desk: Desk, before: list[int], new: list[int]) -> str:
+def _added(space: Workspace, before: list[int], new: list[int]) -> str:
     """What new tokens add to the text before them: some tokenizers write the first token of a text differently."""
-    return desk.decode(before + new)[len(desk.decode(before)) :]
+    return space.decode(before + new)[len(space.decode(before)) :]

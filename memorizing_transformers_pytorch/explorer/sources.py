@@ -62,11 +62,7 @@ class Sources:
         """
         if self._decode is None:
             return list(map(str, tokens))
-        found, known, written = (
-            list[str](),
-            0,
-            0,
-        )  # tokens from `known` to `written` are decoded again, for what follows
+        found, known, written = list[str](), 0, 0  # tokens `known` to `written` are decoded again, as context
         for end in range(1, len(tokens) + 1):
             before, text = self.decoded(tokens[known:written]), self.decoded(tokens[known:end])
             if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens) and end - written < LONGEST_CHARACTER:
@@ -78,22 +74,19 @@ class Sources:
 
 
 def decoder(tokenizer: object) -> Decode | None:
-    """How a tokenizer, ours or one of transformers, makes text of tokens. Raises ValueError for what cannot."""
+    """The `decode` of a tokenizer, ours or one of transformers. Raises ValueError for an object without it."""
     if tokenizer is None:
         return None
     decode = getattr(tokenizer, "decode", None)
     if decode is None:
         raise ValueError(f"expected a tokenizer with decode(), got {type(tokenizer).__name__}")
 
-    def text(tokens: Sequence[int]) -> str:
-        return str(decode([int(token) for token in tokens]))
-
-    return text
+    return lambda tokens: str(decode([int(token) for token in tokens]))
 
 
 def encoded(text: object, tokenizer: object, vocabulary: int) -> torch.Tensor:
-    """Token ids (T,) of a text, or those that were given. Raises ValueError for what is neither, empty, or
-    several texts."""
+    """Token ids (T,) of a text, or the given ones. Raises ValueError for anything else, for no token, and for several
+    texts."""
     if isinstance(text, str):
         encode = getattr(tokenizer, "encode", None)
         if encode is None:

@@ -5,17 +5,15 @@ Shapes: T tokens, H query heads, K retrieved, V vocabulary.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
-from memorizing_transformers_pytorch.memory.ledger import Ledger
 from memorizing_transformers_pytorch.memory.search import Hidden
 from memorizing_transformers_pytorch.model.memory_step import shifted
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
@@ -37,61 +35,24 @@ class LookedUp(NamedTuple):
     mask: Tensor
 
 
-class Seen(NamedTuple):
+class Trace(NamedTuple):
     """logits (T, V) float32, and what was looked up in each layer."""
 
     logits: Tensor
     layers: list[LookedUp]
 
 
-class Watched(ABC):
-    """A model and one row of its memory. Nothing is remembered of what it is run on."""
+class OurModel:
+    """A `MemorizingTransformer` and one row of its memories. Nothing is stored of what it is run on."""
 
-    ledger: Ledger
-
-    @abstractmethod
-    def run(self, tokens: Tensor) -> Seen:
-        """Run on tokens (T,), as one segment or chunk. Raises ValueError for tokens that the model does not have."""
-
-    @property
-    def longest(self) -> int | None:
-        """How many tokens the model has positions for; None if for any number."""
-        return None
-
-    @property
-    @abstractmethod
-    def memories(self) -> list[KNNMemory]:
-        """Where what is remembered of any document can be read, the newest first."""
-
-    @abstractmethod
-    def start_of(self, document: int) -> int:
-        """At which place of the row a document begins."""
-
-    @contextmanager
-    def without(self, document: int, first: int, last: int) -> Iterator[None]:
-        """Inside, look-ups find the best of what else there is than these places (`last` included) of a document."""
-        with ExitStack() as stack:
-            for memory in self._all_memories():
-                stack.enter_context(memory.hidden.at(Hidden(document, first, last)))
-            yield
-
-    @abstractmethod
-    def blind(self) -> AbstractContextManager[None]:
-        """Inside, nothing is looked up."""
-
-    @abstractmethod
-    def _all_memories(self) -> Sequence[KNNMemory]:
-        """Those of every layer."""
-
-
-class OurModel(Watched):
-    """A `MemorizingTransformer`, and its memories."""
+    longest: int | None = None  # as many tokens as there are
 
     def __init__(self, model: MemorizingTransformer, memories: KNNMemoryList, row: int) -> None:
         self._model, self._memories, self._row, self._is_blind = model, memories, row, False
         self.ledger = memories.ledger
 
-    def run(self, tokens: Tensor) -> Seen:
+    def run(self, tokens: Tensor) -> Trace:
+        """Run on tokens (T,), as one segment."""
         model, seen = self._model, dict[int, LookedUp]()
         read = shifted(self._memories, model.config.shift_knn_memories_down)
         with ExitStack() as stack:
@@ -105,7 +66,7 @@ class OurModel(Watched):
             hidden = torch.tensor([self._is_blind], device=model.device)
             result = model(tokens[None].to(model.device), memories, add_knn_memory=False, hide_memory=hidden)
         logits: Tensor = result[0] if model.carries_state else result
-        return Seen(logits[0].float().cpu(), [seen[number] for number in sorted(seen)])
+        return Trace(logits[0].float().cpu(), [seen[number] for number in sorted(seen)])
 
     def _note(
         self, seen: dict[int, LookedUp], number: int, memory: KNNMemory, _block: Any, _inputs: Any, attended: Any
@@ -118,21 +79,26 @@ class OurModel(Watched):
 
     @property
     def memories(self) -> list[KNNMemory]:
+        """Where the stored entries of any document can be read, the newest first."""
         return [self._memories[0]]
 
+    @property
+    def all_memories(self) -> Sequence[KNNMemory]:
+        """The memories of every layer."""
+        return self._memories
+
     def start_of(self, document: int) -> int:
+        """At which place of the row a document begins."""
         return 0
 
     @contextmanager
     def blind(self) -> Iterator[None]:
+        """Inside, nothing is looked up."""
         self._is_blind = True
         try:
             yield
         finally:
             self._is_blind = False
-
-    def _all_memories(self) -> Sequence[KNNMemory]:
-        return self._memories
 
 
 def _ranks(memory: KNNMemory, row: int, slots: Tensor) -> Tensor:
@@ -152,20 +118,20 @@ def _looked_up(layer: int, memory: KNNMemory, lookup: Any, weights: Tensor, ages
     return LookedUp(layer, shown, lookup.scores[0].float().cpu(), origins, ages, mask)
 
 
-class AttachedModel(Watched):
-    """A model of transformers with an attached memory."""
+class AttachedModel:
+    """The same for a model of transformers with an attached memory."""
 
     def __init__(self, memory: Any, row: int) -> None:
         self._memory, self._row = memory, row
         self.ledger = memory.ledger
 
-    def run(self, tokens: Tensor) -> Seen:
+    def run(self, tokens: Tensor) -> Trace:
         with torch.no_grad(), self._memory.watched_row(self._row) as watched, self._memory.read_only():
             device = self._memory.model.get_input_embeddings().weight.device
             logits = self._memory.model(input_ids=tokens[None].to(device), use_cache=False).logits
         here = watched.place + torch.arange(len(tokens))[:, None]
         layers = [_joined(index, each, here) for index, each in watched.found.items() if each.weights is not None]
-        return Seen(logits[0].float().cpu(), layers)
+        return Trace(logits[0].float().cpu(), layers)
 
     @property
     def longest(self) -> int | None:
@@ -184,7 +150,8 @@ class AttachedModel(Watched):
         off: AbstractContextManager[None] = self._memory.enabled(False)
         return off
 
-    def _all_memories(self) -> Sequence[KNNMemory]:
+    @property
+    def all_memories(self) -> Sequence[KNNMemory]:
         return [memory for layer in self._memory.layers.values() for memory in layer.memories]
 
 
@@ -197,22 +164,28 @@ def _joined(index: int, found: Any, here: Tensor) -> LookedUp:
     return LookedUp(index, weights, scores, origins, here - origins[..., 1], mask)
 
 
-def watched(model: Any, memories: Any, row: int) -> Watched:
-    """Raises ValueError for a model without a memory of its kind, or a row that there is not."""
+Watched = OurModel | AttachedModel
+
+
+@contextmanager
+def hiding(watched: Watched, document: int, first: int, last: int) -> Iterator[None]:
+    """Inside, look-ups find the best entries outside these places (`last` included) of a document."""
+    with ExitStack() as stack:
+        for memory in watched.all_memories:
+            stack.enter_context(memory.hidden.at(Hidden(document, first, last)))
+        yield
+
+
+def watched(model: nn.Module, memories: Any, row: int) -> Watched:
+    """Raises ValueError for a model without a memory of its kind, or a row that does not exist."""
     if isinstance(model, MemorizingTransformer):
         if not isinstance(memories, KNNMemoryList) or len(memories) != len(model.config.layers_with_memory):
             raise ValueError(f"expected the memories of this model as a KNNMemoryList, got {type(memories).__name__}")
         if not memories:
             raise ValueError("expected a model with a memory, got one that has no layers with a memory")
-        check_row(row, memories[0].num_indices)
-        return OurModel(model, memories, row)
-    if not hasattr(memories, "watched_row") or memories.model is not model:
+    elif not hasattr(memories, "watched_row") or memories.model is not model:
         raise ValueError(f"expected the memory that is attached to this model, got {type(memories).__name__}")
-    check_row(row, memories.num_rows)
-    return AttachedModel(memories, row)
-
-
-def check_row(row: int, rows: int) -> None:
-    """Raises ValueError for a row that there is not."""
+    rows = memories[0].num_indices if isinstance(memories, KNNMemoryList) else memories.num_rows
     if not 0 <= row < rows:
         raise ValueError(f"expected a row from 0 to {rows - 1}, got {row}")
+    return OurModel(model, memories, row) if isinstance(model, MemorizingTransformer) else AttachedModel(memories, row)

@@ -298,6 +298,5 @@ def memory_of(model: Any) -> AttachedMemory:
     for hook in model._forward_pre_hooks.values():
         hooks = getattr(hook, "__self__", None)
         if isinstance(hooks, Hooks):
-            found: AttachedMemory = hooks.begin.__self__.handle  # type: ignore[attr-defined]
-            return found
+            return hooks.begin.__self__.handle  # type: ignore[attr-defined,no-any-return]
     raise ValueError(f"no memory is attached to this {type(model).__name__}: use attach_memory()")

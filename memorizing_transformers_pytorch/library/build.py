@@ -13,7 +13,7 @@ from typing import Any
 from memorizing_transformers_pytorch.library.readers import COMPLETE, DocumentReader, NoText
 from memorizing_transformers_pytorch.memory.disk.manifest import files_of_memory
 from memorizing_transformers_pytorch.memory.ledger import Document
-from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
+from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest
 
 DIGEST = "sha256"  # in `about` of a document: of its file
 FILE, LINK = "file", "link"  # the real path of the file, and the path that was given if a symbolic link is in it
@@ -123,7 +123,7 @@ class Builder:
     is saved, then Interrupted is raised.
     """
 
-    def __init__(self, reader: DocumentReader, save: Callable[[], None], seconds: float, wish: Wish) -> None:
+    def __init__(self, reader: DocumentReader, save: Callable[[], None], seconds: float, wish: StopRequest) -> None:
         self._reader, self._save, self._seconds, self._wish = reader, save, seconds, wish
         self._saved_at = time.monotonic()
 

@@ -1,12 +1,13 @@
-"""How a run begins, or goes on: its folder, its text, its model with what it starts from.
+"""How a run starts or resumes: its folder, its text, its model and initial weights.
 
-On bad input nothing is left behind, and what was there stays.
+Bad input leaves nothing behind and changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +15,14 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
 from memorizing_transformers_pytorch.data.prepare import Prepared, prepare
-from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from memorizing_transformers_pytorch.data.tokenizer import Tokenizer, load_tokenizer
 from memorizing_transformers_pytorch.model.checkpoint import load_weights, read_weights
 from memorizing_transformers_pytorch.training import run as folders
 from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, last_of, read_state, restore
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.trainer import Trainer
 
-PATIENCE = datetime.timedelta(hours=24)  # of processes that wait while the main one tokenises or validates
+PATIENCE = datetime.timedelta(hours=24)  # of processes that wait while the main process tokenises or validates
 
 
 class Begun(NamedTuple):
@@ -33,9 +34,9 @@ class Begun(NamedTuple):
 
 
 def begin(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> Begun:
-    """A new run in this folder, or with `resume` the one in it, where its last checkpoint was written.
+    """A new run in this folder, or with `resume` the run in it, as of its last checkpoint.
 
-    Raises ValueError for what makes no sense: see `training.loop.train`.
+    Raises ValueError for bad input: see `training.loop.train`.
     """
     config.check()
     if resume:
@@ -48,9 +49,12 @@ def begin(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> 
             prepared = prepare(config.data, config.model.num_tokens, progress=main, tokenizer=tokenizer)
         _check_something_is_remembered(config, prepared)
         trainer = Trainer(config, prepared.train, accelerator)
-        best = None
-        if resume and last_of(folder) is not None:
-            best = _go_on(trainer, prepared, folder)
+        best, last = None, last_of(folder) if resume else None
+        if last is not None:
+            if (was := read_state(last)["text"]) != prepared.fingerprint:
+                now = prepared.fingerprint
+                raise ValueError(f"the text has changed: {folder} was trained on {was}, the text is now {now}")
+            best = restore(trainer, last)["best"]
         elif config.init_from is not None:
             weights = read_weights(_weights_of(config.init_from))
             for model in {trainer.model, trainer.averaged_model}:
@@ -58,18 +62,18 @@ def begin(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> 
     if main:
         folders.keep_config(config, folder)
         prepared.tokenizer.save(folder / folders.TOKENIZER)
-    accelerator.wait_for_everyone()  # until then another process may see a run that is being replaced
+    accelerator.wait_for_everyone()  # else another process may see a run that is being replaced
     return Begun(trainer, prepared, best)
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
     """One with these settings, also in a process that has trained with others before: accelerate keeps the first."""
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-
-    def make() -> Accelerator:
-        precision, cpu = config.training.precision, config.device == "cpu"
-        return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[patience])
-
+    make = partial(
+        Accelerator,
+        mixed_precision=config.training.precision,
+        cpu=config.device == "cpu",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     try:
         return make()
     except ValueError:
@@ -78,19 +82,17 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 def _tokenizer_to_keep(config: RunConfig, resumed: Path | None) -> Tokenizer | None:
-    """The tokenizer that a run goes on with, or that of the run whose weights it starts from; None for a new one.
+    """The tokenizer of a resumed run, or of the run whose weights this run starts from; None to train a new one.
 
-    Raises ValueError if another one was asked for: the same numbers would be other tokens.
+    Raises ValueError if another tokenizer was asked for: the same ids would be other tokens.
     """
     source = resumed or config.init_from
     if source is None or not (source / folders.TOKENIZER).is_file():
         return None
     tokenizer = load_tokenizer(source / folders.TOKENIZER)
     wanted = config.data.tokenizer
-    if resumed is None and wanted != "bpe":
-        other = ByteTokenizer() if wanted == "bytes" else load_tokenizer(wanted)
-        if other.to_json() != tokenizer.to_json():
-            raise ValueError(f"expected the tokenizer of {source}, whose weights the run starts from, got {wanted!r}")
+    if resumed is None and wanted != "bpe" and load_tokenizer(wanted).to_json() != tokenizer.to_json():
+        raise ValueError(f"expected the tokenizer of {source}, whose weights the run starts from, got {wanted!r}")
     return tokenizer
 
 
@@ -110,14 +112,3 @@ def _weights_of(source: Path) -> Path:
         return source
     checkpoint = folders.checkpoint_of(source)
     return checkpoint / (AVERAGE if (checkpoint / AVERAGE).is_file() else MODEL)
-
-
-def _go_on(trainer: Trainer, prepared: Prepared, folder: Path) -> dict[str, Any] | None:
-    """Let the trainer stand where the run stopped; the best validation so far."""
-    last = last_of(folder)
-    assert last is not None
-    was = read_state(last)["text"]
-    if was != prepared.fingerprint:
-        raise ValueError(f"expected the text that {folder} began with ({was}), got another ({prepared.fingerprint})")
-    best: dict[str, Any] | None = restore(trainer, last)["best"]
-    return best

@@ -1,50 +1,43 @@
-"""Checkpoints of a training run, from which it goes on exactly: weights, optimiser, place in the data, memories.
+"""Checkpoints of a training run, which resume exactly: weights, optimiser, place in the data, memories.
 
 A checkpoint is a folder `checkpoints/step-N` of safetensors files and one JSON file; nothing is pickled. It is written
-under another name, brought to the disk (fsync) and then renamed, and gets another name before it is removed: a folder
-of that name is complete, whatever happened. (So is `step-N.replaced`, there for a moment when step N is written again.)
+under another name, synced to the disk and then renamed; before it is removed, it is renamed again. So a folder of that
+name is always complete. (So is `step-N.replaced`, which exists for a moment when step N is written again.)
 
     model.safetensors       weights, with the configuration of the model
     average.safetensors     their moving average, if one is kept
     optimizer.safetensors   the tensors of the optimiser
-    process-R.safetensors   what process R alone has: memories, state of its rows, random numbers
-    state.json              everything else; the number of processes
-    checksums.json          of all these; what is read is checked
+    process-R.safetensors   what only process R has: memories, state of its rows, random numbers
+    state.json              everything else, such as the number of processes
+    checksums.json          of all these files; they are checked when they are read
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import dacite
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from memorizing_transformers_pytorch.model.checkpoint import load_weights, read_weights, save_checkpoint
-from memorizing_transformers_pytorch.training.state import (
-    load_own_state,
-    load_shared_state,
-    own_state,
-    shared_state,
-)
-from memorizing_transformers_pytorch.training.trainer import Trainer
-from memorizing_transformers_pytorch.utils.durable import sync, sync_folder, verify, write_checksums
+from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.training.trainer import Progress, Trainer
+from memorizing_transformers_pytorch.utils.durable import SaveError, sync, sync_folder, verify, write_checksums
 from memorizing_transformers_pytorch.utils.plain_json import read_object
 
 MODEL, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"
-
-
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _NAME = re.compile(r"step-(\d+)(\.replaced)?")
-
-
-class CheckpointError(OSError):
-    """A checkpoint (or what goes with it) could not be written; those written before are intact."""
 
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
@@ -68,55 +61,99 @@ def last_good(run: Path) -> str:
 def write_checkpoint(trainer: Trainer, run: Path, extra: dict[str, Any]) -> Path:
     """Write a checkpoint of where the trainer stands; every process calls this. `extra` is kept in state.json.
 
-    Raises CheckpointError, which names the last good checkpoint, where it cannot be written.
+    Raises SaveError, which names the last good checkpoint, where it cannot be written.
     """
     main = trainer.accelerator.is_main_process
     folder = run / "checkpoints" / f"step-{trainer.progress.step}"
     aside = folder.with_name(f".{folder.name}.incomplete")
+
+    def start() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+
     stages: list[tuple[bool, Callable[[], None]]] = [
-        (main, lambda: _make_anew(aside)),
+        (main, start),
         (True, lambda: _write_parts(trainer, aside, extra)),
         (main, lambda: _publish(aside, folder)),
     ]
     for takes_part, stage in stages:
-        failure = _failure_of(stage) if takes_part else None
+        failure = None
+        try:
+            if takes_part:
+                stage()
+        except (OSError, SafetensorError) as error:
+            failure = str(error)
         if trainer.agree(failure is not None):  # which is also where the processes wait for each other
             if main:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointError(f"could not write {folder}: {failure or 'another process failed'}; {last_good(run)}")
+            raise SaveError(f"could not write {folder}: {failure or 'another process failed'}; {last_good(run)}")
     return folder
 
 
-def _failure_of(action: Callable[[], None]) -> str | None:
-    """Why an action could not write; None if it could."""
-    try:
-        action()
-    except (OSError, SafetensorError) as error:
-        return str(error)
-    return None
-
-
-def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
 def _write_parts(trainer: Trainer, aside: Path, extra: dict[str, Any]) -> None:
-    rank = trainer.accelerator.process_index
-    save_file(_on_cpu(own_state(trainer)), aside / f"process-{rank}.safetensors")
+    rank, scaler = trainer.accelerator.process_index, trainer.accelerator.scaler
+    save_file(own_state(trainer), aside / f"process-{rank}.safetensors")
     if not trainer.accelerator.is_main_process:
         return
     save_checkpoint(trainer.model, aside / MODEL)
     if trainer.average is not None:
         save_checkpoint(trainer.averaged_model, aside / AVERAGE)
-    tensors, rest = _optimizer_parts(trainer)
-    save_file(tensors, aside / OPTIMIZER)
-    state = {"processes": trainer.accelerator.num_processes, "optimizer": rest, **shared_state(trainer), **extra}
+    optimizer = trainer.optimizer.state_dict()
+    save_file(_flat({str(number): values for number, values in optimizer["state"].items()}), aside / OPTIMIZER)
+    state = {
+        "processes": trainer.accelerator.num_processes,
+        "optimizer": {
+            "groups": optimizer["param_groups"],
+            "average_updates": 0 if trainer.average is None else int(trainer.average.n_averaged),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        },
+        "progress": dataclasses.asdict(trainer.progress),
+        "stream": trainer.stream.state_dict(),
+        **extra,
+    }
     (aside / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
+def own_state(trainer: Trainer) -> dict[str, Tensor]:
+    """What each process has alone: memories, state of its rows, random numbers."""
+    parts = {"memories": trainer.memories.state_dict(), "random": {"cpu": torch.get_rng_state()}}
+    parts |= {f"states.{group}": state.state_dict() for group, state in enumerate(trainer.states)}
+    if trainer.accelerator.device.type == "cuda":
+        parts["random"]["cuda"] = torch.cuda.get_rng_state()
+    return _flat(parts)
+
+
+def _load_own_state(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    device = trainer.accelerator.device
+    if trainer.memories:
+        capacity, most = int(tensors["memories.0.capacity"]), trainer.config.model.max_knn_memories
+        if not 1 <= capacity <= most:
+            raise ValueError(f"expected memories of 1 to {most} entries, got {capacity}")
+        trainer.memories.resize(capacity)
+    trainer.memories.load_state_dict(_part("memories", tensors))
+    groups = range(len(trainer.groups))
+    trainer.states = [XLMemories.from_state_dict(_part(f"states.{group}", tensors), device) for group in groups]
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+def _flat(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One dict of tensors on the CPU, each named PART.NAME."""
+    return {
+        f"{part}.{name}": tensor.detach().cpu().contiguous()
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def _part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse, for one part."""
+    return {name[len(part) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+
+
 def _publish(aside: Path, folder: Path) -> None:
-    """Bring everything to the disk, then give it its name."""
+    """Sync everything to the disk, then rename it."""
     write_checksums(aside)
     sync_folder(aside)
     replaced = folder.with_name(f"{folder.name}.replaced")
@@ -129,7 +166,7 @@ def _publish(aside: Path, folder: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a checkpoint, if it is there, under a name that is none: half of one is never taken for a whole."""
+    """Rename a checkpoint, if it exists, before removing it: a half-removed one is never taken for a whole one."""
     if folder.exists():
         hidden = folder.with_name(f".{folder.name}.removed")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -137,24 +174,8 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _optimizer_parts(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of the optimiser as tensors by name, and the rest for JSON."""
-    state = trainer.optimizer.state_dict()
-    tensors = {f"{number}.{name}": value for number, values in state["state"].items() for name, value in values.items()}
-    scaler = trainer.accelerator.scaler
-    return _on_cpu(tensors), {
-        "groups": state["param_groups"],
-        "average_updates": 0 if trainer.average is None else int(trainer.average.n_averaged),
-        "scaler": None if scaler is None else scaler.state_dict(),
-    }
-
-
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint. Raises ValueError where there is none."""
+    """The JSON part of a checkpoint. Raises ValueError for a folder that is no checkpoint."""
     try:
         state = read_object(checkpoint / STATE)
     except (OSError, ValueError) as error:
@@ -172,7 +193,7 @@ def _has_steps(progress: Any, best: Any) -> bool:
 
 
 def restore(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
-    """Let a trainer of the same configuration stand where the checkpoint was written; returns its state.json.
+    """Load a checkpoint into a trainer with the same configuration; returns its state.json.
 
     Raises ValueError for a checkpoint that is damaged, or of another number of processes.
     """
@@ -181,32 +202,24 @@ def restore(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
         raise ValueError(
             f"expected {state['processes']} processes, as {checkpoint} has, got {accelerator.num_processes}"
         )
-    own = f"process-{accelerator.process_index}.safetensors"
-    with _naming(checkpoint):
-        verify(checkpoint, MODEL, OPTIMIZER, STATE, own, *([] if trainer.average is None else [AVERAGE]))
+    own, average = f"process-{accelerator.process_index}.safetensors", trainer.average
+    try:
+        verify(checkpoint, MODEL, OPTIMIZER, STATE, own, *([] if average is None else [AVERAGE]))
         load_weights(trainer.model, read_weights(checkpoint / MODEL))
-        if trainer.average is not None:
+        if average is not None:
             load_weights(trainer.averaged_model, read_weights(checkpoint / AVERAGE))
-            trainer.average.n_averaged.fill_(state["optimizer"]["average_updates"])
+            average.n_averaged.fill_(state["optimizer"]["average_updates"])
         _load_optimizer(trainer, read_weights(checkpoint / OPTIMIZER), state["optimizer"])
-        load_shared_state(trainer, state)
-        load_own_state(trainer, read_weights(checkpoint / own))
+        trainer.stream.load_state_dict(state["stream"])
+        trainer.progress = dacite.from_dict(Progress, state["progress"], dacite.Config(strict=True))
+        _load_own_state(trainer, read_weights(checkpoint / own))
+    except (*_DAMAGE, dacite.DaciteError) as error:
+        raise ValueError(f"expected a whole checkpoint, got {str(checkpoint)!r}: {error}") from error
     return state
 
 
-@contextmanager
-def _naming(checkpoint: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"expected a whole checkpoint, got {str(checkpoint)!r}: {error}") from error
-
-
 def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    states: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        number, field = name.split(".", 1)
-        states.setdefault(int(number), {})[field] = tensor
+    states = {int(number): _part(number, tensors) for number in {name.split(".")[0] for name in tensors}}
     trainer.optimizer.load_state_dict({"state": states, "param_groups": rest["groups"]})
     if trainer.accelerator.scaler is not None and rest["scaler"] is not None:
         trainer.accelerator.scaler.load_state_dict(rest["scaler"])

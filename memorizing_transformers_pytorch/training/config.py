@@ -1,4 +1,4 @@
-"""What makes a training run: frozen, keyword-only, refusing what makes no sense. The field names are the flags."""
+"""The configuration of a training run: frozen, keyword-only, checked. The field names are the flags."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.model.config import ModelConfig
 
 
-def _check(config: object, *, least: float, names: tuple[str, ...]) -> None:
+def _check_at_least(least: float, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
@@ -25,7 +25,7 @@ def _check_share(config: object, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How the weights follow the gradients."""
+    """The optimiser and its learning rate."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
     """AdamW (Loshchilov & Hutter 2019), or Adafactor (Shazeer & Stern 2018), which scales steps by the weights and caps
@@ -55,7 +55,7 @@ class OptimizerConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} to be above 0, got {getattr(self, name)}")
-        _check(self, least=0, names=("warmup_steps", "weight_decay"))
+        _check_at_least(0, self, "warmup_steps", "weight_decay")
         _check_share(self, "decay_share", "final_share")
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
@@ -72,19 +72,19 @@ class MemoryConfig:
     from_step: int | None = None
     """The step from which memories are read and written, instead of last_share."""
     from_loss: float | None = None
-    """Besides, only once the running mean of the loss (nats per token) has fallen below this."""
+    """Also wait until the running mean of the loss (nats per token) has fallen below this."""
     growth: tuple[tuple[int, int], ...] = ()
-    """Pairs of a step and the entries that a row keeps from there on, at most model.max_knn_memories, e.g. 0 512 1000
-    8192. A memory that is smaller in training costs less, and may be enlarged afterwards."""
+    """Pairs of a step and the entries that a row keeps from that step on, at most model.max_knn_memories, such as 0 512
+    1000 8192. A smaller memory in training costs less, and can be enlarged afterwards."""
     dropout: float = 0.0
-    """Share of rows that do not read their memory, drawn anew for each segment."""
+    """Share of rows that do not read their memory, drawn again for each segment."""
     scope: Literal["document", "step"] = "document"
-    """How long memories (and XL memory) live: as long as the document, or for the segments of one step (the original's
-    habit)."""
+    """How long memories (and XL memory) last: until the document ends, or for the segments of one step (as in the
+    original package)."""
 
     def __post_init__(self) -> None:
         _check_share(self, "last_share", "dropout")
-        _check(self, least=0, names=("from_step",))
+        _check_at_least(0, self, "from_step")
         steps = [step for step, _ in self.growth]
         if steps and (steps[0] < 0 or steps != sorted(set(steps)) or min(size for _, size in self.growth) < 1):
             raise ValueError(f"expected growth as rising steps with at least 1 entry each, got {self.growth}")
@@ -92,7 +92,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The loop: how long, how much at once, and what is written down how often."""
+    """The loop: how many steps, how much per step, and how often to validate, save and log."""
 
     steps: int = 2_000
     """Optimiser steps."""
@@ -107,7 +107,7 @@ class TrainingConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop, or leave the weights as they are, count it and go on."""
+    """On a loss or gradient that is not finite: stop, or skip the step and count it."""
     validate_every: int = 250
     """Steps between validations; the best checkpoint is that with the lowest loss then."""
     validation_tokens: int = 4_096
@@ -115,15 +115,16 @@ class TrainingConfig:
     validation_documents: int = 32
     """Validation documents that are read, the longest ones."""
     checkpoint_every: int = 250
-    """Steps between checkpoints, from which a run goes on exactly."""
+    """Steps between checkpoints, from which a run resumes exactly."""
     log_every: int = 10
     """Steps between records of what the memory does (attention mass, age, recall)."""
     tensorboard: bool = False
     """Write metrics for TensorBoard too."""
 
     def __post_init__(self) -> None:
-        names = ("steps", "rows", "segment_length", "segments", "row_groups", "validate_every", "checkpoint_every")
-        _check(self, least=1, names=(*names, "log_every", "validation_tokens", "validation_documents"))
+        sizes = ("steps", "rows", "segment_length", "segments", "row_groups")
+        every = ("validate_every", "validation_tokens", "validation_documents", "checkpoint_every", "log_every")
+        _check_at_least(1, self, *sizes, *every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,23 +144,22 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The text."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How the weights follow the gradients."""
+    """The optimiser and its learning rate."""
     memory: MemoryConfig = MemoryConfig()
     """When the memory is read."""
     training: TrainingConfig = TrainingConfig()
     """The loop."""
 
     def check(self) -> None:
-        """Raises ValueError for parts that do not fit together. (Not when made: the command line would speak then.)"""
+        """Raises ValueError for parts that do not fit together."""
         largest = max((entries for _, entries in self.memory.growth), default=0)
         if largest > self.model.max_knn_memories:
             expected = f"memory.growth up to model.max_knn_memories={self.model.max_knn_memories}"
             raise ValueError(f"expected {expected}, got {largest}")
         for name in ("clear_memories_on_sos_token_id", "clear_memories_on_eos_token_id"):
             if getattr(self.model, name) is not None:
-                raise ValueError(
-                    f"expected model.{name} to be None (the stream knows where documents begin), got a token"
-                )
+                why = "the stream knows where documents begin"
+                raise ValueError(f"expected model.{name} to be None ({why}), got a token")
 
     @property
     def memory_from_step(self) -> int:

@@ -1,6 +1,7 @@
-"""A training run from its configuration to its last checkpoint: train, validate, save, write down; go on after a stop.
+"""A training run from its configuration to its last checkpoint: train, validate, save, log; resume after a stop.
 
-Each step is the trainer's; here is when the rest happens. Only the main process validates and writes what all share.
+The trainer does each step; this module decides when the rest happens. Only the main process validates and writes files
+that all processes share.
 """
 
 from __future__ import annotations
@@ -12,18 +13,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from memorizing_transformers_pytorch.evaluation.evaluate import evaluate, mean_loss, mode_of
-from memorizing_transformers_pytorch.training import run as folders
+from memorizing_transformers_pytorch.evaluation.evaluate import evaluate, mean_loss
+from memorizing_transformers_pytorch.evaluation.report import label
 from memorizing_transformers_pytorch.training.begin import Begun, begin
 from memorizing_transformers_pytorch.training.checkpoint import (
-    CheckpointError,
     keep_only,
     last_good,
     last_of,
     write_checkpoint,
 )
 from memorizing_transformers_pytorch.training.config import RunConfig
-from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish, stopping_on_signals
 from memorizing_transformers_pytorch.training.metrics import (
     Metrics,
     ProgressBar,
@@ -31,24 +30,28 @@ from memorizing_transformers_pytorch.training.metrics import (
     read_metrics,
 )
 from memorizing_transformers_pytorch.training.monitor import watching
-from memorizing_transformers_pytorch.training.report import plot_training, plots_are_possible
+from memorizing_transformers_pytorch.training.report import training_charts
+from memorizing_transformers_pytorch.training.run import METRICS
+from memorizing_transformers_pytorch.utils.charts import plots_are_possible, save_png
+from memorizing_transformers_pytorch.utils.durable import SaveError
+from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest, stopping_on_signals
 
 SECONDS_BETWEEN_PLOTS = 60
 
 
 def train(config: RunConfig, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Train as configured and keep everything in `folder`; with `resume`, go on from its last checkpoint.
+    """Train as configured and keep everything in `folder`; with `resume`, continue from its last checkpoint.
 
-    Raises ValueError, before anything is written, for a configuration or text that makes no sense, a folder that exists
+    Raises ValueError, before anything is written, for a bad configuration or text, a folder that exists
     already, or one to resume that holds a run of another configuration. Raises FloatingPointError for a loss that is
-    not finite, CheckpointError where a checkpoint or a record cannot be written, Interrupted after SIGINT or SIGTERM,
+    not finite, SaveError where a checkpoint or a record cannot be written, Interrupted after SIGINT or SIGTERM,
     when a checkpoint has been written.
     """
     if config.training.tensorboard:
         check_tensorboard_is_there()
     begun = begin(config, folder, resume=resume, overwrite=overwrite)
-    with stopping_on_signals() as wish:
-        _Loop(begun, folder).run(wish)
+    with stopping_on_signals() as request:
+        _Loop(begun, folder).run(request)
     return folder
 
 
@@ -62,38 +65,35 @@ class _Loop:
         self.is_main = self.trainer.accelerator.is_main_process
         self._drawn = time.monotonic()
         self.metrics: Metrics | None = None
+        train = self.prepared.train
         self.bar = ProgressBar(
             step=self.trainer.progress.step,
             steps=self.settings.steps,
-            bytes_per_token=self.prepared.train.total_bytes / max(self.prepared.train.num_tokens_total, 1),
+            bytes_per_token=train.total_bytes / max(train.num_tokens_total, 1),
             disable=not self.is_main,
         )
 
-    def run(self, wish: Wish) -> None:
-        """The steps that are left. Raises as `train` says."""
+    def run(self, request: StopRequest) -> None:
+        """The remaining steps. Raises as `train` says."""
         try:
             with ExitStack() as stack:
-                self._open(stack)
+                stack.enter_context(self.trainer.memories)
+                stack.callback(self._draw)
+                stack.enter_context(self.bar)
+                if self.is_main:
+                    self.bar.write(f"the run is kept in {self.folder}")
+                    tensorboard = self.folder / "tensorboard" if self.settings.tensorboard else None
+                    metrics = Metrics(self.folder / METRICS, step=self.trainer.progress.step, tensorboard=tensorboard)
+                    self.metrics = stack.enter_context(metrics)
                 if last_of(self.folder) is None:
-                    self._save()  # so that even a run that is killed early can go on
+                    self._save()  # so that even a run that is killed early can be resumed
                 while not self.trainer.finished:
                     self._step()
-                    self._after_step(wish)
-        except CheckpointError:
+                    self._after_step(request)
+        except SaveError:
             raise
         except OSError as error:
-            raise CheckpointError(f"could not write to {self.folder}: {error}; {last_good(self.folder)}") from error
-
-    def _open(self, stack: ExitStack) -> None:
-        """What is to be closed at the end, however it comes."""
-        stack.enter_context(self.trainer.memories)
-        stack.callback(self._draw)
-        stack.enter_context(self.bar)
-        if self.is_main:
-            self.bar.write(f"the run is kept in {self.folder}")
-            tensorboard = self.folder / "tensorboard" if self.settings.tensorboard else None
-            path, step = self.folder / folders.METRICS, self.trainer.progress.step
-            self.metrics = stack.enter_context(Metrics(path, step=step, tensorboard=tensorboard))
+            raise SaveError(f"could not write to {self.folder}: {error}; {last_good(self.folder)}") from error
 
     def _step(self) -> None:
         trainer, tokens = self.trainer, self.trainer.progress.tokens
@@ -117,39 +117,34 @@ class _Loop:
             self.metrics.note(record)
 
     def _draw(self) -> None:
-        """The curves so far, if they can be drawn. (On a full disk what has stopped the run must be told, not this.)"""
+        """The curves so far, if they can be drawn. (On a full disk, the error that stopped the run matters more.)"""
         self._drawn = time.monotonic()
         if self.is_main and plots_are_possible():
-            records = read_metrics(self.folder / folders.METRICS)
+            records = read_metrics(self.folder / METRICS)
             with contextlib.suppress(OSError):
-                plot_training(records, self.trainer.progress.memory_since, self.folder / "metrics.png")
+                save_png(training_charts(records, self.trainer.progress.memory_since), self.folder / "metrics.png")
 
-    def _after_step(self, wish: Wish) -> None:
+    def _after_step(self, request: StopRequest) -> None:
         step, last = self.trainer.progress.step, self.trainer.finished
-        improved = False
-        if step % self.settings.validate_every == 0 or last:
-            improved = self._validate()
-        stop = self.trainer.agree(wish.signal is not None)
+        improved = (step % self.settings.validate_every == 0 or last) and self._validate()
+        stop = self.trainer.agree(request.signal is not None)
         if improved or last or stop or step % self.settings.checkpoint_every == 0:
             saved = self._save()
             if stop and not last:
-                raise Interrupted(
-                    f"interrupted at step {step}; saved in {saved}; go on with --resume", wish.signal or 15
-                )
+                message = f"interrupted at step {step}; saved in {saved}; continue with --resume"
+                raise Interrupted(message, request.signal or 15)
 
     def _validate(self) -> bool:
         """Validate; whether it is the best so far."""
         losses = self._validation_losses() if self.is_main else {}
-        names = list(losses)
-        if not self.trainer.agree(bool(names)):
+        if not self.trainer.agree(bool(losses)):
             return False
-        loss = self.trainer.from_main(losses[names[-1]] if names else 0.0)
-        step = self.trainer.progress.step
-        if names:
+        step, loss = self.trainer.progress.step, self.trainer.from_main([*losses.values(), 0.0][len(losses) - 1])
+        if losses:
             self._note({"step": step, "validation": losses})
             if time.monotonic() > self._drawn + SECONDS_BETWEEN_PLOTS:
                 self._draw()
-            shown = ", ".join(f"{loss:.3f} {_words(name)}" for name, loss in losses.items())
+            shown = ", ".join(f"{loss:.3f} with {label(name)}" for name, loss in losses.items())
             self.bar.write(f"step {step:>6,}: validation loss {shown}")
         if not math.isfinite(loss) or (self.best is not None and loss >= self.best["loss"]):
             return False
@@ -159,29 +154,22 @@ class _Loop:
     def _validation_losses(self) -> dict[str, float]:
         """With the memory off and, if the model has one, on; none without validation documents."""
         documents = [document for document in self.prepared.valid if len(document) > 1]
-        documents = sorted(documents, key=len, reverse=True)[: self.settings.validation_documents]
         if not documents:
             return {}
         model = self.trainer.averaged_model
         size = self.config.entries_at(self.trainer.progress.step) if model.config.layers_with_memory else 0
-        sizes = sorted({0, size})
         losses = evaluate(
             model,
-            documents,
+            sorted(documents, key=len, reverse=True)[: self.settings.validation_documents],
             segment_length=self.settings.segment_length,
-            memory_sizes=sizes,
+            memory_sizes=sorted({0, size}),
             max_tokens=self.settings.validation_tokens,
         )
-        return {mode_of(size): mean_loss(losses[mode_of(size)]) for size in sizes}
+        return {mode: mean_loss(of_mode) for mode, of_mode in losses.items()}
 
     def _save(self) -> Path:
-        extra = {"best": self.best, "text": self.prepared.fingerprint}
-        saved = write_checkpoint(self.trainer, self.folder, extra)
+        saved = write_checkpoint(self.trainer, self.folder, {"best": self.best, "text": self.prepared.fingerprint})
         if self.is_main:
             best = set() if self.best is None else {self.best["step"]}
             keep_only(self.folder, {self.trainer.progress.step} | best)
         return saved
-
-
-def _words(mode: str) -> str:
-    return "with the memory off" if mode == "off" else f"with {int(mode):,} entries"

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: a line of JSON for each step and validation, TensorBoard, a progress bar."""
+"""The log of a run: a line of JSON for each step and validation, TensorBoard, a progress bar."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Record = dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a run. A last line that was cut off (by a kill, a full disk) is left out.
+    """The records of a run, without a last line that was cut off (by a kill, a full disk).
 
-    Raises ValueError for any other line that is no record, with its step.
+    Raises ValueError for any other line that is not a record with a step.
     """
     if not path.is_file():
         return []
@@ -39,11 +39,11 @@ def _record(line: bytes, where: str) -> Record:
 def check_tensorboard_is_there() -> None:
     """Raises ValueError, with the remedy, if TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("expected tensorboard: pip install 'memorizing_transformers_pytorch[tensorboard]'")
+        raise ValueError("tensorboard is not installed: pip install 'memorizing_transformers_pytorch[tensorboard]'")
 
 
 class Metrics(AbstractContextManager["Metrics"]):
-    """The metrics of a run from a step on; what an interrupted run wrote about later steps is left out.
+    """The metrics of a run from a step on; records of later steps, from an interrupted run, are removed.
 
     path: of the JSON lines. tensorboard: a folder for TensorBoard, or None.
     """
@@ -98,7 +98,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
     """
 
     def __init__(self, *, step: int, steps: int, bytes_per_token: float, disable: bool) -> None:
-        self._bar = progress_bar(initial=step, total=steps, unit=" steps", disable=disable, dynamic_ncols=True)
+        self._bar = progress_bar(initial=step, total=steps, unit=" steps", disable=disable)
         self._nats_to_bits_per_byte = 1 / math.log(2) / bytes_per_token
 
     def record(self, step: Step, previous_tokens: int) -> Record:

@@ -1,4 +1,4 @@
-"""What the memory does while a model is trained, seen through forward hooks; the model knows nothing of it.
+"""What the memory does in training, measured with forward hooks; the model does not know about it.
 
 mass: the share of the attention that falls on retrieved entries, for each head (the mean over tokens that found some).
 age: how many tokens of the document lie between a token and the entries that it found, as quantiles.
@@ -32,7 +32,7 @@ Seen = dict[str, Any]
 
 @contextmanager
 def watching(model: MemorizingTransformer, memories: Sequence[KNNMemory]) -> Iterator[dict[str, Seen]]:
-    """Inside, what each memorizing layer does in its last forward pass is noted, under "layer N"."""
+    """Inside, the last forward pass of each memorizing layer is measured, under "layer N"."""
     seen: dict[str, Seen] = {}
     noted: set[int] = set()  # leases
     read = shifted(memories, model.config.shift_knn_memories_down)

@@ -45,7 +45,7 @@ _ENWIK8: Plain = {
 }
 
 
-def _paper(model: str, rows: int) -> Plain:
+def _paper(model: str) -> Plain:
     """Wu et al. 2022, section 4: Adafactor, 1,000 steps of warm-up, reciprocal square root decay, 2^17 tokens a step.
 
     Their learning rate of 1.0 multiplies 1 / sqrt(max(step, 1000)); ours is the peak, 1 / sqrt(1000). PG-19 is read
@@ -64,7 +64,7 @@ def _paper(model: str, rows: int) -> Plain:
         "memory": {"growth": [[0, 8_192], [500_000, 65_536]]},
         "training": {
             "steps": 520_000,
-            "rows": rows,
+            "rows": 256,
             "precision": "bf16",
             "validate_every": 5_000,
             "checkpoint_every": 1_000,
@@ -75,9 +75,7 @@ def _paper(model: str, rows: int) -> Plain:
 RUN_PRESETS: dict[str, Plain] = {
     "small": _SMALL,
     "enwik8": _ENWIK8,
-    "paper-200m": _paper("paper-200m", rows=256),
-    "paper-1b": _paper("paper-1b", rows=256),
-    "paper-8b": _paper("paper-8b", rows=256),
+    **{name: _paper(name) for name in ("paper-200m", "paper-1b", "paper-8b")},
 }
 
 

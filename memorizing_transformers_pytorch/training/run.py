@@ -1,14 +1,15 @@
-"""The folder of a run: who may write into it, what it holds, and how it is read again.
+"""The folder of a run: who may write into it, what it holds, and how to load it.
 
 config.yaml      the configuration, resolved          metrics.jsonl   a line for each step and validation
 tokenizer.json   the tokenizer                        metrics.png     the same as curves
 checkpoints/     the last and the best checkpoint     evaluation/     what `evaluate` wrote
-report.html      all of that, and what was looked up  sample.txt      what the model went on writing
+report.html      all of that, and what was looked up  sample.txt      a continuation that the model wrote
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,28 +26,20 @@ from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.settings import differences, from_plain, read_yaml, write_yaml
 from memorizing_transformers_pytorch.utils.durable import replacing, verify
 
-RUNS = Path("runs")  # where runs are, unless told
+RUNS = Path("runs")  # where runs are by default
 SHIPPED = Path(__file__).parent.parent / "shipped"  # a small run that comes with the package
 CONFIG, TOKENIZER, METRICS = "config.yaml", "tokenizer.json", "metrics.jsonl"
 
-# What may change when a run goes on: it says how much more is done or written down, not what is done.
-MAY_CHANGE = {
-    "output",
-    "device",
-    "data.cache",
-    "training.steps",
-    "training.on_nan",
-    "training.validate_every",
-    "training.validation_tokens",
-    "training.validation_documents",
-    "training.checkpoint_every",
-    "training.log_every",
-    "training.tensorboard",
-}
+# Fields that may change when a run is resumed: they say how much more is done or logged, not what is done.
+MAY_CHANGE = {"output", "device", "data.cache"} | {
+    f"training.{name}"
+    for name in ("steps", "on_nan", "validate_every", "validation_tokens", "validation_documents", "checkpoint_every",
+                 "log_every", "tensorboard")
+}  # fmt: skip
 
 
 class LoadedRun(NamedTuple):
-    """A run, ready to be used: its model is in evaluation mode. step: of the checkpoint."""
+    """A run, ready to use, with its model in evaluation mode. step: of the checkpoint."""
 
     folder: Path
     config: RunConfig
@@ -64,7 +57,8 @@ def run_named(name: str | Path) -> Path:
 def config_of(folder: Path) -> RunConfig:
     """The configuration of a run. Raises ValueError where there is no run."""
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"expected the folder of a run, got {str(folder)!r}, which has no {CONFIG} (try: train)")
+        what = f"{str(folder)!r} is not a training run: it has no {CONFIG}"
+        raise ValueError(f"{what} (`memorizing-transformers train` makes a run)")
     return from_plain(read_yaml(folder / CONFIG))
 
 
@@ -113,20 +107,17 @@ def load_run(
 
 
 def free_name(folder: Path) -> Path:
-    """The folder, or with a number behind it the first that does not exist yet."""
-    number, name = 1, folder
-    while name.exists():
-        number += 1
-        name = folder.with_name(f"{folder.name}-{number}")
-    return name
+    """The folder, or the first of folder-2, folder-3, ... that does not exist yet."""
+    names = itertools.chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 @contextmanager
 def new_run(folder: Path, *, overwrite: bool) -> Iterator[None]:
-    """Inside, the run may still be refused: then the folder is as it was. Afterwards it is that of a new run.
+    """The folder of a new run. If the code inside fails, the folder is as it was.
 
-    The folder is claimed at once, so that of two runs that begin together only one gets it.
-    Raises ValueError for a folder that exists, unless it is that of a run and `overwrite`.
+    The folder is claimed at once: of two runs that start together, only one gets it.
+    Raises ValueError for a folder that exists, unless it holds a run and `overwrite` is set.
     """
     if overwrite and folder.exists() and any(folder.iterdir()):
         if not (folder / CONFIG).is_file():
@@ -147,7 +138,7 @@ def new_run(folder: Path, *, overwrite: bool) -> Iterator[None]:
 
 
 def _claim(folder: Path) -> None:
-    """Make the folder, or take an empty one, and be the one who writes the first file in it."""
+    """Make the folder, or take an empty one, and write its first file before any other process does."""
     taken = ValueError(f"expected a new folder, got {str(folder)!r}, which exists (--resume or --overwrite)")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise taken
@@ -159,7 +150,7 @@ def _claim(folder: Path) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a run has left, its configuration last: if this is broken off, it can be overwritten again."""
+    """Remove the files of a run, except the configuration: if this is interrupted, --overwrite works again."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -168,16 +159,14 @@ def _empty(folder: Path) -> None:
 
 
 def keep_config(config: RunConfig, folder: Path) -> None:
-    """Write the configuration of a run in place of the one before, which is there until this one is complete.
-
-    It does not name the folder, so that it can be used for another run.
-    """
+    """Write the configuration of a run; an older one is replaced at the end. It does not name the folder, so that
+    another run can use it."""
     with replacing(folder / CONFIG) as aside:
         write_yaml(dataclasses.replace(config, output=None), aside)
 
 
 def check_same(config: RunConfig, folder: Path) -> None:
-    """Raises ValueError, with the fields that differ, if a run cannot go on with this configuration."""
+    """Raises ValueError, with the fields that differ, if a run cannot be resumed with this configuration."""
     found = {name: both for name, both in differences(config_of(folder), config).items() if name not in MAY_CHANGE}
     if found:
         listed = ", ".join(f"{name} {was!r} (got {now!r})" for name, (was, now) in found.items())

@@ -16,7 +16,7 @@ Plain = dict[str, Any]
 
 
 def _float(value: Any) -> float:
-    """YAML takes some numbers, such as 1e-3, for text."""
+    """YAML reads some numbers, such as 1e-3, as text."""
     try:
         return float(value)
     except (OverflowError, TypeError, ValueError):
@@ -27,20 +27,20 @@ _STRICT = dacite.Config(strict=True, cast=[tuple, Path], type_hooks={float: _flo
 
 
 def to_plain(config: Any) -> Plain:
-    """A configuration as nested dicts of what YAML and JSON can hold."""
-    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+    """A configuration as nested dicts of values that YAML and JSON can hold."""
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
 
 
 def from_plain(plain: Mapping[str, Any]) -> RunConfig:
-    """The inverse. Raises ValueError for fields that are unknown, missing, of another type or make no sense."""
+    """The inverse. Raises ValueError for fields that are unknown, missing, of another type or have bad values."""
     try:
         return dacite.from_dict(RunConfig, plain, _STRICT)
     except dacite.DaciteError as error:
@@ -52,21 +52,14 @@ def from_plain(plain: Mapping[str, Any]) -> RunConfig:
 
 
 _DEEPEST = 20
-# The second line: for a value that does not fit its tag, such as !!int '', the parser raises what comes of it.
+# For a value that does not fit its tag, such as !!int '', the parser raises whatever error that leads to.
 _OF_YAML = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    yaml.YAMLError,
-)
+    ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, yaml.YAMLError,
+)  # fmt: skip
 
 
 def read_yaml(path: Path) -> Plain:
-    """A YAML mapping. Raises ValueError if there is none in that file, or it has aliases, or is nested deeply."""
+    """A YAML mapping. Raises ValueError for other files, and for YAML with aliases or deep nesting."""
     try:
         text = path.read_text(encoding="utf-8")
         _expect_simple(text)
@@ -79,7 +72,7 @@ def read_yaml(path: Path) -> Plain:
 
 
 def _expect_simple(text: str) -> None:
-    """A few aliases of aliases are a value that no memory holds when written out; nesting takes quadratic time."""
+    """Refuse aliases, which can expand to more than fits into memory, and deep nesting, which takes quadratic time."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -4,7 +4,7 @@ A step reads `segments` segments of every row, one after the other, and each seg
 are accumulated. The loss of a step is the mean over all its scored tokens, of all processes: so it does not matter
 into how many parts or processes the rows are divided. Each process has its own rows, with their memories and state.
 
-It knows nothing of files, validation or reports. Shapes: B rows, T tokens of a segment.
+Knows nothing of files, validation or reports. Shapes: B rows, T tokens of a segment.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from memorizing_transformers_pytorch.data.stream import Batch, DocumentStream
-from memorizing_transformers_pytorch.memory import KNNMemoryList, NonFiniteError
+from memorizing_transformers_pytorch.memory import NonFiniteError
 from memorizing_transformers_pytorch.model.config import IGNORE_INDEX
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.model.segment import XLMemories
 from memorizing_transformers_pytorch.training.config import RunConfig
-from memorizing_transformers_pytorch.training.optimizer import make_average, make_optimizer
-from memorizing_transformers_pytorch.training.schedule import learning_rate_at
+from memorizing_transformers_pytorch.training.optimizer import learning_rate_at, make_average, make_optimizer
 
 SMOOTHING = 0.98  # of the running mean of the loss
 
@@ -100,12 +99,9 @@ class Trainer:
         self._wrapped, self._stepper = accelerator.prepare(self.model, self.optimizer)
         torch.manual_seed(config.seed + rank)  # from here on random numbers differ: dropout
         self.groups = [list(range(rows))[i :: training.row_groups] for i in range(training.row_groups)]
-        self.memories = self._new_memories(rows)
+        self.memories = self.model.create_knn_memories(batch_size=rows, max_memories=config.entries_at(0))
         self.states = self._new_states()
         self.progress = Progress()
-
-    def _new_memories(self, rows: int) -> KNNMemoryList:
-        return self.model.create_knn_memories(batch_size=rows, max_memories=self.config.entries_at(0))
 
     def _new_states(self) -> list[XLMemories]:
         return [self.model.initial_state(len(group)) for group in self.groups]
@@ -131,7 +127,7 @@ class Trainer:
         self._prepare_memories()
         self._wrapped.train()
         batches = [next(self.stream).to(self.accelerator.device) for _ in range(self.config.training.segments)]
-        [tokens, scored] = self._summed([sum(_count(batch) for batch in batches), sum(_scored(b) for b in batches)])
+        tokens, scored = self._summed([sum(int(batch.mask.sum()) for batch in batches), sum(map(_scored, batches))])
         loss = self._accumulate(batches, scored)
         rate, norm = self._change_weights(loss)
         self.progress.step += 1
@@ -152,7 +148,7 @@ class Trainer:
         return sum(memory.seconds_searching for memory in self.memories)
 
     def _prepare_memories(self) -> None:
-        """What is to happen to memories before this step: in use from now on, another size, all empty."""
+        """Before this step: start to use the memories, resize them, or empty them, as configured."""
         progress, settings = self.progress, self.config.memory
         if progress.memory_since is None and progress.step >= self.config.memory_from_step:
             smoothed = progress.smoothed_loss
@@ -190,7 +186,7 @@ class Trainer:
     def _loss(self, batch: Batch, group: int) -> Tensor | None:
         """The sum of the losses of a row group, in nats; None if keys or queries are not finite."""
         rows = self.groups[group]
-        part = batch if len(self.groups) == 1 else _taken(batch, rows)
+        part = Batch(*(tensor[rows] for tensor in batch))
         hidden = None
         if self.config.memory.dropout > 0:
             hidden = (torch.rand(len(rows)) < self.config.memory.dropout).to(part.tokens.device)
@@ -232,7 +228,7 @@ class Trainer:
         return rate, norm
 
     def _skip(self) -> None:
-        self._forget_everything()  # what is not finite must not live on in them
+        self._forget_everything()  # they may hold numbers that are not finite
         if self.config.training.on_nan == "stop":
             self._stepper.zero_grad()
             raise FloatingPointError(f"the loss or its gradient is not finite at step {self.progress.step + 1}")
@@ -255,13 +251,5 @@ class Trainer:
         return self._summed([number if self.accelerator.is_main_process else 0.0])[0]
 
 
-def _count(batch: Batch) -> int:
-    return int(batch.mask.sum())
-
-
 def _scored(batch: Batch) -> int:
     return int((batch.labels != IGNORE_INDEX).sum())
-
-
-def _taken(batch: Batch, rows: list[int]) -> Batch:
-    return Batch(*(tensor[rows] for tensor in batch))

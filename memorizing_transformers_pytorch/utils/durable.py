@@ -15,6 +15,10 @@ from memorizing_transformers_pytorch.utils.plain_json import read_object
 CHECKSUMS = "checksums.json"
 
 
+class SaveError(OSError):
+    """A memory or a checkpoint could not be written; what was there before is intact."""
+
+
 def sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

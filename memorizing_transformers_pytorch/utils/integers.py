@@ -18,8 +18,8 @@ def as_int64(numbers: Any, what: str) -> Tensor:
     """
     if not isinstance(numbers, Tensor) or numbers.dtype not in SIGNED + UNSIGNED:
         got = str(numbers.dtype) if isinstance(numbers, Tensor) else type(numbers).__name__
-        raise ValueError(f"{what} must be a tensor of integers, not {got}")
+        raise ValueError(f"expected {what} to be a tensor of integers, got {got}")
     converted = numbers.long()
     if numbers.dtype == torch.uint64 and bool((converted < 0).any()):
-        raise ValueError(f"{what} must be below 2**63")
+        raise ValueError(f"expected {what} below 2**63")
     return converted

@@ -1,4 +1,4 @@
-"""Progress bars on stderr. Where that is no terminal but a log file, they are written seldom."""
+"""Progress bars on stderr. If that is a log file instead of a terminal, they are written seldom."""
 
 from __future__ import annotations
 
@@ -9,6 +9,25 @@ from typing import Any
 from tqdm import tqdm
 
 
-def bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
-    """A bar with the options of tqdm."""
-    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 10, **options)
+def bar(
+    iterable: Iterable[Any] | None = None,
+    *,
+    total: int | None = None,
+    initial: int = 0,
+    desc: str | None = None,
+    unit: str = "it",
+    unit_scale: bool = False,
+    disable: bool = False,
+) -> tqdm[Any]:
+    """A bar of tqdm, as wide as the terminal."""
+    return tqdm(
+        iterable,
+        total=total,
+        initial=initial,
+        desc=desc,
+        unit=unit,
+        unit_scale=unit_scale,
+        disable=disable,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import memorizing_transformers_pytorch
 from memorizing_transformers_pytorch.cli import COMMANDS, main
 from memorizing_transformers_pytorch.cli.train import draw
 from memorizing_transformers_pytorch.training.metrics import read_metrics
@@ -189,12 +190,12 @@ def test_standard_input_can_be_read(
         (["train", "--resume"], "expected --resume with --output RUN"),
         (["train", "--resume", "--output", "x", "--overwrite"], "expected --resume with --output RUN"),
         (["train", "--preset"], "--preset"),
-        (["train", "--resume", "--output", "nowhere"], "expected the folder of a run, got 'nowhere'"),
-        (["evaluate", "nowhere"], "expected the folder of a run, got 'nowhere'"),
+        (["train", "--resume", "--output", "nowhere"], "'nowhere' is not a training run"),
+        (["evaluate", "nowhere"], "'nowhere' is not a training run"),
         (["evaluate", "nowhere", "--memory", "many"], "expected memory sizes such as 0,512,2048, got 'many'"),
         (["explore", "nowhere"], "expected the folder of a run or a memory, got 'nowhere'"),
         (["explore", "--port", "0"], "expected a port from 1 to 65535, got 0"),
-        (["generate", "nowhere", "--prompt", "x"], "expected the folder of a run, got 'nowhere'"),
+        (["generate", "nowhere", "--prompt", "x"], "'nowhere' is not a training run"),
         (["generate", "nowhere", "--read", "nothing.txt"], "expected a text file to read, got 'nothing.txt'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -253,3 +254,18 @@ def test_the_train_script_is_the_enwik8_preset(tmp_path: Path) -> None:
         "memorizing-transformers: expected enwik8 or enwik8.zip, got 'nowhere'"
     )
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["nonsense"], []])
+def test_what_needs_no_model_does_not_import_torch(arguments: list[str]) -> None:
+    program = "import sys\nfrom memorizing_transformers_pytorch.cli import main\n"
+    program += f"try: main({arguments})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "memorizing-transformers" in result.stdout + result.stderr
+
+
+def test_every_public_name_is_there_when_it_is_asked_for() -> None:
+    assert all(getattr(memorizing_transformers_pytorch, name) for name in memorizing_transformers_pytorch.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = memorizing_transformers_pytorch.nonsense

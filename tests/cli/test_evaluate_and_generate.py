@@ -163,7 +163,7 @@ def test_the_report_is_printed_even_if_it_cannot_be_written(
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(cli_evaluate, "plot", full)
+    monkeypatch.setattr(cli_evaluate, "save_png", full)
     with pytest.raises(OSError, match="no space left"):
         evaluate_run(Evaluate(run=run.folder, memory="0", max_tokens=9))
     assert "| off " in capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_an_interrupted_evaluation_leaves_the_last_one_whole(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_evaluate, "plot", interrupted)
+    monkeypatch.setattr(cli_evaluate, "save_png", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(Evaluate(run=run.folder, memory="32", controls=False, max_tokens=40))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -317,10 +317,10 @@ def test_a_loss_that_is_not_finite_comes_with_a_remedy_that_the_command_line_acc
     def failing(_: object) -> None:
         raise FloatingPointError("not finite")
 
-    monkeypatch.setattr(cli, "run_command", failing)
+    monkeypatch.setattr("memorizing_transformers_pytorch.cli.train.train_and_report", failing)
     with pytest.raises(SystemExit, match="1"):
         cli.main(["train"])
-    remedy = "go on with --resume --training.on-nan skip, or start again with a smaller --optimizer.learning-rate"
+    remedy = "continue with --resume --training.on-nan skip, or start again with a smaller --optimizer.learning-rate"
     assert capsys.readouterr().err == f"memorizing-transformers: not finite; {remedy}\n"
 
 
@@ -441,7 +441,7 @@ def test_what_is_no_text_is_refused(run: SimpleNamespace, stdin: io.BytesIO) -> 
     (run.folder / "marked").write_bytes(b"\xef\xbb\xbfabc")
     for name, message in (
         ("binary", "expected text to read, got .* which is binary"),
-        ("latin", "expected UTF-8 in .* got byte 0xe9 at 4"),
+        ("latin", "expected UTF-8 in .* got byte 0xe9 at offset 4"),
         ("nowhere", "expected a text file to read, got .* does not exist"),
         ("", "expected a text file to read, got .* a folder"),
     ):

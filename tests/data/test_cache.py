@@ -16,17 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memorizing_transformers_pytorch.data import cache as module
 from memorizing_transformers_pytorch.data.cache import TokenisedDocuments, build
-from memorizing_transformers_pytorch.data.document import SPLITS, Document, Split
+from memorizing_transformers_pytorch.data.document import SPLITS, Split, TextDocument
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 from tests.data.texts import prose
 
-DOCUMENTS: list[tuple[Split, Document]] = [
-    ("train", Document("one", "caf\N{LATIN SMALL LETTER E WITH ACUTE}")),
-    ("test", Document("two\n\udce9", "raw \udce9")),
-    ("train", Document("three", "")),
-    ("train", Document("four", prose(0, 200))),
+DOCUMENTS: list[tuple[Split, TextDocument]] = [
+    ("train", TextDocument("one", "caf\N{LATIN SMALL LETTER E WITH ACUTE}")),
+    ("test", TextDocument("two\n\udce9", "raw \udce9")),
+    ("train", TextDocument("three", "")),
+    ("train", TextDocument("four", prose(0, 200))),
 ]
 
 
@@ -57,7 +56,7 @@ def test_any_documents_survive_in_their_order(
     tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[Split, str]], twice: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("cache")
-    documents = [(split, Document(text, text)) for split, text in texts]
+    documents = [(split, TextDocument(text, text)) for split, text in texts]
     for _ in range(1 + twice):
         built = build(folder, "print", documents, ByteTokenizer(), {})
     for split in SPLITS:
@@ -99,7 +98,7 @@ def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    def failing() -> Iterator[tuple[Split, Document]]:
+    def failing() -> Iterator[tuple[Split, TextDocument]]:
         yield from DOCUMENTS
         raise error
 
@@ -119,18 +118,12 @@ def test_what_a_killed_build_left_is_never_used_and_removed_when_stale(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == [living.name, "print"]
 
 
-def test_a_build_whose_documents_are_long_in_coming_is_no_stale_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_SIGN_OF_LIFE_SECONDS", 0.01)
-
-    def late() -> Iterator[tuple[Split, Document]]:
+def test_a_build_whose_documents_are_long_in_coming_is_no_stale_one(tmp_path: Path) -> None:
+    def late() -> Iterator[tuple[Split, TextDocument]]:
         (aside,) = tmp_path.iterdir()
+        day_ago = time.time() - 24 * 3600
         for path in (*aside.iterdir(), aside):
-            os.utime(path, (1, 1))
-        end = time.monotonic() + 5
-        while aside.stat().st_mtime < 2 and time.monotonic() < end:
-            time.sleep(0.01)
+            os.utime(path, (day_ago, day_ago))
         make(tmp_path, "other")
         yield from DOCUMENTS
 
@@ -146,8 +139,8 @@ def test_a_builder_that_is_done_just_now_disturbs_no_other(tmp_path: Path, monke
 
 def test_the_content_is_that_of_tokens_and_names_in_order(tmp_path: Path) -> None:
     def content(*documents: tuple[str, str], cache: Path = tmp_path) -> str:
-        sided: list[tuple[Split, Document]] = [("train", Document(*document)) for document in documents]
-        folder = build(cache, str(documents), [*sided, ("test", Document("t", "t"))], ByteTokenizer(), {})
+        sided: list[tuple[Split, TextDocument]] = [("train", TextDocument(*document)) for document in documents]
+        folder = build(cache, str(documents), [*sided, ("test", TextDocument("t", "t"))], ByteTokenizer(), {})
         assert TokenisedDocuments(folder, "valid").content == none
         return TokenisedDocuments(folder, "train").content
 
@@ -169,7 +162,7 @@ def test_names_are_read_when_they_are_asked_for_and_lengths_are_an_array(tmp_pat
 
 
 def test_a_large_document_takes_little_more_memory_than_its_text(tmp_path: Path) -> None:
-    documents: list[tuple[Split, Document]] = [("train", Document("large", "x" * 4_000_000))]
+    documents: list[tuple[Split, TextDocument]] = [("train", TextDocument("large", "x" * 4_000_000))]
     tracemalloc.start()
     try:
         build(tmp_path, "print", documents, ByteTokenizer(), {})
@@ -182,7 +175,7 @@ def test_a_large_document_takes_little_more_memory_than_its_text(tmp_path: Path)
 def test_builders_at_once_end_with_one_good_cache(tmp_path: Path) -> None:
     barrier = threading.Barrier(4)
 
-    def slowly() -> Iterator[tuple[Split, Document]]:
+    def slowly() -> Iterator[tuple[Split, TextDocument]]:
         barrier.wait()
         yield from DOCUMENTS
 
@@ -249,8 +242,8 @@ def test_names_that_are_not_one_for_each_document_are_refused(tmp_path: Path) ->
 
 def test_many_and_long_documents_are_written_in_batches(tmp_path: Path) -> None:
     texts = [*(f"short {number}" for number in range(600)), "long " * 300_000, "last"]
-    documents: list[tuple[Split, Document]] = [
-        ("train", Document(str(number), text)) for number, text in enumerate(texts)
+    documents: list[tuple[Split, TextDocument]] = [
+        ("train", TextDocument(str(number), text)) for number, text in enumerate(texts)
     ]
     tokenizer = BPETokenizer.train(["short long last"], 256)
     train = TokenisedDocuments(build(tmp_path, "print", documents, tokenizer, {}), "train")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.corpora import First, open_corpus
-from memorizing_transformers_pytorch.data.document import Document
+from memorizing_transformers_pytorch.data.document import TextDocument
 
 
 def test_only_the_first_documents_are_read_if_so_told(tmp_path: Path) -> None:
@@ -15,7 +15,7 @@ def test_only_the_first_documents_are_read_if_so_told(tmp_path: Path) -> None:
     (tmp_path / "d").write_bytes(b"\0")
     corpus = open_corpus(DataConfig(source=str(tmp_path), max_documents=2))
     assert isinstance(corpus, First)
-    assert list(corpus) == list(corpus) == [Document("a", "a"), Document("b", "b")]
+    assert list(corpus) == list(corpus) == [TextDocument("a", "a"), TextDocument("b", "b")]
 
 
 def test_the_fingerprint_says_how_many(tmp_path: Path) -> None:
@@ -29,4 +29,4 @@ def test_a_folder_may_be_called_like_a_source(tmp_path: Path) -> None:
     folder = tmp_path / "stdlib"
     folder.mkdir()
     (folder / "a").write_text("text")
-    assert list(open_corpus(DataConfig(source=str(folder)))) == [Document("a", "text")]
+    assert list(open_corpus(DataConfig(source=str(folder)))) == [TextDocument("a", "text")]

@@ -11,7 +11,7 @@ import pytest
 from memorizing_transformers_pytorch.data import files
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.corpora import open_corpus
-from memorizing_transformers_pytorch.data.document import Document
+from memorizing_transformers_pytorch.data.document import TextDocument
 
 
 def write(root: Path, *names: str) -> None:
@@ -21,7 +21,7 @@ def write(root: Path, *names: str) -> None:
         path.write_text(name)
 
 
-def read(source: Path | str, **options: object) -> list[Document]:
+def read(source: Path | str, **options: object) -> list[TextDocument]:
     return list(open_corpus(DataConfig(source=str(source), **options)))  # type: ignore[arg-type]
 
 
@@ -38,12 +38,12 @@ def test_a_document_of_the_library_is_a_top_level_package_or_module(
 ) -> None:
     write(tmp_path, "b/two.py", "b/one.py", "b/tests/no.py", "a.py", "notes.txt", "test/no.py")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert read("stdlib") == [Document("a.py", "a.py"), Document("b", "b/one.py\n\nb/two.py")]
+    assert read("stdlib") == [TextDocument("a.py", "a.py"), TextDocument("b", "b/one.py\n\nb/two.py")]
 
 
 def test_a_folder_gives_a_document_for_each_file_but_hidden_ones(tmp_path: Path) -> None:
     write(tmp_path, "b/two.txt", "a.md", "b/.hidden", ".git/config", "b-c.txt")
-    assert read(tmp_path) == [Document(name, name) for name in ("a.md", "b/two.txt", "b-c.txt")]
+    assert read(tmp_path) == [TextDocument(name, name) for name in ("a.md", "b/two.txt", "b-c.txt")]
     assert [document.name for document in read(tmp_path, pattern="*.txt")] == ["b/two.txt", "b-c.txt"]
     assert [document.name for document in read(tmp_path, pattern="b/*")] == ["b/two.txt"]
 
@@ -51,20 +51,20 @@ def test_a_folder_gives_a_document_for_each_file_but_hidden_ones(tmp_path: Path)
 def test_a_folder_gives_a_document_for_each_entry_if_so_told(tmp_path: Path) -> None:
     write(tmp_path, "a/1", "a/2", "a-b", "c/d/e")
     found = read(tmp_path, group="folder")
-    assert found == [Document("a", "a/1\n\na/2"), Document("a-b", "a-b"), Document("c", "c/d/e")]
+    assert found == [TextDocument("a", "a/1\n\na/2"), TextDocument("a-b", "a-b"), TextDocument("c", "c/d/e")]
 
 
 def test_a_glob_and_a_single_file_are_read(tmp_path: Path) -> None:
     write(tmp_path, "a/1.txt", "a/2.md", "b/3.txt")
     assert [document.name for document in read(tmp_path / "*" / "*.txt")] == ["a/1.txt", "b/3.txt"]
     assert [document.name for document in read(tmp_path / "**" / "*.md")] == ["a/2.md"]
-    assert read(tmp_path / "a" / "1.txt") == [Document("1.txt", "a/1.txt")]
+    assert read(tmp_path / "a" / "1.txt") == [TextDocument("1.txt", "a/1.txt")]
 
 
 def test_they_can_be_read_again(tmp_path: Path) -> None:
     write(tmp_path, "a", "b")
     corpus = open_corpus(DataConfig(source=str(tmp_path)))
-    assert list(corpus) == list(corpus) == [Document("a", "a"), Document("b", "b")]
+    assert list(corpus) == list(corpus) == [TextDocument("a", "a"), TextDocument("b", "b")]
 
 
 def test_the_fingerprint_changes_with_any_file(tmp_path: Path) -> None:
@@ -84,14 +84,14 @@ def test_the_fingerprint_changes_with_any_file(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_utf8_are_replaced_or_refused_with_their_place(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"# caf\xe9")
-    assert read(tmp_path) == [Document("latin", "# caf\N{REPLACEMENT CHARACTER}")]
+    assert read(tmp_path) == [TextDocument("latin", "# caf\N{REPLACEMENT CHARACTER}")]
     with pytest.raises(ValueError, match=r"expected UTF-8 in .*latin, got byte 0xe9 at offset 5"):
         read(tmp_path, errors="strict")
 
 
 def test_a_mark_before_the_text_is_no_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "notes").write_bytes(b"\xef\xbb\xbfone \xef\xbb\xbf")
-    assert read(tmp_path) == [Document("notes", "one \N{ZERO WIDTH NO-BREAK SPACE}")]
+    assert read(tmp_path) == [TextDocument("notes", "one \N{ZERO WIDTH NO-BREAK SPACE}")]
     (tmp_path / "notes").write_bytes(b"\xef\xbb\xbfone \xe9")
     with pytest.raises(ValueError, match="byte 0xe9 at offset 7"):
         read(tmp_path, errors="strict")

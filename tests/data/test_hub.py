@@ -11,7 +11,7 @@ import pytest
 
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.corpora import open_corpus
-from memorizing_transformers_pytorch.data.document import Document
+from memorizing_transformers_pytorch.data.document import TextDocument
 from memorizing_transformers_pytorch.data.hub import HuggingFaceDataset
 
 ROWS = [{"text": f"text {number}", "title": f"title {number}"} for number in range(7)]
@@ -30,7 +30,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_each_row_is_a_document_as_often_as_asked(dataset: Path, streaming: bool) -> None:
     corpus = open_corpus(DataConfig(source=f"hf:{dataset}", name_column="title", streaming=streaming))
-    expected = [Document(row["title"], row["text"]) for row in ROWS]
+    expected = [TextDocument(row["title"], row["text"]) for row in ROWS]
     assert list(corpus) == list(corpus) == expected
     first = open_corpus(DataConfig(source=f"hf:{dataset}", name_column="title", streaming=streaming, max_documents=2))
     assert list(first) == expected[:2]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memorizing_transformers_pytorch.data.cache import TokenisedDocuments, build
-from memorizing_transformers_pytorch.data.document import Document
+from memorizing_transformers_pytorch.data.document import TextDocument
 from memorizing_transformers_pytorch.data.stream import Batch, DocumentStream
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
 from memorizing_transformers_pytorch.model.config import IGNORE_INDEX
@@ -164,7 +164,7 @@ def test_the_state_is_small() -> None:
 
 def test_cached_documents_are_counted_without_reading_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["one", "", "two", "x", "three " * 9]
-    cached = [("train", Document(str(number), text)) for number, text in enumerate(texts)]
+    cached = [("train", TextDocument(str(number), text)) for number, text in enumerate(texts)]
     folder = build(tmp_path, "print", cached, ByteTokenizer(), {})  # type: ignore[arg-type]
     options: dict[str, Any] = {"rows": 2, "segment_length": 4, "pack": True}
     with monkeypatch.context() as patched:

@@ -11,7 +11,7 @@ import pytest
 
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.corpora import open_corpus
-from memorizing_transformers_pytorch.data.document import Document
+from memorizing_transformers_pytorch.data.document import TextDocument
 
 ROWS = [{"text": f"text {number}\n", "title": f"title {number}", "year": number} for number in range(100)]
 
@@ -28,14 +28,14 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def read(source: Path, **options: object) -> list[Document]:
+def read(source: Path, **options: object) -> list[TextDocument]:
     return list(open_corpus(DataConfig(source=str(source), **options)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
 def test_each_row_is_a_document(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, ROWS)
-    assert read(path, name_column="title") == [Document(row["title"], row["text"]) for row in ROWS]
+    assert read(path, name_column="title") == [TextDocument(row["title"], row["text"]) for row in ROWS]
     assert [document.text for document in read(path, text_column="title")] == [row["title"] for row in ROWS]
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from memorizing_transformers_pytorch.evaluation.evaluate import Losses
-from memorizing_transformers_pytorch.evaluation.report import control_sentences, markdown, plot, table
+from memorizing_transformers_pytorch.evaluation.report import control_sentences, evaluation_charts, markdown, table
 from memorizing_transformers_pytorch.evaluation.summary import Summary, by_position, summarise
+from memorizing_transformers_pytorch.utils.charts import save_png
 
 LENGTHS = (5, 40, 17, 90)
 
@@ -124,9 +125,10 @@ def test_everything_goes_through_json() -> None:
 @pytest.mark.parametrize("lengths", [LENGTHS, (90,), (1,), (1, 1)])
 @pytest.mark.parametrize("gains", [{}, {"size7": 0.1}])
 def test_a_plot_is_drawn_of_any_evaluation(lengths: tuple[int, ...], gains: dict[str, float], tmp_path: Path) -> None:
-    plot(make_summary(*lengths, **gains), 16, tmp_path / "plot.png")
+    made = make_summary(*lengths, **gains)
+    save_png(evaluation_charts(made.to_dict() | {"segment_length": 16}), tmp_path / "plot.png")
     off = summarise(make_losses(*lengths), names=["name"] * len(lengths), draws=20)
-    plot(off, 16, tmp_path / "off.png")
+    save_png(evaluation_charts(off.to_dict() | {"segment_length": 16}), tmp_path / "off.png")
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
     assert "Controls" not in markdown(off, "Title", "What.")
 

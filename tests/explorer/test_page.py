@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memorizing_transformers_pytorch.explorer.charts import Curve, chart
+from memorizing_transformers_pytorch.explorer.charts import drawn
 from memorizing_transformers_pytorch.explorer.explanation import Explanation, Passage
-from memorizing_transformers_pytorch.explorer.markup import shown, visible
+from memorizing_transformers_pytorch.explorer.markup import ENVIRONMENT, visible
 from memorizing_transformers_pytorch.explorer.page import page, write_page
 from memorizing_transformers_pytorch.explorer.run_page import run_page, write_run_page
 from memorizing_transformers_pytorch.explorer.sources import Sources
+from memorizing_transformers_pytorch.utils.charts import Chart, Curve
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -117,7 +118,7 @@ def test_no_text_becomes_markup_and_each_survives(texts: list[str], title: str, 
 def test_nothing_is_hidden_in_a_shown_text(text: str) -> None:
     found = visible(text)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", found)
-    assert not set("<>\"'") & set(shown(text))
+    assert not set("<>\"'") & set(ENVIRONMENT.from_string("{{ text }}").render(text=text))
     found.encode()
     if text.isascii() and text.isprintable():
         assert found == text
@@ -214,13 +215,13 @@ def test_a_page_of_nothing_looked_up_says_so() -> None:
 
 def test_curves_show_their_ends_and_their_numbers() -> None:
     curves = [Curve("on & off", [(1, 2.5), (2, 1.5)]), Curve("one", [(2, 3)]), Curve("no", [])]
-    parsed = Parsed(chart("Loss <b>", curves, "x", "y"))
+    [loss] = drawn([Chart("Loss <b>", "x", "y", curves), Chart("Loss", "x", "y", [Curve("no", [])])])
+    parsed = Parsed(str(ENVIRONMENT.get_template("macros.html").module.chart(loss)))
     labels = [each.get("aria-label") for each in parsed.attributes]
     assert "Loss <b>: on & off from 2.5 to 1.5; one from 3 to 3" in labels
     assert {"2.5", "1.5", "3", "-"} <= set(parsed.texts)
     assert ("b", ()) not in parsed.tags
-    assert chart("Loss", [Curve("no", [])], "x", "y") == ""
-    assert chart("Sizes", [Curve("many", [(0, 1), (512, 1), (65_536, 1)])], "x", "y", log=True)
+    assert drawn([Chart("Sizes", "x", "y", [Curve("many", [(0, 1), (512, 1), (65_536, 1)])], log=True)])
 
 
 def test_the_page_of_a_run_has_what_there_is(tmp_path: Path) -> None:

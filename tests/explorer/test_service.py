@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from memorizing_transformers_pytorch.explorer import service as explorer_service
-from memorizing_transformers_pytorch.explorer import shown
-from memorizing_transformers_pytorch.explorer.desk import Sampling
+from memorizing_transformers_pytorch.explorer.markup import shown, visible
 from memorizing_transformers_pytorch.explorer.service import Service
+from memorizing_transformers_pytorch.explorer.workspace import Sampling
 from memorizing_transformers_pytorch.library.readers import open_reader
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from tests.library.conftest import make_hub_model, make_run
@@ -151,7 +151,7 @@ def test_a_memory_is_not_saved_among_other_things(model: str) -> None:
         ("e.txt", b" \n", "e.txt: empty file"),
         ("l.txt", "Où".encode("latin-1"), "l.txt: not UTF-8, byte 0xf9 at offset 1"),
         ("h.txt", b"x" * 2_001, "expected at most 2,000 bytes in 'h.txt', got 2,001"),
-        ("again.txt", TEXT, "not remembered yet, got that of 'whale.txt'"),
+        ("again.txt", TEXT, "already in the memory, as 'whale.txt'"),
     ],
 )
 def test_bad_texts_are_refused_and_nothing_is_lost(
@@ -175,7 +175,7 @@ def test_reading_that_is_broken_off_leaves_the_memory_as_it_was(model: str) -> N
 
     with pytest.raises(OSError, match="full"):
         service.read("me", "long.txt", b"a long text " * 300, fail)
-    with pytest.raises(ValueError, match="closed session"):
+    with pytest.raises(ValueError, match="the session is closed"):
         service.read("me", "long.txt", b"a long text " * 300, lambda _: service.let_go("me"))
     service.read("other", "whale.txt", TEXT)
     assert titles(service, "other") == ["whale.txt"]
@@ -183,7 +183,7 @@ def test_reading_that_is_broken_off_leaves_the_memory_as_it_was(model: str) -> N
 
 def test_a_session_that_was_let_go_leaves_nothing_behind_whatever_it_still_asked_for(model: str) -> None:
     service = serving(model)
-    with pytest.raises(ValueError, match="closed session"):
+    with pytest.raises(ValueError, match="the session is closed"):
         service.read("me", "whale.txt", TEXT, lambda _: service.let_go("me"))
     assert service.sessions == []
     assert titles(service, "me") == []
@@ -252,20 +252,25 @@ def test_hostile_texts_are_shown_and_not_obeyed(model: str) -> None:
         assert not any(bad in page.lower() for bad in ("<script", "<img", "<b>", "\u202e", "\0", "\x1b"))
         assert len(page) < 100_000
     assert "&lt;script&gt;" in pages[3]
-    assert "⟨U+202E⟩" in shown.visible(HOSTILE)
-    assert "⟨U+0000⟩" in shown.visible(HOSTILE)
-    assert shown.visible("a\tb\r\nc é 漢") == "a\tb\nc é 漢"
+    assert "⟨U+202E⟩" in visible(HOSTILE)
+    assert "⟨U+0000⟩" in visible(HOSTILE)
+    assert visible("a\tb\r\nc é 漢", 100) == "a\tb\nc é 漢"
 
 
-def test_a_taken_port_gives_way_to_the_next() -> None:
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_taken_port_gives_way_to_the_next(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    from memorizing_transformers_pytorch.explorer.app import HOST, free_port
+    from memorizing_transformers_pytorch.explorer.app import HOST, launch
 
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert port < free_port(port) <= port + 100
+        blocks, address = launch(serving(str(make_run(tmp_path / "run"))), "a run", port)
+        blocks.close(verbose=False)
+        gc.collect()
+    assert port < int(address.rsplit(":", 1)[1]) <= port + 100
 
 
 def _status(host: str, port: int, method: str, path: str) -> int:

@@ -18,7 +18,7 @@ from memorizing_transformers_pytorch import MemorizingTransformer
 from memorizing_transformers_pytorch.cli.generate import read_text
 from memorizing_transformers_pytorch.data import cache, files, tables
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.document import SPLITS, Document
+from memorizing_transformers_pytorch.data.document import SPLITS, TextDocument
 from memorizing_transformers_pytorch.data.enwik8 import Enwik8
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
@@ -180,7 +180,7 @@ def bpe_tokenizer(folder: Path) -> Read:
 
 
 def token_cache(folder: Path) -> Read:
-    documents = [(SPLITS[i % 3], Document(f"n{i}", text)) for i, text in enumerate(TEXTS * 2)]
+    documents = [(SPLITS[i % 3], TextDocument(f"n{i}", text)) for i, text in enumerate(TEXTS * 2)]
     made = cache.build(folder, "some", documents, ByteTokenizer(), {"source": "here"})
 
     def read() -> None:

@@ -458,8 +458,8 @@ def test_bad_options_are_refused_and_the_model_is_untouched(options: dict[str, A
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [
-        (torch.ones(2, 3, 4).long(), None, "expected input_ids as integers"),
-        (torch.ones(2, 3), None, "expected input_ids as integers"),
+        (torch.ones(2, 3, 4).long(), None, r"expected input_ids \(N,\) or \(rows, N\)"),
+        (torch.ones(2, 3), None, "expected input_ids to be a tensor of integers"),
         (torch.ones(1, 3).long(), torch.ones(1, 4), "expected an attention_mask of shape"),
         (torch.zeros(0, 5).long(), None, "expected at least one token in each document"),
         (torch.zeros(1, 0).long(), None, "expected at least one token in each document"),

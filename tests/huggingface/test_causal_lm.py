@@ -145,7 +145,7 @@ def test_a_run_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "library_name: transformers" in card
     with pytest.raises(ValueError, match="expected a new folder"):
         export_run(tmp_path / "run", tmp_path / "exported")
-    with pytest.raises(ValueError, match="expected the folder of a run"):
+    with pytest.raises(ValueError, match="is not a training run"):
         export_run(tmp_path / "corpus", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

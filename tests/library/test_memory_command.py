@@ -17,7 +17,7 @@ from memorizing_transformers_pytorch.library.readers import DocumentReader, RunR
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from memorizing_transformers_pytorch.memory.index.approximate import ApproximateIndex
-from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish
+from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest
 from tests.library.conftest import make_hub_model, make_run
 from tests.memory.test_disk import same
 
@@ -100,9 +100,9 @@ def test_what_was_broken_off_goes_on_and_ends_the_same(
     model: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("build", tmp_path / "whole", texts, "--model", model)
-    portions: list[Wish] = []
+    portions: list[StopRequest] = []
 
-    def stopping(self: Any, reader: DocumentReader, save: Any, seconds: float, wish: Wish) -> None:
+    def stopping(self: Any, reader: DocumentReader, save: Any, seconds: float, wish: StopRequest) -> None:
         real(self, reader, save, seconds, wish)
         portions.append(wish)
         many = reader.read

@@ -17,16 +17,16 @@ from safetensors import SafetensorError
 
 from memorizing_transformers_pytorch.training import checkpoint
 from memorizing_transformers_pytorch.training.checkpoint import (
-    CheckpointError,
+    SaveError,
     checkpoints_of,
     keep_only,
     last_of,
+    own_state,
     read_state,
     restore,
     write_checkpoint,
 )
 from memorizing_transformers_pytorch.training.config import RunConfig
-from memorizing_transformers_pytorch.training.state import own_state
 from memorizing_transformers_pytorch.training.trainer import Trainer
 
 from .helpers import make_config, make_trainer, same, weights_of
@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_which(
     trainer.step()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, name, after(calls, getattr(checkpoint, name), failure))
-        with pytest.raises(CheckpointError, match="No space left on device") as raised:
+        with pytest.raises(SaveError, match="No space left on device") as raised:
             write_checkpoint(trainer, tmp_path, EXTRA)
     assert f"could not write {tmp_path / 'checkpoints' / 'step-3'}" in str(raised.value)
     assert f"the last good checkpoint is {good}" in str(raised.value)
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_which(
 
 def test_the_first_checkpoint_that_cannot_be_written_has_none_before_it(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"could not write .*step-0: .*; there is no checkpoint yet"):
+    with pytest.raises(SaveError, match=r"could not write .*step-0: .*; there is no checkpoint yet"):
         write_checkpoint(trained(0), tmp_path, EXTRA)
 
 

@@ -21,13 +21,13 @@ import torch
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.training import checkpoint, loop
 from memorizing_transformers_pytorch.training import run as folders
-from memorizing_transformers_pytorch.training.checkpoint import CheckpointError, checkpoints_of, last_of
+from memorizing_transformers_pytorch.training.checkpoint import SaveError, checkpoints_of, last_of
 from memorizing_transformers_pytorch.training.config import RunConfig
-from memorizing_transformers_pytorch.training.interrupts import Interrupted
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.metrics import read_metrics
 from memorizing_transformers_pytorch.training.run import CONFIG, METRICS, load_run
 from memorizing_transformers_pytorch.training.trainer import Step, Trainer
+from memorizing_transformers_pytorch.utils.interrupts import Interrupted
 
 from .helpers import command, losses_of, make_config, same, start, write_corpus
 
@@ -143,7 +143,7 @@ def full_disk(folder: Path, rank: int) -> str:
     try:
         with mock.patch.object(checkpoint, "save_file", failing):
             train(config_of("dropout", folder), folder / "full")
-    except CheckpointError as error:
+    except SaveError as error:
         return str(error)
     return ""
 

@@ -13,10 +13,10 @@ import pytest
 
 from memorizing_transformers_pytorch.training import loop
 from memorizing_transformers_pytorch.training.checkpoint import last_of
-from memorizing_transformers_pytorch.training.interrupts import Interrupted, Wish, stopping_on_signals
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.run import config_of
 from memorizing_transformers_pytorch.training.trainer import Step, Trainer
+from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest, stopping_on_signals
 
 from .helpers import command, losses_of, make_config, start, write_corpus
 from .test_resume import wait_for
@@ -70,7 +70,7 @@ def test_afterwards_signals_act_as_before() -> None:
 
 
 def test_in_another_thread_signals_are_left_alone() -> None:
-    wishes: list[Wish] = []
+    wishes: list[StopRequest] = []
 
     def run() -> None:
         with stopping_on_signals() as wish:
@@ -101,7 +101,7 @@ def test_a_signal_within_a_step_saves_after_it_and_the_run_can_go_on(
             train(config, run)
     assert raised.value.signal == number
     assert last_of(run) == run / "checkpoints" / "step-5"
-    assert f"interrupted at step 5; saved in {last_of(run)}; go on with --resume" in str(raised.value)
+    assert f"interrupted at step 5; saved in {last_of(run)}; continue with --resume" in str(raised.value)
     train(config, run, resume=True)
     train(config, tmp_path / "whole")
     assert losses_of(run) == losses_of(tmp_path / "whole")
@@ -129,12 +129,12 @@ def test_an_interrupt_whose_checkpoint_cannot_be_written_names_the_last_one(
 
     def full(trainer: Trainer, *arguments: Any) -> Path:
         if trainer.progress.step > 0:
-            raise loop.CheckpointError("could not write it; the last good checkpoint is step-0")
+            raise loop.SaveError("could not write it; the last good checkpoint is step-0")
         os.kill(os.getpid(), signal.SIGTERM)
         return write(trainer, *arguments)
 
     monkeypatch.setattr(loop, "write_checkpoint", full)
-    with pytest.raises(loop.CheckpointError, match="step-0"):
+    with pytest.raises(loop.SaveError, match="step-0"):
         train(make_config(tmp_path), tmp_path / "run")
 
 
@@ -149,7 +149,7 @@ def test_on_the_command_line_the_exit_code_tells_the_signal_and_the_message_the_
         process.send_signal(number)
         _, errors = process.communicate()
         assert process.returncode == 128 + number
-        assert re.search(r"interrupted at step (\d+); saved in (\S+); go on with --resume", errors)
+        assert re.search(r"interrupted at step (\d+); saved in (\S+); continue with --resume", errors)
         assert f"saved in {last_of(run)};" in errors.splitlines()[-1]
     steps = int(last_of(run).name.removeprefix("step-"))
     assert [step for step, _ in losses_of(run)] == list(range(1, steps + 1))

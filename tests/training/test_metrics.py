@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from memorizing_transformers_pytorch.training.metrics import Metrics, ProgressBar, read_metrics
-from memorizing_transformers_pytorch.training.report import plot_training
+from memorizing_transformers_pytorch.training.report import training_charts
 from memorizing_transformers_pytorch.training.trainer import Step
+from memorizing_transformers_pytorch.utils.charts import save_png
 
 
 def record(step: int) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def test_curves_are_drawn_with_and_without_memory_and_for_no_steps(tmp_path: Pat
     validation = {"step": 3, "validation": {"off": 3.0, "64": 2.5}}
     for number, records in enumerate(([], steps[:1], [*steps, validation])):
         path = tmp_path / f"{number}.png"
-        plot_training(records, 2, path)
+        save_png(training_charts(records, 2), path)
         assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -17,7 +17,7 @@ import torch
 from memorizing_transformers_pytorch.model.checkpoint import load_checkpoint, save_checkpoint
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.training import loop
-from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, CheckpointError, checkpoints_of, last_of
+from memorizing_transformers_pytorch.training.checkpoint import AVERAGE, MODEL, SaveError, checkpoints_of, last_of
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.loop import train
 from memorizing_transformers_pytorch.training.metrics import Metrics, read_metrics
@@ -130,7 +130,7 @@ def test_bad_input_writes_nothing(tmp_path: Path) -> None:
         (make_config(tmp_path, memory={"growth": ((0, 99),)}), "expected memory.growth up to"),
         (make_config(tmp_path, model={"num_tokens": 300}), "expected a tokenizer of 300 tokens"),
         (make_config(tmp_path, data={"source": str(tmp_path / "none")}), "expected"),
-        (make_config(tmp_path, init_from=tmp_path / "none"), "expected the folder of a run|expected a run"),
+        (make_config(tmp_path, init_from=tmp_path / "none"), "is not a training run|expected a run"),
         (make_config(tmp_path, init_from=tmp_path / "corpus" / "1.txt"), "expected a safetensors file"),
     ]
     for config, message in bad:
@@ -167,13 +167,13 @@ def test_another_text_is_refused(tmp_path: Path) -> None:
     run = train(config, tmp_path / "run")
     before = content_of(run)
     (tmp_path / "corpus" / "new.txt").write_text("one more document")
-    with pytest.raises(ValueError, match=r"expected the text that .*run began with"):
+    with pytest.raises(ValueError, match=r"the text has changed: .*run was trained on"):
         train(config, run, resume=True)
     assert content_of(run) == before
 
 
 def test_what_is_no_run_cannot_go_on(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected the folder of a run, got .*corpus'"):
+    with pytest.raises(ValueError, match=r"corpus' is not a training run"):
         train(make_config(tmp_path), tmp_path / "corpus", resume=True)
 
 
@@ -338,7 +338,7 @@ def test_a_plot_that_cannot_be_drawn_neither_stops_a_run_nor_hides_what_did(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(loop, "plots_are_possible", lambda: True)
-    monkeypatch.setattr(loop, "plot_training", full)
+    monkeypatch.setattr(loop, "save_png", full)
     run = train(make_config(tmp_path, training={"validate_every": 3}), tmp_path / "run")
     assert load_run(run).step == 12
     monkeypatch.setattr(Trainer, "_accumulate", broken_after(7))
@@ -369,7 +369,7 @@ def test_metrics_that_cannot_be_written_stop_the_run_and_name_the_last_checkpoin
     config, run = make_config(tmp_path, training={"checkpoint_every": 2}), tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "note", full)
-        with pytest.raises(CheckpointError, match=r"No space left on device; the last good checkpoint is .*step-4$"):
+        with pytest.raises(SaveError, match=r"No space left on device; the last good checkpoint is .*step-4$"):
             train(config, run)
     train(config, run, resume=True)
     assert len(losses_of(run)) == 12

@@ -10,8 +10,8 @@ import pytest
 
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.training.config import MemoryConfig, OptimizerConfig, RunConfig, TrainingConfig
+from memorizing_transformers_pytorch.training.optimizer import learning_rate_at
 from memorizing_transformers_pytorch.training.presets import RUN_PRESETS, run_preset
-from memorizing_transformers_pytorch.training.schedule import learning_rate_at
 from memorizing_transformers_pytorch.training.settings import (
     differences,
     from_plain,

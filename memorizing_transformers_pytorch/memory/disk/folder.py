@@ -9,14 +9,10 @@ from pathlib import Path
 import filelock
 
 from memorizing_transformers_pytorch.memory.disk.manifest import FILE_NAME, NAME, read_manifest
-from memorizing_transformers_pytorch.utils.durable import sync
+from memorizing_transformers_pytorch.utils.durable import SaveError, sync
 
 LOCK = ".lock"
 SECONDS_TO_WAIT = 10.0
-
-
-class SaveError(OSError):
-    """A memory could not be written to disk; what was there before is intact."""
 
 
 def refuse_others(folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked, make_folder, refuse_others, sweep
+from memorizing_transformers_pytorch.memory.disk.folder import locked, make_folder, refuse_others, sweep
 from memorizing_transformers_pytorch.memory.disk.manifest import (
     Base,
     Journal,
@@ -30,7 +30,7 @@ from memorizing_transformers_pytorch.memory.entries import PER_HEAD
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.ledger import Ledger
 from memorizing_transformers_pytorch.memory.store import Store
-from memorizing_transformers_pytorch.utils.durable import sync
+from memorizing_transformers_pytorch.utils.durable import SaveError, sync
 from memorizing_transformers_pytorch.utils.version import __version__
 
 SPARE = 8  # the part of a base that journals may add to it
