@@ -131,8 +131,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, of_out: Tensor, of_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    scores, multiplier = ctx.saved_tensors[4], ctx.saved_tensors[2]
-    of_queries, of_products = _memory_attention_backward(of_out, of_lse, *ctx.saved_tensors, ctx.softcap)
+    saved = ctx.saved_tensors  # which gradient checkpointing allows to read once
+    multiplier, scores = saved[2], saved[4]
+    of_queries, of_products = _memory_attention_backward(of_out, of_lse, *saved, ctx.softcap)
     of_multiplier = None
     if ctx.needs_input_grad[1]:
         of_multiplier = (of_products * scores).sum_to_size(multiplier.shape).to(multiplier.dtype)

@@ -149,7 +149,7 @@ def _first(kept: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Where each wanted number first stands among kept ones (n,), and whether it does: what changed twice was at first
     what the lease has seen."""
     ordered, order = kept.sort(stable=True)
-    at = torch.searchsorted(ordered, wanted.to(kept.device)).clamp_max(len(kept) - 1)
+    at = torch.searchsorted(ordered, wanted.to(kept.device).contiguous()).clamp_max(len(kept) - 1)
     return order[at], ordered[at] == wanted.to(kept.device)
 
 
