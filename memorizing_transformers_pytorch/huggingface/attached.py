@@ -60,9 +60,8 @@ class AttachedMemory:
         """Read documents into the memory, a chunk at a time.
 
         input_ids: (N,), (1, N), or (R, N) for a batch of documents, each into its own row. A memory of one row serves
-            all rows of a batch later; one of several is for as many prompts, or a multiple. (The beams of fewer prompts
-            cannot be told from them, and would each see another document.) The first read decides on R; `clear()` lets
-            the next one decide again.
+            all rows of a batch later; one of several is for as many prompts, or a multiple. The first read decides on
+            R; `clear()` lets the next one decide again.
         attention_mask: (R, N), 0 for padding, which may be anywhere and is not stored.
         document: a title, or one for each row.
         look_up: whether each chunk sees what was read before. What is stored then is a little nearer to what the
@@ -146,10 +145,10 @@ class AttachedMemory:
 
     @property
     def last_retrieved(self) -> dict[int, Tensor]:
-        """What the last call of the model that is over looked up in each layer: origins (R, H, T, K, 3), as document
-        number, position in the document and token id; -1 where nothing was found."""
+        """What the last finished call of the model looked up in each layer: origins (R, H, T, K, 3), as number of the
+        document, position in it and token id; -1 where nothing was found."""
         found = {index: each.origins() for index, each in self._at_work.last.items()}
-        in_documents = self._contents.ledger.in_documents
+        in_documents = self.ledger.in_documents
         return {index: in_documents(origins) for index, origins in found.items() if origins is not None}
 
     @property
@@ -183,8 +182,8 @@ class AttachedMemory:
         return self._contents.memories().documents()
 
     def entries(self, row: int, layer: int) -> Iterator[Origin]:
-        """Where each entry of a row comes from, in the layer of this number, the oldest first: document number, place
-        in the row and token id. Raises ValueError for a row or a layer that there is not."""
+        """Where each entry of a row comes from in a layer, the oldest first: document number, place in the row, token
+        id. Raises ValueError if the row or the layer does not exist."""
         self._at_work.expect_attached()
         if layer not in self.layers:
             raise ValueError(f"expected a layer with a memory among {list(self.layers)}, got {layer}")
@@ -247,8 +246,7 @@ class AttachedMemory:
         """Add what was saved by the same weights, with as many rows, as if it had been read before what is read next.
 
         Where the memory has entries at their true distances (`recent`), the added ones are older than those. Oldest
-        entries are evicted where not all fit. Raises ValueError as `load`, and if other weights have read what is
-        remembered.
+        entries are evicted where not all fit. Raises ValueError as `load`, and if other weights have written.
         """
         with self._at_work.replacing():
             if self._contents.ledger:
