@@ -18,7 +18,7 @@ from memorizing_transformers_pytorch.utils.version import __version__
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What should be written beside every result, with values that JSON can hold."""
+    """What to write beside every result, with values that JSON can hold."""
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "command": shlex.join(sys.argv),
@@ -40,7 +40,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def origin(found: Mapping[str, Any]) -> str:
-    """What `provenance` found, in a line for people."""
+    """What `provenance` returns, as one line of text."""
     machine, versions = found["machine"], found["versions"]
     code = "no checkout" if found["commit"] is None else f"commit {found['commit']}"
     package = "memorizing_transformers_pytorch"
@@ -53,18 +53,14 @@ def origin(found: Mapping[str, Any]) -> str:
 
 def commit() -> str | None:
     """The commit of the package, with a plus if files were changed since; None if it does not run from a checkout."""
-    root = Path(__file__).parent.parent.parent
+    root, printed = Path(__file__).parent.parent.parent, []
     if not (root / ".git").exists():
         return None
-    try:
-        name = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return name + ("+" if changed else "")
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]  # whichever git the user has; all arguments are ours
-    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
-    return done.stdout.strip()
+    for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        command = ["git", "-C", str(root), *arguments]  # whichever git the user has; all arguments are ours
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        printed.append(done.stdout.strip())
+    return printed[0] + ("+" if printed[1] else "")
