@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memorizing_transformers_pytorch import kernels
+from memorizing_transformers_pytorch.kernels.availability import available
 from memorizing_transformers_pytorch.memory.lease import Table
 
 
@@ -52,7 +52,7 @@ def weighted_sums(weights: Tensor, table: Tensor, slots: Tensor) -> Tensor:
     """weights (..., K), table (N, D), slots (..., K) -> (..., D) in the dtype and on the device of the weights."""
     table, slots = _at_precision(table, slots.to(table.device), weights.dtype)
     bags = slots.reshape(-1, slots.shape[-1])
-    if kernels.available(table):
+    if available(table):
         from memorizing_transformers_pytorch.kernels.bags import bag_sums
 
         return (
@@ -66,7 +66,7 @@ def weighted_sums(weights: Tensor, table: Tensor, slots: Tensor) -> Tensor:
 def sampled_inner_products(vectors: Tensor, table: Tensor, slots: Tensor) -> Tensor:
     """vectors (..., D), table (N, D), slots (..., K) -> (..., K) in the dtype and on the device of the vectors."""
     table, slots = _at_precision(table, slots.to(table.device), vectors.dtype)
-    if kernels.available(table):
+    if available(table):
         from memorizing_transformers_pytorch.kernels.bags import bag_products
 
         flat = vectors.to(table.device).reshape(-1, vectors.shape[-1])

@@ -18,7 +18,7 @@ from memorizing_transformers_pytorch.attention.heads import (
     join_past,
     unit,
 )
-from memorizing_transformers_pytorch.attention.merge import gated, merged, share
+from memorizing_transformers_pytorch.attention.merge import gated, merged, shares
 from memorizing_transformers_pytorch.attention.ops import memory_attention
 from memorizing_transformers_pytorch.attention.short_conv import ShortConv, induction_taps
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
@@ -119,9 +119,8 @@ class KNNAttention(AttentionBase):
         found = look_up(queries, self.num_retrieved_memories)
         part = memory_attention(queries, found, temperature, dropout=dropout)
         if self.gate is None:
-            here = causal_part(*local, dropout)
-            out, total = merged([part, here])
-            of_memory = share(part[1], total)
+            parts = [part, causal_part(*local, dropout)]
+            out, of_memory = merged(parts)[0], shares(parts)[0]
         else:
             out = gated(causal_attention(*local, dropout), part, self.gate)
             of_memory = self.gate.sigmoid() * found.mask.any(dim=-1, keepdim=True)

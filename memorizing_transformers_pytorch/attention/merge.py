@@ -22,14 +22,13 @@ Part = tuple[Tensor, Tensor]
 
 def merged(parts: Sequence[Part]) -> Part:
     """Attention to all keys of the parts together."""
-    total = torch.stack([lse for _, lse in parts]).logsumexp(dim=0)
-    first, *others = [out * share(lse, total) for out, lse in parts]
-    return sum(others, start=first), total
+    first, *others = [out * share for (out, _), share in zip(parts, shares(parts), strict=True)]
+    return sum(others, start=first), torch.stack([lse for _, lse in parts]).logsumexp(dim=0)
 
 
-def share(lse: Tensor, total: Tensor) -> Tensor:
-    """(B, H, T, 1) how much of the whole attention goes to the keys with this lse."""
-    return (lse - total).exp().unsqueeze(-1)
+def shares(parts: Sequence[Part]) -> list[Tensor]:
+    """(B, H, T, 1) for each part: how much of the whole attention goes to its keys."""
+    return list(torch.stack([lse for _, lse in parts]).softmax(dim=0).unsqueeze(-1).unbind())
 
 
 def gated(local: Tensor, found: Part, gate: Tensor) -> Tensor:

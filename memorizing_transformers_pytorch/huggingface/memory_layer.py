@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.attention.merge import gated, merged, share
+from memorizing_transformers_pytorch.attention.merge import gated, merged, shares
 from memorizing_transformers_pytorch.attention.ops import found_weights, memory_attention
 from memorizing_transformers_pytorch.huggingface import interface
 from memorizing_transformers_pytorch.huggingface.calls import Call, Shared
@@ -177,17 +177,15 @@ class MemoryLayer(Extension, BaseLayer):
         ]
         here = out.transpose(1, 2), local.total(query).squeeze(-1)
         if self.options.combine == "softmax":
-            biased = [(each, lse + bias.squeeze(-1)) for each, lse in parts]
-            together, total = merged([*biased, here])
-            shares = [share(lse, total) for _, lse in biased]
+            every = [*((each, lse + bias.squeeze(-1)) for each, lse in parts), here]
+            together, of_each = merged(every)[0], shares(every)[:-1]
         else:
-            of_memory = merged(parts)
-            together = gated(here[0], of_memory, bias)
-            shares = [share(lse, of_memory[1]) * bias.sigmoid() for _, lse in parts]
+            together = gated(here[0], merged(parts), bias)
+            of_each = [each * bias.sigmoid() for each in shares(parts)]
         if call.keeps_weights:
             weights = [
                 found_weights(lookup, multiplier, lse, less=less, softcap=softcap) * each
-                for (_, lookup), (_, lse), less, each in zip(found, parts, corrections, shares, strict=True)
+                for (_, lookup), (_, lse), less, each in zip(found, parts, corrections, of_each, strict=True)
             ]
             self.found(call).weights = torch.cat(weights, dim=-1).detach()
         return together.transpose(1, 2).to(out.dtype)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memorizing_transformers_pytorch.kernels import on_device
+from memorizing_transformers_pytorch.kernels.devices import on_device
 
 ENTRIES, COLUMNS = 32, 64  # of the block of a table that a program holds
 

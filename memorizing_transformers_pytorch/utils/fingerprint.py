@@ -227,7 +227,8 @@ def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
         return
     for inner in tensor.__tensor_flatten__()[0]:
-        yield from _parts(f"{name}.{inner}", getattr(tensor, inner))
+        if isinstance(part := getattr(tensor, inner), Tensor):  # FSDP also lists its mesh
+            yield from _parts(f"{name}.{inner}", part)
 
 
 def _hash_of(named: list[tuple[str, nn.Module, str, Tensor]]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from memorizing_transformers_pytorch import KNNAttention, KNNMemory, kernels
+from memorizing_transformers_pytorch.attention import bags as attention_bags
 from memorizing_transformers_pytorch.attention.bags import sampled_inner_products, weighted_sums
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
 from memorizing_transformers_pytorch.memory.index.exact import _bucket_maxima, best_of
@@ -27,7 +28,9 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torc
     ("bags", "size", "width"), [(1, 1, 1), (11, 5, 7), (3, 32, 64), (2, 33, 65), (0, 5, 7), (4, 0, 7)]
 )
 def test_sums_and_products_of_bags_equal_gathered_ones(dtype: torch.dtype, bags: int, size: int, width: int) -> None:
-    from memorizing_transformers_pytorch.kernels.bags import bag_products, bag_sums
+    from memorizing_transformers_pytorch.kernels.availability import available
+from memorizing_transformers_pytorch.memory.index import exact
+from memorizing_transformers_pytorch.kernels.bags import bag_products, bag_sums
 
     table = torch.randn(50, width, device=DEVICE).to(dtype)
     slots = torch.randint(50, (bags, size), device=DEVICE)
@@ -60,9 +63,10 @@ def test_the_search_with_kernels_equals_that_without(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int, topk: int
 ) -> None:
     queries, keys = torch.randn(2, 9, 8, device=DEVICE), Vectors.of(torch.randn(2, count, 8, device=DEVICE), dtype)
-    assert kernels.available(keys.numbers)
+    assert available(keys.numbers)
     found = best_of(queries, keys, topk)
-    monkeypatch.setattr(kernels, "available", lambda _: False)
+    monkeypatch.setattr(exact, "available", lambda _: False)
+    monkeypatch.setattr(attention_bags, "available", lambda _: False)
     expected = best_of(queries, keys, topk)
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.places.sort().values, expected.places.sort().values)
@@ -76,7 +80,8 @@ def test_sums_and_products_of_a_memory_equal_those_without_kernels(
     slots = torch.randint(40, (2, 3, 5), device=DEVICE)
     weights, vectors = torch.randn(2, 3, 5, device=DEVICE), torch.randn(2, 3, 8, device=DEVICE)
     found = weighted_sums(weights, table, slots), sampled_inner_products(vectors, table, slots)
-    monkeypatch.setattr(kernels, "available", lambda _: False)
+    monkeypatch.setattr(exact, "available", lambda _: False)
+    monkeypatch.setattr(attention_bags, "available", lambda _: False)
     expected = weighted_sums(weights, table, slots), sampled_inner_products(vectors, table, slots)
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -99,15 +104,16 @@ def test_a_layer_with_kernels_equals_one_without_in_outputs_and_gradients(
         return [out, *torch.autograd.grad(out.square().sum(), [x, layer.to_q.weight, layer.scale])]
 
     found = run()
-    monkeypatch.setattr(kernels, "available", lambda _: False)
+    monkeypatch.setattr(exact, "available", lambda _: False)
+    monkeypatch.setattr(attention_bags, "available", lambda _: False)
     tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-4)  # the twin rounds weights
     torch.testing.assert_close(found, run(), rtol=tolerance, atol=tolerance)
 
 
 def test_float64_codes_and_other_devices_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any(kernels.available(torch.zeros(1, dtype=each, device=DEVICE)) for each in (torch.float64, torch.int8))
+    assert not any(available(torch.zeros(1, dtype=each, device=DEVICE)) for each in (torch.float64, torch.int8))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not kernels.available(torch.zeros(1))
+    assert not available(torch.zeros(1))
 
 
 @pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 200])

@@ -16,7 +16,7 @@ import faiss
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch import kernels
+from memorizing_transformers_pytorch.kernels.availability import available
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 # A block of converted keys should stay in cache; a block of scores should not fill the memory of a GPU.
@@ -83,7 +83,7 @@ class ExactIndex:
 def best_of(queries: Tensor, keys: Vectors, topk: int) -> Best:
     """The min(topk, N) best of the keys (G, N, D) for each of the queries (G, Q, D), as (G, Q, K)."""
     accumulate = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    if accumulate == torch.float32 and keys.shape[1] and kernels.available(keys.numbers):
+    if accumulate == torch.float32 and keys.shape[1] and available(keys.numbers):
         return _best_by_kernels(queries.float(), keys.numbers, min(topk, keys.shape[1]))
     on_faiss = keys.device.type == "cpu" and accumulate == torch.float32
     best_in_block = _best_by_faiss if on_faiss else _best_by_matmul
