@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from memorizing_transformers_pytorch import KNNAttention, KNNMemory, kernels
+from memorizing_transformers_pytorch import KNNAttention, KNNMemory
 from memorizing_transformers_pytorch.attention import bags as attention_bags
 from memorizing_transformers_pytorch.attention.bags import sampled_inner_products, weighted_sums
+from memorizing_transformers_pytorch.kernels.availability import available
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
+from memorizing_transformers_pytorch.memory.index import exact
 from memorizing_transformers_pytorch.memory.index.exact import _bucket_maxima, best_of
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 
@@ -28,9 +30,7 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torc
     ("bags", "size", "width"), [(1, 1, 1), (11, 5, 7), (3, 32, 64), (2, 33, 65), (0, 5, 7), (4, 0, 7)]
 )
 def test_sums_and_products_of_bags_equal_gathered_ones(dtype: torch.dtype, bags: int, size: int, width: int) -> None:
-    from memorizing_transformers_pytorch.kernels.availability import available
-from memorizing_transformers_pytorch.memory.index import exact
-from memorizing_transformers_pytorch.kernels.bags import bag_products, bag_sums
+    from memorizing_transformers_pytorch.kernels.bags import bag_products, bag_sums
 
     table = torch.randn(50, width, device=DEVICE).to(dtype)
     slots = torch.randint(50, (bags, size), device=DEVICE)
