@@ -248,7 +248,7 @@ def test_codes_are_close_to_float32_at_little_more_than_a_quarter(family: str) -
         found.append(logits(memory.model, tokens(2, 6, seed=1)))
         layer = next(iter(memory.layers.values()))
         width, heads = layer.memories[0].dim, layer.memories[0].num_kv_heads
-        sizes.append(layer.num_bytes / 30 - (3 * 8 + 8 + 4))  # without origin, age and use
+        sizes.append(layer.num_bytes / 30 - 3 * 8)  # without origin
     assert sizes == [2 * heads * 4 * width, 2 * heads * (width + 4)]
     errors = (found[1] - found[0]).norm(dim=-1) / found[0].norm(dim=-1)
     assert 0 < float(errors.median()) < 0.03  # of most tokens: a router may give some to other experts
@@ -381,7 +381,7 @@ def test_it_tells_what_was_looked_up_and_what_it_holds() -> None:
     origins = memory.last_retrieved[1]
     assert origins.shape == (1, 4, 10, 3, 3)
     assert bool((origins[..., 0] == 0).all())
-    assert "bytes=5,904" in repr(memory)
+    assert "bytes=5,472" in repr(memory)
 
 
 def test_layers_are_suggested_by_their_induction_heads() -> None:
