@@ -92,7 +92,6 @@ def _(queries: Tensor, multiplier: Tensor, slots: Tensor, scores: Tensor, *_: An
 def _memory_attention_backward(
     of_out: Tensor,
     of_lse: Tensor,
-    out: Tensor,
     weights: Tensor,
     multiplier: Tensor,
     slots: Tensor,
@@ -109,7 +108,8 @@ def _memory_attention_backward(
         of_weights = products_with_values(of_out.to(scores.dtype), tables)
         if kept is not None:
             of_weights = of_weights * kept
-        means = (of_out * out).sum(dim=-1, keepdim=True) - of_lse.unsqueeze(-1)
+        # Of the same rounded products, so that what is common to all of them cancels.
+        means = (of_weights * weights).sum(dim=-1, keepdim=True) - of_lse.unsqueeze(-1)
         of_products = (of_weights - means) * weights
         if softcap:
             of_products = of_products * (1 - (scores * multiplier / softcap).tanh().square())
@@ -118,21 +118,21 @@ def _memory_attention_backward(
 
 
 @_memory_attention_backward.register_fake
-def _(of_out: Tensor, of_lse: Tensor, out: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(out), torch.empty_like(weights)
+def _(of_out: Tensor, of_lse: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return weights.new_empty(of_out.shape), torch.empty_like(weights)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     queries, multiplier, slots, scores, mask, lease, _, kept, softcap = inputs
-    out, _, weights = output
+    weights = output[2]
     ctx.mark_non_differentiable(weights)
     ctx.dtype, ctx.softcap = queries.dtype, softcap
-    ctx.save_for_backward(out, weights, multiplier, slots, scores, mask, lease, kept)
+    ctx.save_for_backward(weights, multiplier, slots, scores, mask, lease, kept)
 
 
 def _backward(ctx: Any, of_out: Tensor, of_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # which gradient checkpointing allows to read once
-    multiplier, scores = saved[2], saved[4]
+    multiplier, scores = saved[1], saved[3]
     of_queries, of_products = _memory_attention_backward(of_out, of_lse, *saved, ctx.softcap)
     of_multiplier = None
     if ctx.needs_input_grad[1]:
