@@ -27,7 +27,7 @@ class Scope:
         """Inside, these rows. Raises ValueError for rows that do not fit, or none."""
         chosen = checked_rows(rows, self._num_rows)
         if not chosen:
-            raise ValueError("a scope needs at least one row")
+            raise ValueError("expected at least one row in the scope, got none")
         with self._chosen.at(chosen):
             yield
 
