@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment with the versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+TESTS := $(BIN)/python -m pytest -n auto --dist loadfile  # a process for each core; a file is run by one of them
 QUICKLY := $(if $(QUICK),--quick --results .bench/quick)
 
 .PHONY: train test check audit fuzz soak bench bench-gpu golden clean
@@ -8,8 +9,8 @@ QUICKLY := $(if $(QUICK),--quick --results .bench/quick)
 train: .venv/ready  ## train a small model in about ten minutes, test it and let it write
 	$(BIN)/memorizing-transformers train
 
-test: check  ## everything that must hold
-	$(BIN)/python -m pytest
+test: check  ## everything that must hold, on all cores
+	$(TESTS)
 
 check: .venv/ready  ## lint, format, types, sizes
 	$(BIN)/ruff check .
@@ -31,7 +32,8 @@ bench: .venv/ready  ## measure what a memory costs and write docs/performance.md
 bench-gpu: .venv/ready  ## the same on a GPU
 	$(BIN)/python -m benchmarks --device cuda $(QUICKLY)
 
-soak: .venv/ready  ## memories against plain lists for an hour or a million operations
+soak: .venv/ready  ## many more examples of what `make test` tries; memories against plain lists, a million operations
+	SOAK=1 $(TESTS) -m "soak or hypothesis"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
 golden: .venv/ready  ## make tests/golden anew, by running the original package in an environment of its own

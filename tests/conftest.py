@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import faiss
@@ -9,8 +10,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.amounts import some
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; each core has a process of pytest already
+
 # The machines are shared: how long an example takes says nothing.
-settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "shared-machine", max_examples=some(30, 1_000), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("shared-machine")
 
 

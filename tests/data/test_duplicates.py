@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from memorizing_transformers_pytorch.data.document import TextDocument
 from memorizing_transformers_pytorch.data.duplicates import near_duplicate_leaders
+from tests.amounts import some
 from tests.data.texts import near_copy, prose
 
 TEXT = prose(0, 400)
@@ -39,7 +40,7 @@ def test_a_chain_of_near_copies_is_one_group() -> None:
     assert near_duplicate_leaders(documents, 0.8) == dict.fromkeys("012345", "0")
 
 
-@settings(max_examples=20)
+@settings(max_examples=some(10, 200))
 @given(st.permutations(range(9)))
 def test_groups_do_not_depend_on_the_order(order: list[int]) -> None:
     documents = [TextDocument(str(number), near_copy(prose(number // 3, 200), number % 3)) for number in order]

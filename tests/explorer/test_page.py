@@ -22,6 +22,7 @@ from memorizing_transformers_pytorch.explorer.page import page, write_page
 from memorizing_transformers_pytorch.explorer.run_page import run_page, write_run_page
 from memorizing_transformers_pytorch.explorer.sources import Sources
 from memorizing_transformers_pytorch.utils.charts import Chart, Curve
+from tests.amounts import some
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -97,7 +98,7 @@ def explanation(texts: list[str], title: str, source: str, heads: int = 3, retri
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=some(20, 1_000), deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=4), TEXTS, TEXTS)
 def test_no_text_becomes_markup_and_each_survives(texts: list[str], title: str, source: str) -> None:
     plain = Parsed(page(explanation(["a"] * len(texts), "b", "c"), "d"))

@@ -31,13 +31,13 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_malformed_files_raise_only_the_documented_errors() -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("pyarrow")
-    done = fuzz("--inputs", "2000", "--seed", "1")
+    done = fuzz("--inputs", "800", "--seed", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split()[:3] == ["target", "inputs", "accepted"]
     accepted, *refused = lines[-2].replace(",", "").split()[2:]
-    assert int(accepted) > 100
-    assert sum(map(int, refused)) > 1_000
+    assert int(accepted) > 40
+    assert sum(map(int, refused)) > 400
 
 
 @pytest.mark.parametrize("fault", ["undocumented", "says nothing", "large"])

@@ -12,7 +12,7 @@ import pytest
 from memorizing_transformers_pytorch.library.build import Builder, Outcome, files_below
 from memorizing_transformers_pytorch.library.readers import RunReader, open_reader
 from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.training.interrupts import Wish
+from memorizing_transformers_pytorch.utils.interrupts import StopRequest
 from tests.library.conftest import make_run
 from tests.library.test_memory_command import picture, run, told
 
@@ -39,7 +39,7 @@ class Library:
 
     def build(self, *sources: Path, prune: bool = False) -> Outcome:
         files = files_below([str(each) for each in sources or [self.texts]], "*", may_be_none=prune)
-        builder = Builder(self.reader, lambda: None, 99, Wish())
+        builder = Builder(self.reader, lambda: None, 99, StopRequest())
         return builder.build(files, lambda name, size: None, prune=prune)
 
     def titles(self) -> list[str]:

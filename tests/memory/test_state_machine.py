@@ -5,6 +5,7 @@ Shapes: R rows in scope, H query heads, G key/value heads, T queries, K retrieve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,10 @@ from torch import Tensor
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
 from memorizing_transformers_pytorch.memory.index import approximate, auto, structure
+from tests.amounts import some
 from tests.reference import kept
+
+pytestmark = pytest.mark.soak
 
 DIM = 5
 COUNTS = st.integers(0, 4) | st.integers(0, 25)
@@ -53,9 +57,11 @@ class Entry:
 class MemoryMachine(RuleBasedStateMachine):
     """Does everything twice: with the memory, and with the lists."""
 
-    def __init__(self, dtype: torch.dtype, kv_heads: int, directory: Path | None = None, index: str = "exact") -> None:
+    def __init__(
+        self, dtypes: Sequence[torch.dtype], directories: Sequence[Path | None] = (None,), index: str = "exact"
+    ) -> None:
         super().__init__()
-        self.dtype, self.kv_heads, self.directory, self.index = dtype, kv_heads, directory, index
+        self.dtypes, self.directories, self.index = dtypes, directories, index
         self.tolerance = 1e-2 if "SQ" in index else 1e-5  # an index that rounds keys may take one of two near ties
         self.random = torch.Generator().manual_seed(0)
         self.num_added = 0
@@ -69,11 +75,19 @@ class MemoryMachine(RuleBasedStateMachine):
     def scope(self) -> list[int]:
         return self.scopes[-1][0] if self.scopes else list(range(len(self.lists)))
 
-    @initialize(rows=st.sampled_from([1, 3]), capacity=st.sampled_from([1, 5, 11]), count=COUNTS)
-    def open(self, rows: int, capacity: int, count: int) -> None:
+    @initialize(
+        rows=st.sampled_from([1, 3]),
+        kv_heads=st.sampled_from([1, 3]),
+        capacity=st.sampled_from([1, 5, 11]),
+        count=COUNTS,
+        data=st.data(),
+    )
+    def open(self, rows: int, kv_heads: int, capacity: int, count: int, data: st.DataObject) -> None:
+        self.kv_heads, self.dtype = kv_heads, data.draw(st.sampled_from(self.dtypes))
+        directory = data.draw(st.sampled_from(self.directories))
         self.lists: list[list[Entry]] = [[] for _ in range(rows)]
         self.capacity = capacity
-        kind = {"dtype": self.dtype, "directory": self.directory, "index": self.index}
+        kind = {"dtype": self.dtype, "directory": directory, "index": self.index}
         self.memory = KNNMemory(DIM, capacity, rows, num_kv_heads=self.kv_heads, **kind)
         self.add(count, masked=True, with_origins=True)
 
@@ -223,15 +237,13 @@ class MemoryMachine(RuleBasedStateMachine):
                 entry.slots = stored[entry.contents]
 
 
-@pytest.mark.parametrize("mapped", [False, True], ids=["in RAM", "memory-mapped"])
-@pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
-def test_a_memory_equals_a_list_of_the_last_entries_of_each_row(
-    dtype: torch.dtype, kv_heads: int, mapped: bool, tmp_path: Path
-) -> None:
+def test_a_memory_equals_a_list_of_the_last_entries_of_each_row(dtype: torch.dtype, tmp_path: Path) -> None:
+    """In RAM and memory-mapped."""
+
     class Machine(MemoryMachine):
         def __init__(self) -> None:
-            super().__init__(dtype, kv_heads, tmp_path if mapped else None)
+            super().__init__([dtype], [None, tmp_path])
 
     run(Machine)
     assert list(tmp_path.iterdir()) == []
@@ -239,10 +251,10 @@ def test_a_memory_equals_a_list_of_the_last_entries_of_each_row(
 
 def run(machine: type[MemoryMachine]) -> None:
     unhurried = [HealthCheck.too_slow]
-    run_state_machine_as_test(
-        machine,
-        settings=settings(max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=unhurried),
+    examples = settings(
+        max_examples=some(20, 500), stateful_step_count=30, deadline=None, suppress_health_check=unhurried
     )
+    run_state_machine_as_test(machine, settings=examples)
 
 
 # Approximate indices: small structures, from the first entries on
@@ -255,11 +267,9 @@ def from_the_first_entries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("from_the_first_entries")
-@pytest.mark.parametrize("kv_heads", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("index", ["IVF2,Flat", "IVF3,SQfp16"])
 def test_an_approximate_index_that_looks_at_all_equals_the_list_too(
-    monkeypatch: pytest.MonkeyPatch, index: str, dtype: torch.dtype, kv_heads: int
+    monkeypatch: pytest.MonkeyPatch, index: str
 ) -> None:
     """With every list probed these leave nothing out: they follow the ring exactly."""
     monkeypatch.setattr(approximate, "TARGET_RECALL", 1.1)
@@ -267,16 +277,15 @@ def test_an_approximate_index_that_looks_at_all_equals_the_list_too(
 
     class Machine(MemoryMachine):
         def __init__(self) -> None:
-            super().__init__(dtype, kv_heads, index=index)
+            super().__init__([torch.float16, torch.int8], index=index)
 
     run(Machine)
 
 
 @pytest.mark.usefixtures("from_the_first_entries")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("index", ["IVF3,Flat", "IVF2,SQ8", "auto"])
 def test_an_approximate_index_may_miss_entries_but_finds_no_wrong_ones(
-    monkeypatch: pytest.MonkeyPatch, index: str, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, index: str
 ) -> None:
     monkeypatch.setattr(approximate, "TARGET_RECALL", 0.0)
     for name, value in {"THRESHOLD": 4, "LEAST_PRODUCTS": 0, "LARGEST_SHARE": 1}.items():
@@ -284,7 +293,7 @@ def test_an_approximate_index_may_miss_entries_but_finds_no_wrong_ones(
 
     class Machine(MemoryMachine):
         def __init__(self) -> None:
-            super().__init__(dtype, 2, index=index)
+            super().__init__([torch.float32, torch.int8], index=index)
 
         def check_found(
             self, row: int, kv_head: int, queries: Tensor, slots: Tensor, scores: Tensor, mask: Tensor

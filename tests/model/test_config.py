@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from memorizing_transformers_pytorch import MemorizingTransformer, ModelConfig
 from memorizing_transformers_pytorch.model.config import PRESETS
+from tests.amounts import some
 from tests.model.helpers import refused
 
 SMALLEST: dict[str, Any] = {"num_tokens": 11, "dim": 8, "depth": 3}
@@ -190,7 +191,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=some(25, 1_000))
 @given(configs())
 def test_config_survives_json(config: ModelConfig) -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

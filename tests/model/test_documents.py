@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch import MemorizingTransformer
 from memorizing_transformers_pytorch.model.segment import XLMemories
+from tests.amounts import some
 from tests.model.helpers import (
     EOS,
     EVERYTHING,
@@ -187,7 +188,7 @@ def remembered(read: list[tuple[int, int]], kept_by_xl: int, capacity: int) -> l
     return document[: max(len(document) - kept_by_xl, 0)][-capacity:]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=some(25, 500))
 @given(data=st.data())
 @pytest.mark.parametrize("variant", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_memory_equals_a_list_read_token_by_token(variant: dict[str, Any], data: st.DataObject) -> None:

@@ -28,6 +28,7 @@ from memorizing_transformers_pytorch.training.checkpoint import (
 )
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.trainer import Trainer
+from tests.amounts import some
 
 from .helpers import make_config, make_trainer, same, weights_of
 
@@ -59,7 +60,7 @@ def whole(run: Path) -> dict[int, Path]:
 # Exactness
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=some(5, 100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_trainer_that_is_restored_goes_on_exactly(tmp_path: Path, data: st.DataObject) -> None:
     config = make_config(
@@ -272,7 +273,7 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 NAMES = ("model.safetensors", "average.safetensors", "optimizer.safetensors", "process-0.safetensors", "state.json")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=some(10, 500), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(NAMES), share=st.floats(0, 1, exclude_max=True), missing=st.booleans())
 def test_a_file_that_is_cut_off_or_missing_is_refused_with_its_checkpoint(
     checkpoint_folder: Path, tmp_path: Path, name: str, share: float, missing: bool
@@ -290,7 +291,7 @@ def test_a_file_that_is_cut_off_or_missing_is_refused_with_its_checkpoint(
     assert str(damaged) in str(raised.value)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=some(10, 500), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(NAMES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_noticed(checkpoint_folder: Path, tmp_path: Path, name: str, where: float, bit: int) -> None:
     damaged = tmp_path / "step-2"

@@ -85,8 +85,8 @@ def straight(name: str, folder: Path, rank: int) -> object:
     found: list[bool] = []
     look_up = KNNMemory.look_up
 
-    def noted(self: KNNMemory, *arguments: Any) -> Any:
-        lookup = look_up(self, *arguments)
+    def noted(self: KNNMemory, *arguments: Any, **named: Any) -> Any:
+        lookup = look_up(self, *arguments, **named)
         if torch.is_grad_enabled():
             found.append(bool(lookup.mask.any()))
         return lookup
