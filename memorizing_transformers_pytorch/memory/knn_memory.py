@@ -29,6 +29,9 @@ from memorizing_transformers_pytorch.memory.snapshot import restored, take_snaps
 from memorizing_transformers_pytorch.memory.store import Store
 from memorizing_transformers_pytorch.utils.context import PerContext
 
+Rows = Sequence[int] | None
+"""Row numbers, instead of those in scope."""
+
 
 class KNNMemory(AbstractContextManager["KNNMemory"]):
     """A memory of (key, value) pairs for each row, searched by largest inner product (Wu et al., ICLR 2022, section 3).
@@ -100,7 +103,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     def store(self) -> Store:
         """The entries themselves. Raises ValueError after `cleanup()`."""
         if self._open_store is None:
-            raise ValueError("this memory was closed by cleanup()")
+            raise ValueError("expected an open memory, got one that was closed by cleanup()")
         return self._open_store
 
     @property
@@ -125,7 +128,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         scope replaces the outer one until it ends. Raises ValueError for rows out of range, repeated or none."""
         rows = checks.checked_rows(indices, self.num_indices)
         if not rows:
-            raise ValueError("a scope needs at least one row")
+            raise ValueError("expected at least one row in the scope, got none")
         with self._scope.at(rows):
             yield self
 
@@ -134,7 +137,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         _ = self.store  # refuses a closed memory
         return checks.rows_in_scope(batch_indices, self.scoped_indices, self.num_indices)
 
-    def retrieve(self, queries: Tensor, topk: int, *, rows: Sequence[int] | None = None) -> Retrieved:
+    def retrieve(self, queries: Tensor, topk: int, *, rows: Rows = None) -> Retrieved:
         """The `topk` entries of its own row and head with the largest inner product, for each query.
 
         queries: (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of G.
@@ -147,9 +150,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         with self.store.lock:
             return search_rows(self.store, self.searcher, rows, queries, topk, self.hidden.now)
 
-    def look_up(
-        self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None, *, rows: Sequence[int] | None = None
-    ) -> Lookup:
+    def look_up(self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None, *, rows: Rows = None) -> Lookup:
         """`retrieve`, with a lease on what was found: what an attention layer needs, and its backward pass later.
 
         hidden_rows: (R,) or, for queries (R, ..., T, D), (R, T) bool; rows or tokens that find nothing.
@@ -205,7 +206,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         self.commit(self.stage(memories, mask, origins))
 
     def stage(
-        self, memories: Tensor, mask: Tensor | None, origins: Tensor | None, *, rows: Sequence[int] | None = None
+        self, memories: Tensor, mask: Tensor | None = None, origins: Tensor | None = None, *, rows: Rows = None
     ) -> StagedEntries:
         """Check and convert what `add` would store, storing nothing: several memories can so change all or none."""
         return staged(
@@ -277,9 +278,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     def search_with(self, index: str) -> None:
         """Be searched like this from now on (see `index`). Raises ValueError, changing nothing, for an unknown one."""
         checks.check_options({}, self.dtype, self.device, index, mapped=False)
-        searcher = make_index(index, self.dim, self.device)
-        with self.store.lock:
-            self.index, self.searcher = index, searcher
+        self.index, self.searcher = index, make_index(index, self.dim, self.device)
 
     @property
     def is_closed(self) -> bool:
