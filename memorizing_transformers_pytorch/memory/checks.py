@@ -84,6 +84,16 @@ def checked_rows(indices: Iterable[int], num_rows: int) -> list[int]:
     return rows
 
 
+def rows_in_scope(indices: int | Iterable[int] | None, scope: list[int], num_rows: int) -> list[int]:
+    """The rows, or all of the scope. Raises ValueError for rows outside it."""
+    if indices is None:
+        return scope
+    rows = checked_rows(indices if isinstance(indices, Iterable) else [indices], num_rows)
+    if not set(rows) <= set(scope):
+        raise ValueError(f"expected rows of the scope {scope}, got {rows}")
+    return rows
+
+
 def checked_entries(memories: Tensor, rows: int, heads: int, dim: int) -> Tensor:
     """The entries, of `heads` key/value heads, as (R, G, N, 2, D)."""
     if heads == 1 and memories.ndim == 4:
