@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 IGNORE_INDEX = -100  # labels that are not scored
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -14,6 +14,39 @@ _AT_LEAST_ONE = ("num_tokens", "dim", "depth", "dim_head", "heads", "ff_mult", "
 _AT_LEAST_ZERO = ("xl_max_memories", "shift_knn_memories_down", "shift_xl_memories_down", "short_conv")
 _AT_MOST = 2**31 - 1
 _TOKEN_IDS = ("pad_id", "clear_memories_on_sos_token_id", "clear_memories_on_eos_token_id")
+
+
+class ModelFields(TypedDict, total=False):
+    """The fields of `ModelConfig` as keyword arguments, which an editor can complete."""
+
+    num_tokens: int
+    dim: int
+    depth: int
+    dim_head: int
+    heads: int
+    knn_attn_heads: int | None
+    num_kv_heads: int
+    attn_dropout: float
+    ff_mult: int
+    ff_dropout: float
+    memorizing_layers: int | tuple[int, ...] | None
+    max_knn_memories: int
+    num_retrieved_memories: int
+    combine: str
+    memory_dtype: str
+    memory_index: str
+    knn_memories_directory: str | None
+    clear_memories_on_sos_token_id: int | None
+    clear_memories_on_eos_token_id: int | None
+    shift_knn_memories_down: int
+    pad_id: int | None
+    xl_max_memories: int
+    xl_memory_layers: int | tuple[int, ...] | None
+    shift_xl_memories_down: int
+    short_conv: int
+    qk_init: str
+    tie_embeddings: bool
+    gradient_checkpointing: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +204,7 @@ class ModelConfig:
         return cls(**values)
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> ModelConfig:
+    def preset(cls, name: str, **changes: Unpack[ModelFields]) -> ModelConfig:
         """A named configuration with some fields changed: see `PRESETS`. Raises ValueError for an unknown name."""
         if name not in PRESETS:
             raise ValueError(f"expected a preset among {sorted(PRESETS)}, got {name!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from memorizing_transformers_pytorch.model.checks import (
     check_state,
     check_tokens,
 )
-from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig
+from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig, ModelFields
 from memorizing_transformers_pytorch.model.memory_step import (
     Written,
     hand_over,
@@ -64,7 +64,7 @@ class MemorizingTransformer(nn.Module):
     Raises ValueError for values that make no sense.
     """
 
-    def __init__(self, *, knn_memory_multiprocessing: bool = False, **fields: Any) -> None:
+    def __init__(self, *, knn_memory_multiprocessing: bool = False, **fields: Unpack[ModelFields]) -> None:
         super().__init__()
         if knn_memory_multiprocessing:
             warn_once("knn_memory_multiprocessing has no effect: the exact search already uses every core")

@@ -537,7 +537,7 @@ def assert_compiles(module: nn.Module, before_backward: Callable[[], Any] = lamb
     """Outputs and gradients of the module stay as they are when it is compiled."""
     torch._dynamo.reset()
     x = torch.randn(ROWS, 7, DIM, requires_grad=True)
-    results = [call(x, **context) for call in (torch.compile(module, backend="eager"), module)]
+    results = [call(x, **context) for call in (torch.compile(module, backend="eager", fullgraph=True), module)]
     compiled, plain = (result if isinstance(result, Tensor) else result.out for result in results)
     torch.testing.assert_close(compiled, plain)
     before_backward()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memorizing_transformers_pytorch import MemorizingTransformer, ModelConfig
-from memorizing_transformers_pytorch.model.config import PRESETS
+from memorizing_transformers_pytorch.model.config import PRESETS, ModelFields
 from tests.amounts import some
 from tests.model.helpers import refused
 
@@ -307,3 +307,8 @@ def test_presets_have_the_shapes_that_they_promise() -> None:
 def test_unknown_presets_are_refused() -> None:
     with refused(r"expected a preset among \['enwik8', .*\], got 'enwik9'"):
         ModelConfig.preset("enwik9")
+
+
+def test_an_editor_completes_just_the_fields_of_the_configuration() -> None:
+    fields = {each.name: each.type for each in dataclasses.fields(ModelConfig)}
+    assert {name: each.__forward_arg__ for name, each in ModelFields.__annotations__.items()} == fields
