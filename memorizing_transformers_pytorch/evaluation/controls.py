@@ -53,10 +53,7 @@ def other_rows(rows: list[int], num_rows: int) -> list[int]:
 
 
 def shuffled_values(memory: KNNMemory, generator: torch.Generator) -> AbstractContextManager[None]:
-    """Inside, the values of each row in scope are permuted among its entries, all heads alike; only for reading.
-
-    Raises RuntimeError if a backward pass may still need them.
-    """
+    """Inside, the values of each row in scope are permuted among its entries, all heads alike; only for reading."""
 
     def permuted(values: Vectors) -> Vectors:
         return values[:, torch.randperm(values.shape[1], generator=generator).to(values.device)]

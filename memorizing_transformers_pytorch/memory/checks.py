@@ -25,9 +25,9 @@ class NonFiniteError(ValueError):
 
 
 @functools.cache
-def warn_once(message: str) -> None:
+def warn_once(message: str, stacklevel: int = 3) -> None:
     """Warn about something that is accepted but has no effect; once per message and process."""
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=stacklevel)
 
 
 def check_options(
@@ -58,10 +58,10 @@ def directory_of(
 ) -> Path | None:
     """Where files of a memory go, as the arguments of the original package say. Warns of those without effect."""
     if multiprocessing is not None:
-        warn_once("multiprocessing has no effect: the exact search already uses every core")
+        warn_once("multiprocessing has no effect: the exact search already uses every core", 4)
     if memmap_filename is not None:
         directory = Path(memmap_filename).parent if directory is None else directory
-        warn_once(f"memmap_filename only chooses the directory, {directory}; files get unique names")
+        warn_once(f"memmap_filename only chooses the directory, {directory}; files get unique names", 4)
     return None if directory is None else Path(directory)
 
 
@@ -81,6 +81,16 @@ def checked_rows(indices: Iterable[int], num_rows: int) -> list[int]:
     rows = [operator.index(row) for row in given]
     if len(set(rows)) != len(rows) or not all(0 <= row < num_rows for row in rows):
         raise ValueError(f"expected distinct rows from 0 to {num_rows - 1}, got {rows}")
+    return rows
+
+
+def rows_in_scope(indices: int | Iterable[int] | None, scope: list[int], num_rows: int) -> list[int]:
+    """The rows, or all of the scope. Raises ValueError for rows outside it."""
+    if indices is None:
+        return scope
+    rows = checked_rows(indices if isinstance(indices, Iterable) else [indices], num_rows)
+    if not set(rows) <= set(scope):
+        raise ValueError(f"expected rows of the scope {scope}, got {rows}")
     return rows
 
 

@@ -6,12 +6,13 @@ Shapes: R rows, G key/value heads, M capacity, N entries, D head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory import checks
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 ORIGIN_FIELDS = 3  # document id, position in the document, token id
@@ -73,3 +74,23 @@ class Sizes(NamedTuple):
 def by_place(name: str, row: Tensor) -> Tensor:
     """One row of a table of that name, in which the places are the first dimension."""
     return row.transpose(0, 1) if name in PER_HEAD else row
+
+
+def staged(
+    sizes: Sizes,
+    device: torch.device,
+    rows: Sequence[int],
+    memories: Tensor,
+    mask: Tensor | None,
+    origins: Tensor | None,
+) -> StagedEntries:
+    """What `KNNMemory.add` stores in these rows, as it lies in a store. Raises ValueError as that does."""
+    memories = checks.checked_entries(memories, len(rows), sizes.kv_heads, sizes.dim)
+    shape = len(rows), memories.shape[2]
+    origins = torch.full((*shape, ORIGIN_FIELDS), UNKNOWN) if origins is None else origins
+    origins = checks.checked_origins(mask, origins, shape, ORIGIN_FIELDS)
+    floats = memories.detach().to(device, torch.float32 if sizes.dtype == torch.int8 else sizes.dtype)
+    checks.check_finite(floats, mask)
+    keys, values = (Vectors.of(part, sizes.dtype) for part in floats.unbind(dim=-2))
+    mask = None if mask is None else mask.to(device)
+    return StagedEntries(list(rows), keys, values, origins.to(device), mask)

@@ -7,7 +7,6 @@ Shapes: R rows in scope, H query heads, G key/value heads, N entries added, K re
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,20 +17,20 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import checks, traced
-from memorizing_transformers_pytorch.memory.entries import Sizes, StagedEntries
+from memorizing_transformers_pytorch.memory.entries import Sizes, StagedEntries, staged
 from memorizing_transformers_pytorch.memory.index.auto import make_index
-from memorizing_transformers_pytorch.memory.index.exact import Index
-from memorizing_transformers_pytorch.memory.index.recall import recall_of
+from memorizing_transformers_pytorch.memory.index.exact import Index, recall_of
 from memorizing_transformers_pytorch.memory.index.structure import some
 from memorizing_transformers_pytorch.memory.lease import token_for
 from memorizing_transformers_pytorch.memory.policy import BY_DOCUMENT, OLDEST, POLICIES, of_oldest_documents
 from memorizing_transformers_pytorch.memory.retrieved import Lookup, Origin, Retrieved
-from memorizing_transformers_pytorch.memory.scope import Scope
 from memorizing_transformers_pytorch.memory.search import Hidden, search_rows, without_rows
 from memorizing_transformers_pytorch.memory.snapshot import restored, take_snapshot
-from memorizing_transformers_pytorch.memory.staging import staged
 from memorizing_transformers_pytorch.memory.store import Store
 from memorizing_transformers_pytorch.utils.context import PerContext
+
+Rows = Sequence[int] | None
+"""Row numbers, instead of those in scope."""
 
 
 class KNNMemory(AbstractContextManager["KNNMemory"]):
@@ -81,7 +80,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
             raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
         self.dim, self.max_memories, self.num_indices, self.num_kv_heads = sizes.values()
         self.dtype, self.index, self.policy = dtype, index, policy
-        self._scope = Scope(num_indices)
+        self._scope: PerContext[list[int] | None] = PerContext(None)
         self.hidden: PerContext[Hidden | None] = PerContext(None)  # what this thread must not find
         self.seconds_searching, self._number = 0.0, traced.number_for(self)
         self.searcher: Index = make_index(index, dim, self.device)
@@ -104,13 +103,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     def store(self) -> Store:
         """The entries themselves. Raises ValueError after `cleanup()`."""
         if self._open_store is None:
-            raise ValueError("this memory was closed by cleanup()")
+            raise ValueError("expected an open memory, got one that was closed by cleanup()")
         return self._open_store
-
-    @property
-    def lock(self) -> threading.RLock:
-        """Held while anything is searched or changed."""
-        return self.store.lock
 
     @property
     def num_entries(self) -> tuple[int, ...]:
@@ -125,21 +119,25 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     @property
     def scoped_indices(self) -> list[int]:
         """The rows that batches consist of: all, unless inside `at_batch_indices`."""
-        return self._scope.rows
+        chosen = self._scope.now
+        return list(range(self.num_indices)) if chosen is None else chosen
 
     @contextmanager
     def at_batch_indices(self, indices: Iterable[int]) -> Iterator[Self]:
         """Inside, batches of this thread consist of just these rows, in this order, and no other row changes. An inner
         scope replaces the outer one until it ends. Raises ValueError for rows out of range, repeated or none."""
-        with self._scope.at(indices):
+        rows = checks.checked_rows(indices, self.num_indices)
+        if not rows:
+            raise ValueError("expected at least one row in the scope, got none")
+        with self._scope.at(rows):
             yield self
 
     def rows_to_clear(self, batch_indices: int | Iterable[int] | None = None) -> list[int]:
         """Check which rows `clear` would empty, emptying none: several memories can so change all or none."""
         _ = self.store  # refuses a closed memory
-        return self._scope.checked(batch_indices)
+        return checks.rows_in_scope(batch_indices, self.scoped_indices, self.num_indices)
 
-    def retrieve(self, queries: Tensor, topk: int, *, rows: Sequence[int] | None = None) -> Retrieved:
+    def retrieve(self, queries: Tensor, topk: int, *, rows: Rows = None) -> Retrieved:
         """The `topk` entries of its own row and head with the largest inner product, for each query.
 
         queries: (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of G.
@@ -149,12 +147,10 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         """
         rows = self.scoped_indices if rows is None else rows
         checks.check_queries(queries, topk, len(rows), self.num_kv_heads, self.dim)
-        with self.lock:
+        with self.store.lock:
             return search_rows(self.store, self.searcher, rows, queries, topk, self.hidden.now)
 
-    def look_up(
-        self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None, *, rows: Sequence[int] | None = None
-    ) -> Lookup:
+    def look_up(self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None, *, rows: Rows = None) -> Lookup:
         """`retrieve`, with a lease on what was found: what an attention layer needs, and its backward pass later.
 
         hidden_rows: (R,) or, for queries (R, ..., T, D), (R, T) bool; rows or tokens that find nothing.
@@ -162,7 +158,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         if torch.compiler.is_compiling():
             return Lookup(*traced.look_up(queries.detach(), self._number, topk, hidden_rows, rows))
         began = time.perf_counter()
-        with self.lock:
+        with self.store.lock:
             found = self.retrieve(queries, topk, rows=rows)
             lease = token_for(self.store.log.begin(self.store))
         self.seconds_searching += time.perf_counter() - began
@@ -171,7 +167,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     def search(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         """`retrieve`, with copies of keys and values: key_values (R, ..., topk, 2, D) and mask (R, ..., topk). Where
         mask is False key_values is 0. Of codes, the copies are the float32 numbers that these stand for."""
-        with self.lock:
+        with self.store.lock:
             slots, _, mask = self.retrieve(queries, topk)
             key_values = self.store.pairs_of(slots).to(queries.device)
         return key_values.masked_fill_(~mask[..., None, None], 0), mask
@@ -180,20 +176,20 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         """The share of the truly best entries that the index finds for at most `sample` of the T queries of a row and
         head, evenly spread. queries: as for `retrieve`, (R, ..., T, D)."""
         queries = some(queries, sample) if queries.ndim > (2 if self.num_kv_heads == 1 else 3) else queries
-        with self.lock:
+        with self.store.lock:
             rings = [self.store.ring(row) for row in self.scoped_indices]
             return recall_of(queries, self.retrieve(queries, topk).scores, rings)
 
     def origins(self, slots: Tensor) -> Tensor:
         """slots (...) -> (..., 3) int64: document id, position in the document, token id; -1 where not given."""
-        with self.lock:
+        with self.store.lock:
             checks.check_slots(slots, self.num_indices * self.num_kv_heads * self.store.room)
             return self.store.origins_of(slots).to(slots.device)
 
     def entries(self, row: int) -> Iterator[Origin]:
         """Where each entry of a row comes from, the oldest first. Raises ValueError if the row does not exist."""
         checks.checked_rows([row], self.num_indices)
-        with self.lock:
+        with self.store.lock:
             origins = self.store.origins[row][self.store.places_in_order(row)].tolist()
         return (Origin(*origin) for origin in origins)
 
@@ -210,14 +206,16 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         self.commit(self.stage(memories, mask, origins))
 
     def stage(
-        self, memories: Tensor, mask: Tensor | None, origins: Tensor | None, *, rows: Sequence[int] | None = None
+        self, memories: Tensor, mask: Tensor | None = None, origins: Tensor | None = None, *, rows: Rows = None
     ) -> StagedEntries:
         """Check and convert what `add` would store, storing nothing: several memories can so change all or none."""
-        return staged(self.store, self.scoped_indices if rows is None else rows, memories, mask, origins)
+        return staged(
+            self.store.sizes, self.device, self.scoped_indices if rows is None else rows, memories, mask, origins
+        )
 
     def commit(self, entries: StagedEntries) -> None:
         """Store what `stage` has checked."""
-        with self.lock:
+        with self.store.lock:
             if not self.store.has_room_for(entries):
                 self.replace_store(self.store.resized(self.max_memories))
             for i, row in enumerate(entries.rows if self.policy == BY_DOCUMENT else []):
@@ -228,7 +226,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
         """Empty these rows, or every row in scope. Raises ValueError for rows out of range or outside the scope."""
         rows = self.rows_to_clear(batch_indices)
-        with self.lock:
+        with self.store.lock:
             self.store.clear(rows)
             self.searcher.forget(rows)
 
@@ -236,13 +234,13 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         """Remove every entry of these documents (the first number of their origins) from all rows, whatever the scope.
         Returns how many entries that were. Those that stay keep their order, but not their slots."""
         wanted = torch.tensor(sorted(set(documents)), dtype=torch.int64, device=self.device)
-        with self.lock:
+        with self.store.lock:
             rows = range(self.num_indices)
             return sum(self.remove(row, torch.isin(self.store.numbers_in(row), wanted)) for row in rows)
 
     def remove(self, row: int, gone: Tensor) -> int:
         """Remove the entries of a row in the places where gone (N,) is True; how many those are."""
-        with self.lock:
+        with self.store.lock:
             if count := int(gone.sum()):
                 self.store.remove(row, gone)
                 self.searcher.forget([row])
@@ -250,7 +248,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """What every row holds and what is overwritten next, as CPU tensors that safetensors takes; see `snapshot`."""
-        with self.lock:
+        with self.store.lock:
             return take_snapshot(self.store)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -262,7 +260,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         """Change the capacity. Each row keeps its newest entries, in other slots; look-ups keep what they found.
         Raises ValueError for a capacity below 1."""
         checks.check_capacity(max_memories)
-        with self.lock:
+        with self.store.lock:
             self.replace_store(self.store.resized(max_memories))
 
     def replace_store(self, store: Store) -> None:
@@ -271,8 +269,8 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     def swap_store(self, store: Store) -> Store:
         """Use this store from now on; the one before, which stays as it was."""
-        with self.lock:
-            before, store.lock = self.store, self.lock
+        with self.store.lock:
+            before, store.lock = self.store, self.store.lock
             self.searcher.forget()
             self._open_store, self.max_memories = store, store.capacity
         return before
@@ -280,9 +278,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     def search_with(self, index: str) -> None:
         """Be searched like this from now on (see `index`). Raises ValueError, changing nothing, for an unknown one."""
         checks.check_options({}, self.dtype, self.device, index, mapped=False)
-        searcher = make_index(index, self.dim, self.device)
-        with self.lock:
-            self.index, self.searcher = index, searcher
+        self.index, self.searcher = index, make_index(index, self.dim, self.device)
 
     @property
     def is_closed(self) -> bool:

@@ -183,7 +183,7 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
     def locked(self) -> Iterator[None]:
         """Inside, other threads neither change these memories nor look anything up: several change as one."""
         with ExitStack() as locks:
-            for lock in sorted({memory.lock for memory in self}, key=id):  # the same order in every thread
+            for lock in sorted({memory.store.lock for memory in self}, key=id):  # the same order in every thread
                 locks.enter_context(lock)
             yield
 

@@ -12,42 +12,45 @@ import torch
 from memorizing_transformers_pytorch.memory.disk.save import Marks
 from memorizing_transformers_pytorch.memory.index.auto import index_on
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
+from memorizing_transformers_pytorch.memory.store import Store
+
+
+def memory_with(store: Store, index: str, policy: str) -> KNNMemory:
+    """A memory of what is in a store, searched exactly where the index cannot work on its device."""
+    sizes = store.sizes
+    memory = KNNMemory(
+        sizes.dim,
+        1,
+        sizes.rows,
+        num_kv_heads=sizes.kv_heads,
+        dtype=sizes.dtype,
+        device=store.device,
+        index=index_on(store.device, index),
+        policy=policy,
+    )
+    memory.replace_store(store)
+    return memory
 
 
 def copied(memory: KNNMemory, device: torch.device, documents: Iterable[int] | None = None) -> KNNMemory:
     """A memory of the same kind on a device, with the entries of some documents, or all."""
     chosen = None if documents is None else torch.tensor(sorted(set(documents)), dtype=torch.int64)
-    new = _empty_copy(memory, device)
+    new = Store(memory.store.sizes, device, None)
     for row in range(memory.num_indices):
         places = memory.store.places_in_order(row)
         if chosen is not None:
             places = places[torch.isin(memory.store.origins[row, places, 0], chosen.to(places.device))]
         picked = memory.store.picked(row, places)
-        new.store.append(row, {name: part.to(device) for name, part in picked.items()}, len(places))
-    return new
-
-
-def _empty_copy(memory: KNNMemory, device: torch.device) -> KNNMemory:
-    new = KNNMemory(
-        memory.dim,
-        memory.max_memories,
-        memory.num_indices,
-        num_kv_heads=memory.num_kv_heads,
-        dtype=memory.dtype,
-        device=device,
-        index=index_on(device, memory.index),
-        policy=memory.policy,
-    )
-    return new
+        new.append(row, {name: part.to(device) for name, part in picked.items()}, len(places))
+    return memory_with(new, memory.index, memory.policy)
 
 
 def copy_row(memory: KNNMemory, source: int, target: int) -> None:
     """Let a row hold what another does, and nothing else."""
-    with memory.lock:
-        entries = memory.store.picked(source, memory.store.places_in_order(source))
-        memory.store.clear([target])
-        memory.searcher.forget([target])
-        memory.store.append(target, entries, len(entries["origins"]))
+    entries = memory.store.picked(source, memory.store.places_in_order(source))
+    memory.store.clear([target])
+    memory.searcher.forget([target])
+    memory.store.append(target, entries, len(entries["origins"]))
 
 
 def check_like(memories: Sequence[KNNMemory], others: Sequence[KNNMemory]) -> None:
@@ -82,12 +85,11 @@ def take_over(memory: KNNMemory, other: KNNMemory, shift: int) -> None:
     """Add the entries of another memory after its own, with document numbers that are so much larger; where they do not
     fit, the capacity grows."""
     needed = max(map(sum, zip(memory.num_entries, other.num_entries, strict=True)))
-    with memory.lock:
-        if needed > memory.max_memories or memory.store.room < needed:
-            memory.replace_store(memory.store.resized(max(needed, memory.max_memories)))
-        for row in range(memory.num_indices):
-            entries = other.store.picked(row, other.store.places_in_order(row))
-            numbers = entries["origins"][:, 0]
-            entries["origins"][:, 0] = torch.where(numbers < 0, numbers, numbers + shift)
-            here = {name: part.to(memory.device) for name, part in entries.items()}
-            memory.store.append(row, here, len(numbers))
+    if needed > memory.max_memories or memory.store.room < needed:
+        memory.replace_store(memory.store.resized(max(needed, memory.max_memories)))
+    for row in range(memory.num_indices):
+        entries = other.store.picked(row, other.store.places_in_order(row))
+        numbers = entries["origins"][:, 0]
+        entries["origins"][:, 0] = torch.where(numbers < 0, numbers, numbers + shift)
+        here = {name: part.to(memory.device) for name, part in entries.items()}
+        memory.store.append(row, here, len(numbers))

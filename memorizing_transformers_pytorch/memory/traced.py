@@ -8,27 +8,16 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.retrieved import Lookup
-
-
-class Searchable(Protocol):
-    """A `KNNMemory`."""
-
-    def look_up(
-        self, queries: Tensor, topk: int, hidden_rows: Tensor | None = None, *, rows: Sequence[int] | None = None
-    ) -> Lookup: ...
-
-
 _numbers = itertools.count(1)
-_memories: weakref.WeakValueDictionary[int, Searchable] = weakref.WeakValueDictionary()
+_memories: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-def number_for(memory: Searchable) -> int:
+def number_for(memory: Any) -> int:
     """By which `look_up` knows this memory, as long as it lives."""
     number = next(_numbers)
     _memories[number] = memory
@@ -40,7 +29,7 @@ def look_up(
     queries: Tensor, memory: int, topk: int, hidden_rows: Tensor | None, rows: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`KNNMemory.look_up` of the memory with this number."""
-    return tuple(_memories[memory].look_up(queries, topk, hidden_rows, rows=rows))  # type: ignore[return-value]
+    return tuple(_memories[memory].look_up(queries, topk, hidden_rows, rows=rows))
 
 
 @look_up.register_fake

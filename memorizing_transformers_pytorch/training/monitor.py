@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from memorizing_transformers_pytorch.attention.attention import Attended, Reading
 from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.memory.index.recall import recall_of
+from memorizing_transformers_pytorch.memory.index.exact import recall_of
 from memorizing_transformers_pytorch.model.memory_step import shifted
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 

@@ -481,7 +481,7 @@ def test_the_reading_holds_the_weights_of_what_was_retrieved(combine: str, kv_he
     x, before = torch.randn(ROWS, 7, DIM), random_pairs(ROWS, kv_heads, past) if past else None
     bias = reference.causal_bias(7, past + 7)
     attended = layer.attend(x, bias=bias, past=before, look_up=memory.look_up)
-    queries, _, weights = attended.reading
+    queries, weights = attended.reading.queries, attended.reading.weights
 
     temperature, found = layer.scale.exp(), listed.search(queries, TOPK, kv_heads)
     keys, _ = reference.join_pairs(before, attended.pairs, HEADS)

@@ -319,3 +319,19 @@ def test_pytorch_finds_nothing_wrong_with_the_operator() -> None:
     found = memory.look_up(queries, TOPK)
     arguments = (queries, leaf(1, dtype=torch.float32), *found, None, None, 2.0)
     torch.library.opcheck(torch.ops.memorizing_transformers.memory_attention.default, arguments)
+
+
+def test_gradients_under_dropout_are_those_of_the_weights_that_were_kept() -> None:
+    memory = filled_memory((2, 29))
+    queries, multiplier = leaf(2, HEADS, LENGTH, DIM, dtype=torch.float64), leaf(HEADS, 1, 1, dtype=torch.float64)
+    lookup = memory.look_up(queries, TOPK)
+    torch.manual_seed(3)
+    kept = torch.nn.functional.dropout(torch.ones_like(lookup.scores), 0.5)
+    torch.manual_seed(3)
+    actual, _ = memory_attention(queries, lookup, multiplier, dropout=0.5)
+    found = gathered(memory, queries, lookup)
+    logits = (gathered_logits(queries, found.keys) * multiplier).masked_fill(~found.mask, -torch.inf)
+    expected = gathered_sums(logits.softmax(dim=-1) * kept, found.values)
+    towards = torch.randn_like(expected)
+    grads = [torch.autograd.grad(out, (queries, multiplier), towards) for out in (actual, expected)]
+    assert_equal(*grads, 1e-10)

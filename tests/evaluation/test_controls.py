@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from memorizing_transformers_pytorch import KNNMemory
 from memorizing_transformers_pytorch.evaluation.controls import (
@@ -27,20 +28,30 @@ def make_memory(dtype: torch.dtype = torch.float32) -> KNNMemory:
 
 
 def contents(memory: KNNMemory) -> list[torch.Tensor]:
-    """Keys, values and origins."""
-    store = memory.store
-    return [part.clone() for part in (store.keys.floats(), store.values.floats(), store.origins)]
+    """Keys, values and origins of each row, the oldest first, then 0."""
+    rows = [memory.store.oldest(row, memory.max_memories) for row in range(memory.num_indices)]
+    parts = zip(*((each.keys.floats(), each.values.floats(), each.origins) for each in rows), strict=True)
+    return [torch.cat([pad(row, (0, 0, 0, memory.max_memories - row.shape[-2])) for row in part]) for part in parts]
 
 
 @pytest.mark.parametrize("name", [None, *CONTROLS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_memories_are_put_back_bit_for_bit_also_after_an_exception(name: str | None, dtype: torch.dtype) -> None:
     memories = KNNMemoryList([make_memory(dtype), make_memory(dtype)])
-    before = [contents(memory) for memory in memories]
-    with pytest.raises(KeyError), control(name, memories, torch.Generator().manual_seed(0)):
+    before = [{key: table.clone() for key, table in memory.store.tables.items()} for memory in memories]
+    ordered = [contents(memory) for memory in memories]
+
+    def look_and_fail() -> None:
+        for memory, kept in zip(memories, ordered, strict=True):
+            changed = [not torch.equal(a, b) for a, b in zip(contents(memory), kept, strict=True)]
+            assert changed == [name == "random keys", name == "shuffled", False]
+            assert memory.scoped_indices == ([1, 2, 0] if name == "other" else [0, 1, 2])
         raise KeyError
-    for memory, kept in zip(memories, before, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(contents(memory), kept, strict=True))
+
+    with pytest.raises(KeyError), control(name, memories, torch.Generator().manual_seed(0)):
+        look_and_fail()
+    for memory, tables in zip(memories, before, strict=True):
+        assert all(torch.equal(table, tables[key]) for key, table in memory.store.tables.items())
         assert memory.scoped_indices == [0, 1, 2]
 
 
@@ -51,7 +62,7 @@ def test_shuffled_values_are_the_same_values_of_the_same_row_at_other_keys(dtype
     with shuffled_values(memory, torch.Generator().manual_seed(0)):
         assert torch.equal(contents(memory)[0], keys)
         for row, filled in enumerate((9, 4, 0)):
-            inside, before = memory.store.values[row, :, :filled].floats(), values[row, :, :filled]
+            inside, before = contents(memory)[1][row, :, :filled], values[row, :, :filled]
             assert filled == 0 or not torch.equal(inside, before)
             torch.testing.assert_close(inside.sort(dim=1).values, before.sort(dim=1).values, rtol=0, atol=0)
 
@@ -105,9 +116,12 @@ def test_a_single_document_has_no_other() -> None:
 
 
 @pytest.mark.parametrize("change", [shuffled_values, random_keys])
-def test_a_memory_that_a_backward_pass_may_need_is_refused(change: object) -> None:
+def test_a_look_up_keeps_what_it_found(change: object) -> None:
     memory = make_memory()
     lookup = memory.look_up(torch.randn(3, 2, 5, requires_grad=True), topk=2)
-    with pytest.raises(RuntimeError, match="backward"), change(memory, torch.Generator()):  # type: ignore[operator]
-        pass
-    assert lookup.mask.shape == (3, 2, 2)
+    before = lookup.tables()[0]
+    with change(memory, torch.Generator()):  # type: ignore[operator]
+        inside = lookup.tables()[0]
+    for table in (inside, lookup.tables()[0]):
+        assert torch.equal(table.keys.numbers, before.keys.numbers)
+        assert torch.equal(table.values.numbers, before.values.numbers)

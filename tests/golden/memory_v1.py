@@ -47,7 +47,10 @@ def add(memories: KNNMemoryList, title: str, count: int) -> None:
 def add_more(memories: KNNMemoryList) -> None:
     """What the journal has; the second memory evicted its two oldest entries and closed up."""
     for row in range(2):
-        memories[1].drop_oldest(row, 2)
+        store = memories[1].store
+        gone = torch.zeros(store.filled[row], dtype=torch.bool)
+        gone[store.places_in_order(row)[:2]] = True
+        memories[1].remove(row, gone)
     add(memories, "second", 2)
 
 

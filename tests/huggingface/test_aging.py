@@ -196,3 +196,14 @@ def test_documents_tell_the_entries_of_each_layer_where_some_have_no_positions()
     memory.read(tokens(1, 300), document="a book", progress=False)
     (document,) = memory.documents()
     assert document.entries == (296,) * 4
+
+
+def test_just_as_far_behind_as_the_recent_part_reaches_is_recent() -> None:
+    memory = attach_memory(tiny("llama"), **{**ONE, "skip_first": 3}, recent=20, chunk=9)
+    for seed in range(7):  # the first three of nine are not remembered
+        with memory.writing():
+            logits(memory.model, tokens(1, 9, seed=seed))
+    memory.read(tokens(1, 3), progress=False)  # too short to be remembered, but another document, at place 63
+    positions = [part.store.oldest(0, 99).origins[0, :, 1].tolist() for part in memory.layers[0].memories]
+    written = [9 * segment + place for segment in range(7) for place in range(3, 9)]
+    assert positions == [[place for place in written if place >= 43], [place for place in written if place < 43]]

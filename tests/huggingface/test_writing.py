@@ -377,3 +377,16 @@ def test_what_a_segment_found_in_a_full_row_is_told_after_it_was_stored(options:
     assert {int(number) for number in before[1][..., 0].unique()} - {-1} == {0, 1}
     for index, origins in memory.last_retrieved.items():
         assert torch.equal(origins, before[index])
+
+
+def test_what_leaves_the_window_has_its_own_origins_where_layers_keep_different_numbers_of_tokens() -> None:
+    model, ids = tiny("gemma3_text", sliding_window=8), tokens(1, 12)
+    memory = attach_memory(model, **WINDOW, window=12)
+    written = model.generate(ids, max_new_tokens=10, **WRITING)[0]
+    for layer, kept in ((0, 7), (1, 11)):  # of 21 tokens that have passed
+        _, origins = entries(memory, layer)
+        assert origins[:, 1].tolist() == list(range(21 - kept))
+        assert torch.equal(origins[:, 2], written[: 21 - kept])
+    model.generate(ids, max_new_tokens=1, **WRITING)  # begins another conversation
+    for layer in (0, 1):
+        assert torch.equal(entries(memory, layer)[1][:21, 2], written[:21])

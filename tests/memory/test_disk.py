@@ -470,7 +470,6 @@ def test_a_memory_that_version_1_has_written_can_be_loaded(mmap: bool) -> None:
     assert same(expected, loaded)
     assert repr(loaded) == repr(expected)
     assert [each.policy for each in loaded] == ["oldest", "oldest", "by-document"]
-    assert [each.store.mapped_from is not None for each in loaded] == [mmap] * 3
     assert (loaded.fingerprint, loaded.extra) == (expected.fingerprint, expected.extra)
     described = [(each.title, each.row, each.tokens, each.entries, each.about) for each in loaded.documents()]
     assert described == [(each.title, each.row, each.tokens, each.entries, each.about) for each in expected.documents()]

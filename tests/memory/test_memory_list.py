@@ -127,7 +127,7 @@ def test_where_one_memory_is_closed_none_changes(
     memories: KNNMemoryList, change: Callable[[KNNMemoryList], object]
 ) -> None:
     memories[1].cleanup()
-    with pytest.raises(ValueError, match="expected an open memory, got"):
+    with pytest.raises(ValueError, match="closed by cleanup"):
         change(memories)
     assert memories[0].num_entries == (2, 2, 2)
 

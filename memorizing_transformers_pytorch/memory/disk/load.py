@@ -22,9 +22,9 @@ from memorizing_transformers_pytorch.memory.disk.manifest import (
 from memorizing_transformers_pytorch.memory.disk.save import Mark, Marks
 from memorizing_transformers_pytorch.memory.disk.shards import read_tensors
 from memorizing_transformers_pytorch.memory.entries import by_place
-from memorizing_transformers_pytorch.memory.index.auto import index_on
 from memorizing_transformers_pytorch.memory.index.structure import is_removed
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
+from memorizing_transformers_pytorch.memory.moving import memory_with
 from memorizing_transformers_pytorch.memory.policy import OLDEST
 from memorizing_transformers_pytorch.memory.store import Store
 
@@ -81,21 +81,8 @@ def _load(folder: Path, manifest: Manifest, how: How) -> Loaded:
         for part in journal.parts:
             if part.restart:
                 base_marks[part.memory][part.row] = LOST, 0
-    memories = []
-    for base, store in zip(manifest.memories, stores, strict=True):
-        index, policy = _still_known(base)
-        memory = KNNMemory(
-            base.dim,
-            1,
-            len(base.rows),
-            num_kv_heads=base.kv_heads,
-            dtype=store.sizes.dtype,
-            device=how.device,
-            index=index_on(how.device, index),
-            policy=policy,
-        )
-        memory.replace_store(store)
-        memories.append(memory)
+    known = zip(stores, map(_still_known, manifest.memories), strict=True)
+    memories = [memory_with(store, *index_and_policy) for store, index_and_policy in known]
     last: list[list[Mark]] = [list(zip(store.lives, store.written_to, strict=True)) for store in stores]
     return Loaded(memories, manifest, Marks(folder, manifest.state, base_marks, last))
 

@@ -18,8 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.index.exact import Best, Ring, best_members, best_of, inner_products
-from memorizing_transformers_pytorch.memory.index.recall import share_found
+from memorizing_transformers_pytorch.memory.index.exact import (
+    Best,
+    Ring,
+    best_members,
+    best_of,
+    inner_products,
+    share_found,
+)
 from memorizing_transformers_pytorch.memory.index.structure import (
     Kind,
     filled,

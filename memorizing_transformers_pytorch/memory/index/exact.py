@@ -9,7 +9,7 @@ Shapes: G key/value heads, Q queries, N entries in the row, K retrieved, D head 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import faiss
@@ -23,6 +23,7 @@ from memorizing_transformers_pytorch.memory.vectors import Vectors
 MAX_BLOCK_ENTRIES = 65_536
 MAX_BLOCK_SCORES = 2**26
 MAX_GATHERED = 2**20  # numbers, that fit into the cache
+_SAME_SCORE = 1e-5  # by which two float32 inner products, relative to the best, may differ and be the same
 
 
 class Best(NamedTuple):
@@ -192,3 +193,33 @@ def inner_products(queries: Tensor, keys: Vectors, places: Tensor) -> Tensor:
         for some, some_places in zip(torch.split(queries, at_once), torch.split(places, at_once), strict=True)
     ]
     return torch.cat(parts)
+
+
+def num_found(scores: Tensor, best: Tensor) -> int:
+    """How many of the found scores (..., K) are among the best (..., K).
+
+    An entry as good as the last of the best counts as such: the same keys may be there several times.
+    """
+    tolerance = _SAME_SCORE * best.abs().amax(dim=-1, keepdim=True)
+    return int((scores >= best[..., -1:] - tolerance).sum())
+
+
+def share_found(found: Best, best: Best) -> float:
+    """The recall: the share of the best entries that were found."""
+    return num_found(found.scores, best.scores) / best.scores.numel()
+
+
+def recall_of(queries: Tensor, scores: Tensor, rings: Sequence[Ring]) -> float:
+    """The recall of a search in these rows, with queries (R, ..., D), that found these scores (R, ..., K).
+
+    1.0 where there was nothing to find.
+    """
+    found = wanted = 0
+    for row_queries, row_scores, ring in zip(queries.detach(), scores, rings, strict=True):
+        heads, entries, width = ring.keys.shape
+        if entries and row_queries.numel():
+            grouped = row_queries.to(ring.keys.device, scores.dtype).reshape(heads, -1, width)
+            best = best_of(grouped, ring.keys, scores.shape[-1]).scores
+            here = row_scores.to(best.device).reshape(heads, -1, scores.shape[-1])[..., : best.shape[-1]]
+            found, wanted = found + num_found(here, best), wanted + best.numel()
+    return found / wanted if wanted else 1.0
