@@ -1,4 +1,4 @@
-"""A model learns, in less than a minute, to look keys up that lie only in its memory.
+"""A model learns, in some seconds, to look keys up that lie only in its memory.
 
 Dictionary lookup as in Focused Transformer (Tworkowski et al., NeurIPS 2023): a text is a sequence of entries, each a
 key of 4 tokens and a value of 4 tokens, over a vocabulary of 64. It proves search, attention, gradients, storage and
@@ -18,8 +18,8 @@ from memorizing_transformers_pytorch.model.config import IGNORE_INDEX
 VOCABULARY = 64
 KEY = VALUE = 4
 ENTRY = KEY + VALUE
-SEGMENT = 512
-MEMORY = 8192
+SEGMENT = 256
+MEMORY = 2048
 ROWS = 4
 STEPS = 60
 
@@ -27,9 +27,9 @@ STEPS = 60
 def make_model() -> MemorizingTransformer:
     return MemorizingTransformer(
         num_tokens=VOCABULARY,
-        dim=128,
+        dim=64,
         depth=2,
-        heads=4,
+        heads=2,
         dim_head=32,
         memorizing_layers=1,
         max_knn_memories=MEMORY,
@@ -56,7 +56,7 @@ def with_repeats(history: Tensor) -> tuple[Tensor, Tensor]:
 
 def train(model: MemorizingTransformer) -> None:
     """Only the values of repeated keys are scored: the rest is noise that nobody can predict."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     history, state = new_entries(0), None
     with model.knn_memories_context(batch_size=ROWS) as memories:
         for _ in range(STEPS):

@@ -115,13 +115,12 @@ def command(config: RunConfig, run: Path, *flags: str) -> list[str]:
 def start(
     arguments: list[str],
     launcher: tuple[str, ...] = (),
-    prefix: tuple[str, ...] = (),
     module: str = "memorizing_transformers_pytorch",
     cwd: Path | None = None,
 ) -> subprocess.Popen[str]:
     """`python LAUNCHER -m MODULE ARGUMENTS` on its own, without a GPU, with one thread."""
     return subprocess.Popen(
-        [*prefix, sys.executable, *launcher, "-m", module, *arguments],
+        [sys.executable, *launcher, "-m", module, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

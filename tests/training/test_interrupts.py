@@ -6,11 +6,13 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memorizing_transformers_pytorch.cli import main
 from memorizing_transformers_pytorch.training import loop
 from memorizing_transformers_pytorch.training.checkpoint import last_of
 from memorizing_transformers_pytorch.training.loop import train
@@ -43,6 +45,18 @@ def _own_handlers() -> Any:
 def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would take most of the time, and are not what is tested here."""
     monkeypatch.setattr(loop, "plots_are_possible", lambda: False)
+
+
+def signalled(number: signal.Signals, at: int) -> Callable[[Trainer], Step]:
+    """A step that gets a signal when so many have been done."""
+    step = Trainer.step
+
+    def interrupted(self: Trainer) -> Step:
+        if self.progress.step == at:
+            os.kill(os.getpid(), number)
+        return step(self)
+
+    return interrupted
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -88,15 +102,8 @@ def test_a_signal_within_a_step_saves_after_it_and_the_run_can_go_on(
 ) -> None:
     write_corpus(tmp_path / "corpus")
     config, run = make_config(tmp_path), tmp_path / "run"
-    step = Trainer.step
-
-    def interrupted(self: Trainer) -> Step:
-        if self.progress.step == 4:
-            os.kill(os.getpid(), number)
-        return step(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", interrupted)
+        patch.setattr(Trainer, "step", signalled(number, at=4))
         with pytest.raises(Interrupted) as raised:
             train(config, run)
     assert raised.value.signal == number
@@ -139,18 +146,28 @@ def test_an_interrupt_whose_checkpoint_cannot_be_written_names_the_last_one(
 
 
 @pytest.mark.slow
-def test_on_the_command_line_the_exit_code_tells_the_signal_and_the_message_the_checkpoint(tmp_path: Path) -> None:
+def test_on_the_command_line_the_exit_code_tells_the_signal_and_the_message_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One comes from within, as from a thread; one from another process."""
     write_corpus(tmp_path / "corpus")
     config, run = make_config(tmp_path, training={"steps": 100_000}), tmp_path / "run"
-    for number, flags in ((signal.SIGINT, ()), (signal.SIGTERM, ("--resume",))):
-        already = len(losses_of(run))
-        process = start(command(config, run, *flags))
-        wait_for(run, already + 1, process)
-        process.send_signal(number)
-        _, errors = process.communicate()
-        assert process.returncode == 128 + number
+
+    def check(code: object, number: signal.Signals, errors: str) -> None:
+        assert code == 128 + number
         assert re.search(r"interrupted at step (\d+); saved in (\S+); continue with --resume", errors)
         assert f"saved in {last_of(run)};" in errors.splitlines()[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", signalled(signal.SIGINT, at=4))
+        with pytest.raises(SystemExit) as stopped:
+            main(command(config, run))
+    check(stopped.value.code, signal.SIGINT, capsys.readouterr().err)
+    process = start(command(config, run, "--resume"))
+    wait_for(run, len(losses_of(run)) + 1, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    check(process.returncode, signal.SIGTERM, errors)
     steps = int(last_of(run).name.removeprefix("step-"))
     assert [step for step, _ in losses_of(run)] == list(range(1, steps + 1))
     assert config_of(run).training.steps == 100_000

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memorizing_transformers_pytorch.cli import main
 from memorizing_transformers_pytorch.training import loop
 from memorizing_transformers_pytorch.training.checkpoint import checkpoints_of, last_of, read_state
 from memorizing_transformers_pytorch.training.config import RunConfig
@@ -17,7 +20,7 @@ from memorizing_transformers_pytorch.training.metrics import read_metrics
 from memorizing_transformers_pytorch.training.run import METRICS, config_of, load_run
 from memorizing_transformers_pytorch.training.trainer import Step, Trainer
 
-from .helpers import command, losses_of, make_config, same, start, write_corpus
+from .helpers import command, losses_of, make_config, same, write_corpus
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -146,25 +149,29 @@ def test_killed_with_signal_9_at_three_moments_a_run_goes_on_exactly(tmp_path: P
         tmp_path,
         model={"xl_max_memories": 5, "ff_dropout": 0.1},
         optimizer={"ema_decay": 0.9},
-        memory={"growth": ((0, 5), (70, 21))},
-        training={"steps": 150, "checkpoint_every": 9, "validate_every": 50},
+        memory={"growth": ((0, 5), (30, 21))},
+        training={"steps": 70, "checkpoint_every": 4, "validate_every": 20},
     )
     run = tmp_path / "run"
-    for at in (1, 50, 100):
-        process = start(command(config, run, *(["--resume"] if run.exists() else [])))
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["torch._dynamo", "memorizing_transformers_pytorch.cli.train"])  # read them once
+    for at in (1, 20, 40):
+        process = processes.Process(target=main, args=(command(config, run, *(["--resume"] if run.exists() else [])),))
+        process.start()
         wait_for(run, at, process)
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     train(config_of(run), run, resume=True)
     train(config, tmp_path / "whole")
     assert losses_of(run) == losses_of(tmp_path / "whole")
-    assert len(losses_of(run)) == 150
+    assert len(losses_of(run)) == 70
     assert same(*(load_run(tmp_path / name).model.state_dict() for name in ("run", "whole")))
 
 
 def wait_for(run: Path, step: int, process: Any) -> None:
     """Until a running process has written down this step."""
     while not any(record["step"] >= step for record in read_metrics(run / METRICS)):
-        assert process.poll() is None, process.communicate()[1]
+        ended = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+        assert ended is None
         time.sleep(0.01)

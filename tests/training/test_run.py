@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from memorizing_transformers_pytorch.cli import main
 from memorizing_transformers_pytorch.model.checkpoint import load_checkpoint, save_checkpoint
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.training import loop
@@ -24,7 +26,7 @@ from memorizing_transformers_pytorch.training.metrics import Metrics, read_metri
 from memorizing_transformers_pytorch.training.run import CONFIG, METRICS, checkpoint_of, config_of, free_name, load_run
 from memorizing_transformers_pytorch.training.trainer import Step, Trainer
 
-from .helpers import command, losses_of, make_config, same, start, write_corpus
+from .helpers import command, losses_of, make_config, same, write_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -376,20 +378,27 @@ def test_metrics_that_cannot_be_written_stop_the_run_and_name_the_last_checkpoin
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_a_run_with_one_line_and_the_last_checkpoint_intact(tmp_path: Path) -> None:
+def test_a_full_disk_ends_a_run_with_one_line_and_the_last_checkpoint_intact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The system lets no file grow beyond 150,000 bytes: the optimiser fits, the memories soon do not."""
 
     def config(steps: int) -> RunConfig:
-        training = {"steps": steps, "checkpoint_every": 5}
+        training = {"steps": steps, "checkpoint_every": 5, "segment_length": 32}
         return make_config(tmp_path, model={"max_knn_memories": 5_000}, data={"pack": True}, training=training)
 
     for number in range(5):
         (tmp_path / "corpus" / f"long {number}.txt").write_text(f"{number} long document " * 600)
     run = tmp_path / "run"
-    process = start(command(config(500), run), prefix=("prlimit", "--fsize=150000"))
-    _, errors = process.communicate()
-    good = last_of(run)
-    assert process.returncode == 1, errors
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main(command(config(500), run))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    errors, good = capsys.readouterr().err, last_of(run)
+    assert stopped.value.code == 1, errors
     [line] = [line for line in errors.splitlines() if line.startswith("memorizing-transformers")]
     assert re.search(r"could not write .*step-\d+: .*File too large", line)
     assert line.endswith(f"the last good checkpoint is {good}")
