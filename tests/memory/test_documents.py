@@ -289,3 +289,18 @@ def test_nothing_of_what_is_forgotten_stays_in_the_files_of_a_memory(tmp_path: P
         assert bool(memory.store.tables[name][0, :, 6].any())
         assert not bool(memory.store.tables[name][0, :, 7:].any())
     assert not bool(memory.store.origins[0, 7:].any())
+
+
+@pytest.mark.parametrize("how", ["cleared", "forgotten"])
+def test_a_row_that_is_emptied_and_filled_as_far_again_is_saved_as_it_is(how: str, tmp_path: Path) -> None:
+    made = library()
+    made.save(tmp_path / "memory")
+    if how == "cleared":
+        for memory in made:
+            memory.clear()
+        add(made, 14, 3)
+    else:
+        made.forget("one")
+        add(made, 5, 3)
+    made.save(tmp_path / "memory")
+    assert same(KNNMemoryList.load(tmp_path / "memory"), made)
