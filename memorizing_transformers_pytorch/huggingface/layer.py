@@ -178,8 +178,8 @@ class BaseLayer:
             Vectors.cat([getattr(part, name) for part in reversed(parts)], 2) for name in ("keys", "values")
         )
         origins = torch.cat([part.origins for part in reversed(parts)], 1)
-        origins[..., 0] += torch.where(origins[..., 0] < 0, 0, numbers)
-        origins[..., POSITION] += torch.where(origins[..., POSITION] < 0, 0, places)
+        origins[..., 0] += numbers
+        origins[..., POSITION] += places
         return StagedEntries([row], keys, values, origins, None)
 
     def _moved(self, entries: StagedEntries, places: int, part: int) -> StagedEntries:

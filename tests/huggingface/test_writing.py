@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -280,11 +281,11 @@ def test_a_chat_that_goes_on_token_by_token_after_an_end_is_remembered(rows: int
     memory = attach_memory(model, **WINDOW, window=6)
     cache = DynamicCache(config=model.config)
     logits(model, text, past_key_values=cache)
-    for token in (7, 20, 21, 22, 7, 23):
+    for token in (7, 7, 21, 22, 7, 23):
         logits(model, torch.full((rows, 1), token), past_key_values=cache)
     memory.read(tokens(rows, 3), progress=False)
     assert [each.tokens for each in memory.documents()] == [15] * rows + [3] * rows
-    assert entries(memory)[1][9:15, 2].tolist() == [7, 20, 21, 22, 7, 23]
+    assert entries(memory)[1][9:15, 2].tolist() == [7, 7, 21, 22, 7, 23]
 
 
 def test_a_row_of_a_chat_that_goes_on_after_its_end_before_others_have_ended_is_remembered() -> None:
@@ -390,3 +391,24 @@ def test_what_leaves_the_window_has_its_own_origins_where_layers_keep_different_
     model.generate(ids, max_new_tokens=1, **WRITING)  # begins another conversation
     for layer in (0, 1):
         assert torch.equal(entries(memory, layer)[1][:21, 2], written[:21])
+
+
+def test_a_conversation_that_is_refused_lets_other_threads_write() -> None:
+    memory = attach_memory(tiny("llama"), **WINDOW, window=6)
+    with pytest.raises(ValueError, match="beams change places"):
+        memory.model.generate(tokens(1, 9), num_beams=2, max_new_tokens=3, **WRITING)
+    reading = threading.Thread(target=lambda: memory.read(tokens(1, 9), progress=False), daemon=True)
+    reading.start()
+    reading.join(timeout=60)
+    assert [each.tokens for each in memory.documents()] == [9]
+
+
+def test_where_a_call_brings_what_cannot_be_stored_all_before_it_is_remembered() -> None:
+    model, ids = tiny("llama"), tokens(1, 9)
+    memory = attach_memory(model, **WINDOW, window=6)
+    cache = DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="finite"):
+        model(inputs_embeds=torch.full((1, 10, 32), torch.nan), past_key_values=cache)
+    assert torch.equal(entries(memory)[1][:, 2], ids[0])
+    assert [each.tokens for each in memory.documents()] == [9]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 
 from memorizing_transformers_pytorch import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
-from tests.memory.test_disk import contents, memories, read, same
+from memorizing_transformers_pytorch.memory.search import Hidden
+from tests.memory.test_disk import add, contents, memories, read, same
 
 
 def library() -> KNNMemoryList:
@@ -243,3 +245,62 @@ def test_a_refused_call_changes_nothing(call: Callable[[KNNMemoryList], object])
     with pytest.raises((ValueError, ZeroDivisionError)):
         call(made)
     assert picture(made) == before
+
+
+@pytest.mark.parametrize("topk", [3, 20])
+def test_hidden_entries_are_as_if_they_were_not_there(topk: int) -> None:
+    (memory, _), queries = library(), torch.randn(2, 4, 3, 8)
+    without = copy.deepcopy(memory)
+    for row in range(2):
+        origins = without.store.origins[row, : without.num_entries[row]]
+        without.remove(row, (origins[:, 0] == 1) & (origins[:, 1] >= 2) & (origins[:, 1] <= 5))
+    assert without.num_entries == (10, 10)
+    with memory.hidden.at(Hidden(1, 2, 5)):
+        found = memory.retrieve(queries, topk)
+    expected = without.retrieve(queries, topk)
+    assert torch.equal(found.mask, expected.mask)
+    torch.testing.assert_close(found.scores, expected.scores)
+    origins = [each.origins(part.slots)[part.mask] for each, part in ((memory, found), (without, expected))]
+    assert torch.equal(*origins)
+    assert not bool(found.slots[~found.mask].any())
+
+
+def test_a_look_up_in_mapped_files_keeps_what_it_found(tmp_path: Path) -> None:
+    made = library()
+    made.save(tmp_path / "memory")
+    loaded = KNNMemoryList.load(tmp_path / "memory", mmap=True)
+    assert loaded[0].store.room < loaded[0].max_memories
+    lookup = loaded[0].look_up(torch.randn(2, 4, 3, 8), 5)
+    origins, (table,) = lookup.origins(), lookup.tables()
+    loaded.forget("one")
+    add(loaded, 3, 2)
+    assert torch.equal(lookup.origins(), origins)
+    (after,) = lookup.tables()
+    for name in ("keys", "values"):
+        before, now = getattr(table, name), getattr(after, name)
+        assert torch.equal(now.floats()[after.slots], before.floats()[table.slots])
+
+
+def test_nothing_of_what_is_forgotten_stays_in_the_files_of_a_memory(tmp_path: Path) -> None:
+    memory = KNNMemory(8, 20, directory=tmp_path)
+    memory.add(torch.randn(1, 12, 2, 8), origins=torch.tensor([[0, 0, 0]] * 7 + [[1, 0, 0]] * 5)[None])
+    memory.forget([1])
+    for name in ("keys", "values"):
+        assert bool(memory.store.tables[name][0, :, 6].any())
+        assert not bool(memory.store.tables[name][0, :, 7:].any())
+    assert not bool(memory.store.origins[0, 7:].any())
+
+
+@pytest.mark.parametrize("how", ["cleared", "forgotten"])
+def test_a_row_that_is_emptied_and_filled_as_far_again_is_saved_as_it_is(how: str, tmp_path: Path) -> None:
+    made = library()
+    made.save(tmp_path / "memory")
+    if how == "cleared":
+        for memory in made:
+            memory.clear()
+        add(made, 14, 3)
+    else:
+        made.forget("one")
+        add(made, 5, 3)
+    made.save(tmp_path / "memory")
+    assert same(KNNMemoryList.load(tmp_path / "memory"), made)
