@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from memorizing_transformers_pytorch.attention.causal import causal_attention
 from memorizing_transformers_pytorch.attention.heads import join_past, local_bias
 from memorizing_transformers_pytorch.attention.ops import found_weights
-from memorizing_transformers_pytorch.memory.retrieved import Lookup
+from memorizing_transformers_pytorch.memory.lease import Lookup
 
 Search = Callable[[Tensor, int], Lookup]
 """A search with queries (B, H, T, D) for so many entries each."""

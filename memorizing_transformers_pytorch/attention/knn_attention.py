@@ -14,10 +14,7 @@ from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.attention.attention import Attended, AttentionBase, Reading, Search
 from memorizing_transformers_pytorch.attention.causal import causal_attention, causal_part
-from memorizing_transformers_pytorch.attention.heads import (
-    join_past,
-    unit,
-)
+from memorizing_transformers_pytorch.attention.heads import join_past, unit
 from memorizing_transformers_pytorch.attention.merge import gated, merged, shares
 from memorizing_transformers_pytorch.attention.ops import memory_attention
 from memorizing_transformers_pytorch.attention.short_conv import ShortConv, induction_taps

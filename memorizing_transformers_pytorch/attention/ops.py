@@ -19,8 +19,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.attention.bags import products_with_values, sums_of
 from memorizing_transformers_pytorch.attention.merge import NOTHING, Part
-from memorizing_transformers_pytorch.memory.lease import lease_of
-from memorizing_transformers_pytorch.memory.retrieved import Lookup
+from memorizing_transformers_pytorch.memory.lease import Lookup, lease_of
 
 
 def memory_attention(

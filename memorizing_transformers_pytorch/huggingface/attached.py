@@ -17,13 +17,12 @@ from memorizing_transformers_pytorch.huggingface.attachment import Attachment
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State, WatchedRow
 from memorizing_transformers_pytorch.huggingface.contents import Titles
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
-from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
-from memorizing_transformers_pytorch.huggingface.trained import load_parameters, save_parameters
+from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options, load_parameters, save_parameters
 from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment
 from memorizing_transformers_pytorch.memory.disk.save import check_folder
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
+from memorizing_transformers_pytorch.memory.lease import Origin
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
-from memorizing_transformers_pytorch.memory.retrieved import Origin
 
 
 class AttachedMemory:
@@ -40,8 +39,7 @@ class AttachedMemory:
         self.model, self.options = model, options
         self._at_work = Attachment(model, layers, shared, options)
         self._at_work.handle = self
-        self._contents = self._at_work.contents
-        self.layers = self._contents.layers
+        self._contents, self.layers = self._at_work.contents, self._at_work.contents.layers
 
     def __repr__(self) -> str:
         if not self._at_work.is_attached:
@@ -221,7 +219,8 @@ class AttachedMemory:
         Raises ValueError, changing nothing, for what cannot be loaded or is not of these layers.
         """
         with self._at_work.replacing():
-            self._contents.use(self._at_work.loaded(path, mmap=mmap, verify=verify, other_weights=other_weights))
+            loaded = self._at_work.loaded(path, mmap=mmap, verify=verify, other_weights=other_weights)
+            self._contents.use(self._contents.as_state(loaded))
             self._at_work.weights.have_written()
             if self._at_work.window is not None:
                 self._at_work.window.drop()
@@ -238,7 +237,8 @@ class AttachedMemory:
         take turns with one model. Raises ValueError inside `writing()` and `read_only()`."""
         with self._at_work.replacing():
             self._at_work.end_conversation()
-            before = self._contents.exchange(kept, self._at_work.weights.writer)
+            before = self._contents.state._replace(writer=self._at_work.weights.writer)
+            self._contents.use(kept)
             self._at_work.weights.writer = None if kept is None else kept.writer
             return before
 

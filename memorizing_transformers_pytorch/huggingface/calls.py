@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.memory import UNKNOWN, KNNMemory
 from memorizing_transformers_pytorch.memory.disk.save import Marks
+from memorizing_transformers_pytorch.memory.lease import Lookup
 from memorizing_transformers_pytorch.memory.ledger import Ledger
-from memorizing_transformers_pytorch.memory.retrieved import Lookup
 from memorizing_transformers_pytorch.utils.context import PerContext
 from memorizing_transformers_pytorch.utils.fingerprint import Writer
 

@@ -19,7 +19,6 @@ from memorizing_transformers_pytorch.memory.disk.manifest import MOST_COUNTED
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
 from memorizing_transformers_pytorch.memory.moving import check_nothing_twice
 from memorizing_transformers_pytorch.memory.policy import OLDEST
-from memorizing_transformers_pytorch.utils.fingerprint import Writer
 
 KIND = "attached to a Hugging Face model"
 Titles = str | Sequence[str] | None
@@ -45,7 +44,7 @@ class Contents:
 
     def __init__(self, layers: Sequence[BaseLayer], shared: Shared) -> None:
         self.layers, self._shared = {layer.index: layer for layer in layers}, shared
-        self.empty()
+        shared.state = self._empty(1, Ledger())
 
     @property
     def state(self) -> State:
@@ -59,12 +58,8 @@ class Contents:
     def num_rows(self) -> int:
         return len(self.state.offsets)
 
-    def empty(self, rows: int = 1, ledger: Ledger | None = None) -> State:
-        """A state of so many rows in which nothing is remembered, now in use."""
-        self._shared.state = self._empty(rows, ledger or Ledger())
-        return self.state
-
     def _empty(self, rows: int, ledger: Ledger) -> State:
+        """Of so many rows, in which nothing is remembered."""
         return State({index: layer.new_memories(rows) for index, layer in self.layers.items()}, ledger, [0] * rows)
 
     def places_of(self, rows: int) -> tuple[list[int], list[int]]:
@@ -161,18 +156,12 @@ class Contents:
         arranged = [layer.arrangement for layer in self.layers.values()]
         return {"kind": KIND, "layers": list(self.layers), "arranged": arranged}
 
-    def use(self, loaded: KNNMemoryList) -> None:
-        """Remember what was loaded instead. Raises ValueError, changing nothing, if it is not of such layers."""
-        self._shared.state = self._as_state(loaded)
-
-    def exchange(self, kept: State | None, writer: Writer | None) -> State:
-        """Remember what was kept, or nothing; what was remembered until now."""
-        before = self.state._replace(writer=writer)
+    def use(self, kept: State | None) -> None:
+        """Remember what was kept, or nothing."""
         self._shared.state = self._empty(1, Ledger()) if kept is None else kept
-        return before
 
-    def _as_state(self, loaded: KNNMemoryList) -> State:
-        """Raises ValueError for memories of other layers."""
+    def as_state(self, loaded: KNNMemoryList) -> State:
+        """What was loaded, to be used. Raises ValueError for memories of other layers."""
         extra, own, offsets = loaded.extra, self._arrangement(), loaded.extra.get("offsets")
         if (got := {name: extra.get(name) for name in own}) != own:
             raise ValueError(f"expected a memory of {own}, got one of {got}")
@@ -189,9 +178,9 @@ class Contents:
         return State(memories, loaded.ledger, counts, loaded.marks)
 
     def parts_to_merge(self, loaded: KNNMemoryList) -> State:
-        """What `merge` takes. Raises ValueError as `use`, and for other rows."""
+        """What `merge` takes. Raises ValueError as `as_state`, and for other rows."""
         check_nothing_twice(self._bare(), self.state.marks, loaded, loaded.marks)
-        added = self._as_state(loaded)
+        added = self.as_state(loaded)
         own = self._bare()[0]
         if loaded[0].num_indices != self.num_rows or loaded[0].dtype != own.dtype:
             raise ValueError(f"expected {self.num_rows} rows and {own.dtype}, got {loaded[0]}")

@@ -6,19 +6,22 @@ width, N tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Shared, deepcopied, refuse_in_backward
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries
+from memorizing_transformers_pytorch.memory.lease import Lookup
 from memorizing_transformers_pytorch.memory.policy import OLDEST, POLICIES
-from memorizing_transformers_pytorch.memory.retrieved import Lookup
 from memorizing_transformers_pytorch.memory.vectors import Vectors
+from memorizing_transformers_pytorch.model.checkpoint import check_dtypes, read_weights
 
 LEAST = {"topk": 1, "distance": 0, "recent": 1, "max_memories": 1, "chunk": 1, "skip_first": 0, "window": 0}
 OPTIONAL = ("recent", "window")
@@ -255,3 +258,26 @@ def parameters_in_use(module: Any) -> list[nn.Parameter]:
     copies = getattr(module, "modules_to_save", {})
     used = [copies[name] for name in getattr(module, "active_adapters", []) if name in copies]
     return list((used[0] if used else module).parameters())
+
+
+def save_parameters(layers: Mapping[int, BaseLayer], path: str | Path) -> None:
+    """Write the parameters of these layers to a safetensors file."""
+    save_file({name: each.detach().cpu().contiguous() for name, each in _named(layers).items()}, path)
+
+
+def load_parameters(layers: Mapping[int, BaseLayer], path: str | Path) -> None:
+    """Take them from such a file. Raises ValueError, changing nothing, for those of other layers, and for a file that
+    is missing or damaged."""
+    found, own = read_weights(path), _named(layers)
+    expected = {name: tuple(each.shape) for name, each in own.items()}
+    got = {name: tuple(each.shape) for name, each in found.items()}
+    if got != expected:
+        raise ValueError(f"expected parameters of the shapes {expected}, got {got}")
+    check_dtypes(found)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(found[name])
+
+
+def _named(layers: Mapping[int, BaseLayer]) -> dict[str, nn.Parameter]:
+    return {f"{index}.{i}": each for index, layer in layers.items() for i, each in enumerate(layer.parameters())}

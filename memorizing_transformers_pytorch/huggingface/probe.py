@@ -13,14 +13,14 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.interface import Extension, Local, is_used, leave, use
-from memorizing_transformers_pytorch.huggingface.rotary import CosSin, Rotary, rotary_of
+from memorizing_transformers_pytorch.huggingface.rotary import Rotary, rotary_of
 
 TOKENS = 6
 OFFSETS = (0, 3, 11)
@@ -224,15 +224,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def run(model: Any, tokens: Tensor, offset: int = 0, **options: Any) -> Any:
+def run(
+    model: Any, tokens: Tensor, offset: int = 0, attention_mask: Tensor | None = None, logits_to_keep: int = 1
+) -> Any:
     """A forward pass over tokens (T,) or (B, T), whose first stands at `offset`, without a cache."""
-    tokens = tokens.to(device_of(model)).reshape(-1, tokens.shape[-1])
+    tokens = tokens.to(device := _device_of(model)).reshape(-1, tokens.shape[-1])
+    options: dict[str, Any] = {}
     if offset:
-        options["position_ids"] = offset + torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
-    accepted = inspect.signature(model.forward).parameters
-    if "logits_to_keep" in accepted:
-        options.setdefault("logits_to_keep", 1)
+        options["position_ids"] = offset + torch.arange(tokens.shape[1], device=device)[None].expand_as(tokens)
+    if attention_mask is not None:
+        options["attention_mask"] = attention_mask.to(device)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = logits_to_keep
     return model(input_ids=tokens, use_cache=False, **options)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """The device of its weights, or to which accelerate brings them from elsewhere."""
+    for each in module.modules():
+        hook = getattr(each, "_hf_hook", None)
+        if hook is not None and getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def _layer(index: int, module: nn.Module, seen: Probed) -> Layer:
@@ -269,20 +282,13 @@ def _rotary(module: nn.Module, seen: Probed) -> Rotary | None:
     first, *others = seen.keys
     if all(_same(first, other) for other in others):
         return None
-    rotary = rotary_of(module, _first_two(seen.cos_sin[0]), first.shape[-1])
+    rotary = rotary_of(module, seen.cos_sin[0], first.shape[-1])
     if rotary is not None:
         keys = [rotary.unturned(key, cos_sin) for key, cos_sin in zip(seen.keys, seen.cos_sin, strict=True)]
         on = rotary.turned(seen.keys[0], torch.tensor([[OFFSETS[-1]]]))
         if all(_same(keys[0], other) for other in keys[1:]) and _same(on, seen.keys[-1].float()):
             return rotary
     raise ValueError("its keys carry positions in a way that cannot be undone")
-
-
-def _first_two(cos_sin: Any) -> CosSin | None:
-    if not isinstance(cos_sin, tuple) or len(cos_sin) != 2 or not all(isinstance(part, Tensor) for part in cos_sin):
-        return None
-    cos, sin = cos_sin
-    return (cos[:1, :2], sin[:1, :2]) if cos.ndim == 3 and not cos.is_complex() else None
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Passed, origins_of
-from memorizing_transformers_pytorch.huggingface.devices import device_of
 from memorizing_transformers_pytorch.huggingface.layer import Entries, Options
 from memorizing_transformers_pytorch.huggingface.probe import evaluating, run
 from memorizing_transformers_pytorch.memory.ledger import Document
@@ -90,8 +89,7 @@ class Reader:
         """Run the model on a piece of each of some texts, then store what it has brought; losses: to be filled in."""
         pieces = self._pieces
         tokens, mask = _padded([texts[piece.row][piece.start : piece.stop] for piece in pieces])
-        mask_there = mask.to(device_of(self._model))
-        out = run(self._model, tokens, attention_mask=mask_there, logits_to_keep=0 if losses is not None else 1)
+        out = run(self._model, tokens, attention_mask=mask, logits_to_keep=0 if losses is not None else 1)
         if losses is not None:
             _fill_in(losses, pieces, tokens, out.logits)
         if self._store and self._call is not None:

@@ -90,13 +90,14 @@ class Rotary:
 
 
 def rotary_of(attention: nn.Module, position_embeddings: object, width: int) -> Rotary | None:
-    """How this layer turns heads of this width, read off the cosines and sines (1, 2, C) of positions 0 and 1; None if
+    """How this layer turns heads of this width, read off the cosines and sines (B, T, C) of positions 0 and 1; None if
     it does not so."""
     turn = _turn_of(sys.modules[type(attention).__module__])
-    pair = isinstance(position_embeddings, tuple) and len(position_embeddings) == 2
-    if turn is None or not pair or not all(isinstance(part, Tensor) for part in position_embeddings):  # type: ignore[attr-defined]
+    if turn is None or not isinstance(position_embeddings, tuple) or len(position_embeddings) != 2:
         return None
-    cos, sin = (part[0].detach().double() for part in position_embeddings)  # type: ignore[attr-defined]
+    if not all(isinstance(part, Tensor) and part.ndim == 3 and not part.is_complex() for part in position_embeddings):
+        return None
+    cos, sin = (part[0, :2].detach().double() for part in position_embeddings)
     layout = layout_of(turn, width, cos.shape[-1], cos.device)
     return None if layout is None else Rotary(layout, torch.atan2(sin[1], cos[1]), float(cos[0].mean()))
 

@@ -81,10 +81,8 @@ def load_memories(run: LoadedRun, folder: Path, *, mmap: bool = False, index: st
     """The memory that the model of a run has built. mmap: leave it on disk (on a CPU). index: how it is searched, if
     not as before. Raises ValueError for that of another model."""
     device = run.model.device
-    memories, weights = (
-        KNNMemoryList.load(folder, mmap=mmap and device.type == "cpu", device=device),
-        Weights(run.model),
-    )
+    memories = KNNMemoryList.load(folder, mmap=mmap and device.type == "cpu", device=device)
+    weights = Weights(run.model)
     weights.check(memories.fingerprint)
     memories.fingerprint = weights.fingerprint()
     own = run.model.create_knn_memories(batch_size=1, max_memories=1)

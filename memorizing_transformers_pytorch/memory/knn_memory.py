@@ -16,15 +16,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory import checks, traced
+from memorizing_transformers_pytorch.memory import checks
 from memorizing_transformers_pytorch.memory.entries import Sizes, StagedEntries, staged
 from memorizing_transformers_pytorch.memory.index.auto import make_index
 from memorizing_transformers_pytorch.memory.index.exact import Index, recall_of
 from memorizing_transformers_pytorch.memory.index.structure import some
-from memorizing_transformers_pytorch.memory.lease import token_for
+from memorizing_transformers_pytorch.memory.lease import Lookup, Origin, Retrieved, token_for
 from memorizing_transformers_pytorch.memory.policy import BY_DOCUMENT, OLDEST, POLICIES, of_oldest_documents
-from memorizing_transformers_pytorch.memory.retrieved import Lookup, Origin, Retrieved
-from memorizing_transformers_pytorch.memory.search import Hidden, search_rows, without_rows
+from memorizing_transformers_pytorch.memory.search import Hidden, number_for, search_rows, traced_look_up, without_rows
 from memorizing_transformers_pytorch.memory.snapshot import restored, take_snapshot
 from memorizing_transformers_pytorch.memory.store import Store
 from memorizing_transformers_pytorch.utils.context import PerContext
@@ -82,7 +81,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         self.dtype, self.index, self.policy = dtype, index, policy
         self._scope: PerContext[list[int] | None] = PerContext(None)
         self.hidden: PerContext[Hidden | None] = PerContext(None)  # what this thread must not find
-        self.seconds_searching, self._number = 0.0, traced.number_for(self)
+        self.seconds_searching, self._number = 0.0, number_for(self)
         self.searcher: Index = make_index(index, dim, self.device)
         sized = Sizes(num_indices, num_kv_heads, max_memories, dim, dtype)
         self._open_store: Store | None = Store(sized, self.device, directory)
@@ -92,7 +91,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.searcher, self._number = make_index(self.index, self.dim, self.device), traced.number_for(self)
+        self.searcher, self._number = make_index(self.index, self.dim, self.device), number_for(self)
 
     def __repr__(self) -> str:
         names = ("dim", "max_memories", "num_indices", "num_kv_heads", "dtype", "index")
@@ -156,7 +155,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         hidden_rows: (R,) or, for queries (R, ..., T, D), (R, T) bool; rows or tokens that find nothing.
         """
         if torch.compiler.is_compiling():
-            return Lookup(*traced.look_up(queries.detach(), self._number, topk, hidden_rows, rows))
+            return Lookup(*traced_look_up(queries.detach(), self._number, topk, hidden_rows, rows))
         began = time.perf_counter()
         with self.store.lock:
             found = self.retrieve(queries, topk, rows=rows)

@@ -1,19 +1,21 @@
 """Searching rows of a store: the entries with the largest inner products, for every query of its own row and head.
 
-Shapes: R rows, H query heads, G key/value heads, Q queries of a head, K retrieved, D head width.
+Shapes: R rows, H query heads, G key/value heads, T queries, Q of them of a key/value head, K retrieved, D head width.
 """
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from memorizing_transformers_pytorch.memory.index.exact import Index
-from memorizing_transformers_pytorch.memory.retrieved import Retrieved
+from memorizing_transformers_pytorch.memory.lease import Retrieved
 from memorizing_transformers_pytorch.memory.store import Store
 
 
@@ -84,3 +86,32 @@ def without_rows(found: Retrieved, hidden_rows: Tensor) -> Retrieved:
     rows, *tokens = hidden_rows.shape
     shape = (rows, *(1,) * (found.mask.ndim - 2 - len(tokens)), *tokens, 1)
     return found._replace(mask=found.mask & ~hidden_rows.to(found.mask.device).view(shape))
+
+
+_numbers = itertools.count(1)
+_memories: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def number_for(memory: Any) -> int:
+    """By which `traced_look_up` knows this memory, as long as it lives."""
+    number = next(_numbers)
+    _memories[number] = memory
+    return number
+
+
+@torch.library.custom_op("memorizing_transformers::look_up", mutates_args=())
+def traced_look_up(
+    queries: Tensor, memory: int, topk: int, hidden_rows: Tensor | None, rows: Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`KNNMemory.look_up` of the memory with this number, as an operator that `torch.compile` takes as it is."""
+    return tuple(_memories[memory].look_up(queries, topk, hidden_rows, rows=rows))
+
+
+@traced_look_up.register_fake
+def _(
+    queries: Tensor, memory: int, topk: int, hidden_rows: Tensor | None, rows: Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = *queries.shape[:-1], topk
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    slots, scores = queries.new_empty(shape, dtype=torch.int64), queries.new_empty(shape, dtype=dtype)
+    return slots, scores, queries.new_empty(shape, dtype=torch.bool), torch.empty((), dtype=torch.int64)

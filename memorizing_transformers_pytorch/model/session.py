@@ -112,7 +112,9 @@ class Session:
         pending = self.checked(texts)
         with self.model.evaluating():
             while any(len(text) > 0 for text in pending):
-                self._hand_over_full([row for row, text in enumerate(pending) if len(text) > 0])
+                filled = self._open.filled.tolist()
+                full = [row for row, length in enumerate(filled) if length == self.segment_length]
+                self._hand_over([row for row in full if len(pending[row]) > 0])
                 room = (self.segment_length - self._open.filled).tolist()
                 portions = [text[:free] for text, free in zip(pending, room, strict=True)]
                 pending = [text[free:] for text, free in zip(pending, room, strict=True)]
@@ -194,10 +196,6 @@ class Session:
         length = max(int(filled.max()), 1)
         mask = torch.arange(length, device=filled.device) < filled[:, None]
         return Segment(self._open.tokens[rows, :length], self._open.origins[rows, :length], mask, None)
-
-    def _hand_over_full(self, rows: Sequence[int]) -> None:
-        filled = self._open.filled.tolist()
-        self._hand_over([row for row in rows if filled[row] == self.segment_length])
 
     def _hand_over(self, rows: Sequence[int]) -> None:
         """Finish the open segments of these rows, and begin new ones."""

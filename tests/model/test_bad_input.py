@@ -73,7 +73,7 @@ def closed(scene: Scene) -> dict[str, Any]:
 
 def differently_scoped(scene: Scene) -> dict[str, Any]:
     first, second = scene.model.create_knn_memories(batch_size=B)
-    second._scope._chosen.put([1, 0])  # until the test ends, in this thread
+    second._scope.put([1, 0])  # until the test ends, in this thread
     return {"knn_memories": [first, second]}
 
 

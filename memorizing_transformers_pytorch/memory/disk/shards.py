@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.files import to_bytes
+
 ALIGNMENT = 64  # bytes, of where the tensors begin
 OBSOLETE = {"written", "usage"}  # tables that older versions wrote; not read
 DTYPES = {
@@ -69,7 +71,7 @@ def write_tensors(path: Path, tables: Mapping[str, StreamedTensor]) -> File:
             put(_header({name: tables[name] for name in names}))
             for name in names:
                 for piece in tables[name].pieces:
-                    put(piece.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                    put(to_bytes(piece).data)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
