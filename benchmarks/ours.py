@@ -75,7 +75,7 @@ def step(
         keys, queries = entries_of(vectors, entries)
         fill(memories[0], keys)
         look_up, of_its_kind = memories[0].look_up, queries.to(device).expand(rows, HEADS, SEGMENT, DIM_HEAD)
-        memories[0].look_up = lambda _, *rest: look_up(of_its_kind, *rest)  # type: ignore[method-assign]
+        memories[0].look_up = lambda _, *rest, **named: look_up(of_its_kind, *rest, **named)  # type: ignore[method-assign]
     xl_memories = None
 
     def once() -> None:
@@ -159,9 +159,9 @@ def write(
         fill(memories[0], keys)
         look_up, of_its_kind = memories[0].look_up, itertools.cycle(torch.split(queries.to(device), 8, dim=1))
 
-        def search(asked: Tensor, *rest: Any) -> Any:
+        def search(asked: Tensor, *rest: Any, **named: Any) -> Any:
             """With other queries of the kind each time."""
-            return look_up(next(of_its_kind)[:, : asked.shape[2]].expand(asked.shape), *rest)
+            return look_up(next(of_its_kind)[:, : asked.shape[2]].expand(asked.shape), *rest, **named)
 
         memories[0].look_up = search  # type: ignore[method-assign]
     prompts = torch.randint(256, (batch, 8)).tolist()

@@ -11,7 +11,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from memorizing_transformers_pytorch import KNNMemory
-from memorizing_transformers_pytorch.attention import retrieval
+from memorizing_transformers_pytorch.attention import ops
 
 PARTS = ("search", "attend", "add")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
@@ -45,8 +45,8 @@ def named_parts() -> Iterator[None]:
         (KNNMemory, "retrieve", "search"),
         (KNNMemory, "stage", "add"),
         (KNNMemory, "commit", "add"),
-        (retrieval, "weighted_sums", "attend"),
-        (retrieval, "sampled_inner_products", "attend"),
+        (ops, "sums_of", "attend"),
+        (ops, "products_with_values", "attend"),
     ):
         function = getattr(owner, attribute)
 

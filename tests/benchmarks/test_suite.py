@@ -83,7 +83,9 @@ SMALL: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("action", "options"), SMALL)
-def test_ours_does_what_is_measured(action: str, options: dict[str, Any]) -> None:
+def test_ours_does_what_is_measured(action: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    if action == "step":
+        monkeypatch.setattr(ours, "SEGMENT", 64)  # the whole of it takes long, above all in bfloat16
     record = getattr(ours, action)(**options)()
     if options.get("parts"):
         assert all(record["parts"][name] > 0 for name in ("products", "search", "attend", "add", "rest"))
