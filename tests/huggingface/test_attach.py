@@ -626,6 +626,7 @@ def test_chunks_see_what_was_read_before_only_if_told() -> None:
     for look_up in (False, True):
         memory = attach_memory(tiny("llama"), **EVERYTHING, chunk=20)
         memory.read(ids, progress=False, look_up=look_up)
+        assert memory.last_retrieved == {}  # only calls of the model are told
         keys[look_up] = memory.layers[1].memories[0].store.keys[0, :, :40].floats().clone()
     alone = attach_memory(tiny("llama"), **EVERYTHING, chunk=20)
     alone.read(ids[:, :20], progress=False)
