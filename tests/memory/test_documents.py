@@ -351,3 +351,27 @@ def test_a_cleared_document_stays_known_while_an_older_one_is_stored_again() -> 
     for listed in (numbers[:1], numbers):
         ledger.note_stored(listed[-1:])
         assert [each.number for each in ledger.documents()] == listed
+
+
+def test_a_row_that_was_overwritten_more_than_once_between_two_saves_is_saved_as_it_is(tmp_path: Path) -> None:
+    made = memories()
+    add(made, 50)
+    for count in (71, 120):
+        made.save(tmp_path / "memory")
+        add(made, count)
+    made.save(tmp_path / "memory")
+    assert same(KNNMemoryList.load(tmp_path / "memory"), made)
+
+
+def test_rows_that_were_cleared_are_empty_and_out_of_the_files_after_they_are_saved(tmp_path: Path) -> None:
+    made = library()
+    made.save(tmp_path / "memory")
+    secret = made[0].store.keys.numbers[0, 0, 2].numpy().tobytes()
+    for memory in made:
+        memory.clear()
+    made.save(tmp_path / "memory")
+    assert KNNMemoryList.load(tmp_path / "memory")[0].num_entries == (0, 0)
+    add(made, 2, 3)
+    made.save(tmp_path / "memory", compact=True)
+    assert same(KNNMemoryList.load(tmp_path / "memory"), made)
+    assert not any(secret in path.read_bytes() for path in (tmp_path / "memory").iterdir() if path.is_file())
