@@ -626,6 +626,7 @@ def test_chunks_see_what_was_read_before_only_if_told() -> None:
     for look_up in (False, True):
         memory = attach_memory(tiny("llama"), **EVERYTHING, chunk=20)
         memory.read(ids, progress=False, look_up=look_up)
+        assert memory.last_retrieved == {}  # only calls of the model are told
         keys[look_up] = memory.layers[1].memories[0].store.keys[0, :, :40].floats().clone()
     alone = attach_memory(tiny("llama"), **EVERYTHING, chunk=20)
     alone.read(ids[:, :20], progress=False)
@@ -633,3 +634,25 @@ def test_chunks_see_what_was_read_before_only_if_told() -> None:
     torch.testing.assert_close(keys[False], alone.layers[1].memories[0].store.keys[0, :, :40].floats())
     torch.testing.assert_close(keys[False][:, :20], keys[True][:, :20])
     assert not torch.allclose(keys[False][:, 20:], keys[True][:, 20:], atol=1e-2)
+
+
+@pytest.mark.parametrize("combine", ["softmax", "gate"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_weights_that_are_told_are_those_of_what_was_found(family: str, combine: str) -> None:
+    memory = attach_memory(tiny(family), **{**EVERYTHING, "topk": 8}, combine=combine)
+    ids, outs = tokens(1, 5, seed=1), list[Tensor]()
+    memory.layers[0].layer.module.o_proj.register_forward_pre_hook(lambda _, inputs: outs.append(inputs[0][0]))
+    with memory.enabled(False):
+        memory.read(tokens(1, 30), progress=False)
+        outs.clear()
+        logits(memory.model, ids)
+    with memory.watched_row(0) as watched:
+        logits(memory.model, ids)
+    found = watched.found[0]
+    (lookup,) = [each for each in found.lookups if each is not None]
+    (table,) = lookup.tables()
+    weights = found.weights[0]  # (4, 5, 8)
+    sums = (weights.unsqueeze(-1) * table.values.floats()[table.slots[0]]).sum(dim=-2)
+    mass = weights.sum(dim=-1, keepdim=True)
+    here, joined = (out.view(5, 4, -1).transpose(0, 1) for out in outs)
+    torch.testing.assert_close(here * (1 - mass) + sums, joined)

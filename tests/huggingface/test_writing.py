@@ -412,3 +412,27 @@ def test_where_a_call_brings_what_cannot_be_stored_all_before_it_is_remembered()
         model(inputs_embeds=torch.full((1, 10, 32), torch.nan), past_key_values=cache)
     assert torch.equal(entries(memory)[1][:, 2], ids[0])
     assert [each.tokens for each in memory.documents()] == [9]
+
+
+def test_a_conversation_that_is_remembered_does_not_go_on_inside_read_only() -> None:
+    memory, ids = attach_memory(tiny("llama"), **WINDOW, window=6), tokens(1, 9)
+    cache = DynamicCache(config=memory.model.config)
+    logits(memory.model, ids, past_key_values=cache)
+    with memory.read_only(), pytest.raises(ValueError, match="expected a new conversation inside read_only"):
+        logits(memory.model, ids[:, :1], past_key_values=cache)
+
+
+def test_weights_that_change_after_a_conversation_are_noticed() -> None:
+    memory, ids = attach_memory(tiny("llama"), **WINDOW, window=6), tokens(1, 9)
+    memory.model.generate(ids, max_new_tokens=3, **WRITING)
+    with torch.no_grad():
+        memory.model.model.embed_tokens.weight.mul_(2)
+    with pytest.warns(UserWarning, match="model weights changed after this memory was written"):
+        logits(memory.model, ids)
+
+
+def test_a_document_of_a_single_token_counts_as_one_of_several_in_a_row() -> None:
+    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    with pytest.raises(ValueError, match="position_ids begin anew within a row"), memory.writing():
+        logits(memory.model, tokens(1, 3), position_ids=torch.tensor([[0, 0, 1]]))
+    assert memory.documents() == []

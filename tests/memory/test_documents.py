@@ -13,6 +13,7 @@ import torch
 
 from memorizing_transformers_pytorch import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
+from memorizing_transformers_pytorch.memory.ledger import Ledger
 from memorizing_transformers_pytorch.memory.search import Hidden
 from tests.memory.test_disk import add, contents, memories, read, same
 
@@ -304,3 +305,73 @@ def test_a_row_that_is_emptied_and_filled_as_far_again_is_saved_as_it_is(how: st
         add(made, 5, 3)
     made.save(tmp_path / "memory")
     assert same(KNNMemoryList.load(tmp_path / "memory"), made)
+
+
+def test_no_more_documents_are_evicted_than_must_be() -> None:
+    memory = KNNMemory(8, 10, policy="by-document")
+
+    def add_of(document: int, count: int, mask: torch.Tensor | None = None) -> list[int]:
+        origins = torch.tensor([[document, 0, 0]] * count)[None]
+        memory.add(torch.randn(1, count, 2, 8), mask, origins)
+        return [origin.document for origin in memory.entries(0)]
+
+    for document, count in ((0, 4), (1, 3), (2, 3)):
+        add_of(document, count)
+    assert add_of(3, 2) == [1, 1, 1, 2, 2, 2, 3, 3]
+    assert add_of(4, 6, torch.arange(6)[None] < 2) == [1, 1, 1, 2, 2, 2, 3, 3, 4, 4]  # what is masked needs no room
+    assert add_of(5, 1) == [2, 2, 2, 3, 3, 4, 4, 5]
+
+
+def test_entries_of_no_known_document_stay_so_in_a_merge() -> None:
+    made, other = library(), memories()
+    other.add([torch.randn(2, 2, 4, 2, 8) for _ in other])
+    made.merge(other)
+    assert [origin.document for origin in made.entries(0)] == [0] * 5 + [1] * 7 + [2] * 2 + [-1] * 4
+
+
+def test_a_row_that_is_copied_over_a_longer_one_leaves_nothing_of_it() -> None:
+    memory = KNNMemory(8, 20, 2)
+    for row, count in ((0, 3), (1, 5)):
+        with memory.at_batch_indices([row]):
+            memory.add(torch.randn(1, count, 2, 8))
+    made = KNNMemoryList([memory])
+    made.copy_row(0, 1)
+    assert memory.num_entries == (3, 3)
+    first, second = contents(made)
+    assert all(torch.equal(table, second[name]) for name, table in first.items())
+
+
+def test_a_cleared_document_stays_known_while_an_older_one_is_stored_again() -> None:
+    ledger = Ledger()
+    numbers = [ledger.begin(title, 0, 0) for title in ("a", "b")]
+    for number in numbers:
+        ledger.grow(number, 5)
+    ledger.clear([0])
+    assert ledger.documents() == []
+    for listed in (numbers[:1], numbers):
+        ledger.note_stored(listed[-1:])
+        assert [each.number for each in ledger.documents()] == listed
+
+
+def test_a_row_that_was_overwritten_more_than_once_between_two_saves_is_saved_as_it_is(tmp_path: Path) -> None:
+    made = memories()
+    add(made, 50)
+    for count in (71, 120):
+        made.save(tmp_path / "memory")
+        add(made, count)
+    made.save(tmp_path / "memory")
+    assert same(KNNMemoryList.load(tmp_path / "memory"), made)
+
+
+def test_rows_that_were_cleared_are_empty_and_out_of_the_files_after_they_are_saved(tmp_path: Path) -> None:
+    made = library()
+    made.save(tmp_path / "memory")
+    secret = made[0].store.keys.numbers[0, 0, 2].numpy().tobytes()
+    for memory in made:
+        memory.clear()
+    made.save(tmp_path / "memory")
+    assert KNNMemoryList.load(tmp_path / "memory")[0].num_entries == (0, 0)
+    add(made, 2, 3)
+    made.save(tmp_path / "memory", compact=True)
+    assert same(KNNMemoryList.load(tmp_path / "memory"), made)
+    assert not any(secret in path.read_bytes() for path in (tmp_path / "memory").iterdir() if path.is_file())
