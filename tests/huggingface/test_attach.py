@@ -656,3 +656,13 @@ def test_the_weights_that_are_told_are_those_of_what_was_found(family: str, comb
     mass = weights.sum(dim=-1, keepdim=True)
     here, joined = (out.view(5, 4, -1).transpose(0, 1) for out in outs)
     torch.testing.assert_close(here * (1 - mass) + sums, joined)
+
+
+def test_each_row_of_the_memory_serves_as_many_rows_of_the_batch_one_after_the_other() -> None:
+    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, 11:] = 0
+    memory.read(ids, mask, progress=False)
+    queries = tokens(2, 5, seed=1)
+    found = logits(memory.model, queries.repeat_interleave(2, dim=0))
+    torch.testing.assert_close(found, logits(memory.model, queries).repeat_interleave(2, dim=0))
