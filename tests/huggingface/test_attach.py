@@ -656,3 +656,26 @@ def test_the_weights_that_are_told_are_those_of_what_was_found(family: str, comb
     mass = weights.sum(dim=-1, keepdim=True)
     here, joined = (out.view(5, 4, -1).transpose(0, 1) for out in outs)
     torch.testing.assert_close(here * (1 - mass) + sums, joined)
+
+
+def test_each_row_of_the_memory_serves_as_many_rows_of_the_batch_one_after_the_other() -> None:
+    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, 11:] = 0
+    memory.read(ids, mask, progress=False)
+    queries = tokens(2, 5, seed=1)
+    found = logits(memory.model, queries.repeat_interleave(2, dim=0))
+    torch.testing.assert_close(found, logits(memory.model, queries).repeat_interleave(2, dim=0))
+
+
+def test_rows_that_have_read_different_numbers_of_tokens_read_on_where_each_stands() -> None:
+    ids, mask, more = tokens(2, 30), torch.ones(2, 30, dtype=torch.int64), tokens(2, 12, seed=1)
+    mask[1, 11:] = 0
+    both, alone = (attach_memory(tiny("llama"), **EVERYTHING) for _ in range(2))
+    both.read(ids, mask, progress=False)
+    both.read(more, progress=False)
+    alone.read(ids[1:, :11], progress=False)
+    alone.read(more[1:], progress=False)
+    one, other = both.layers[1].memories[0].store.oldest(1, 99), alone.layers[1].memories[0].store.oldest(0, 99)
+    torch.testing.assert_close(one.keys.floats(), other.keys.floats(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(one.origins[..., 1:], other.origins[..., 1:])

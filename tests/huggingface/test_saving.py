@@ -232,3 +232,13 @@ def test_a_memory_is_not_merged_with_the_state_that_it_holds(tmp_path: Path) -> 
     memory.forget("a")
     memory.merge(tmp_path / "memory")
     assert [each.title for each in memory.documents()] == ["a"]
+
+
+def test_a_merge_with_entries_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    other = attach_memory(tiny("llama"), **{**EVERYTHING, "dtype": torch.bfloat16})
+    other.read(tokens(1, 20), progress=False)
+    other.save(tmp_path / "other")
+    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    with pytest.raises(ValueError, match=r"expected 1 rows and torch.float32"):
+        memory.merge(tmp_path / "other")
+    assert memory.documents() == []

@@ -399,7 +399,7 @@ def test_a_conversation_that_is_refused_lets_other_threads_write() -> None:
         memory.model.generate(tokens(1, 9), num_beams=2, max_new_tokens=3, **WRITING)
     reading = threading.Thread(target=lambda: memory.read(tokens(1, 9), progress=False), daemon=True)
     reading.start()
-    reading.join(timeout=60)
+    reading.join(timeout=20)
     assert [each.tokens for each in memory.documents()] == [9]
 
 
