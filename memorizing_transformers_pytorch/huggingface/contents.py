@@ -93,6 +93,7 @@ class Contents:
                 self.ledger.grow(number, tokens)
             offsets = [passed.offsets.get(row, known) for row, known in enumerate(state.offsets)]
             self._shared.state = state._replace(offsets=offsets)
+            self._demote(passed.offsets)
 
     def _begin(self, row: int, title: str | None) -> None:
         """Begin a document in this row. Those of which nothing is remembered any more are struck out."""
@@ -101,7 +102,6 @@ class Contents:
             layers = layers[:1]
         held = set().union(*(memory.store.numbers_in(row).tolist() for layer in layers for memory in layer.memories))
         self.ledger.prune(row, held)
-        self._demote([row])
         self.ledger.begin(title, row, self.state.offsets[row])
 
     def _demote(self, rows: Iterable[int]) -> None:
@@ -140,9 +140,7 @@ class Contents:
 
     def forget(self, numbers: Sequence[int]) -> int:
         """As `KNNMemoryList.forget`."""
-        count = self._bare().forget(numbers)
-        self._demote(range(self.num_rows))
-        return count
+        return self._bare().forget(numbers)
 
     def save(self, path: str | Path, fingerprint: str | None, *, overwrite: bool, compact: bool) -> None:
         """As `KNNMemoryList.save`."""

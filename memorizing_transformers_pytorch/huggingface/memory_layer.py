@@ -125,12 +125,15 @@ class MemoryLayer(Extension, BaseLayer):
         if len(memories) == 1:
             return
         recent = memories[0]
-        positions = recent.store.origins[row, recent.store.places_in_order(row), POSITION]
-        too_far = int((place - positions > recent.max_memories).sum())
-        if too_far:
-            self._copy_to_older(memories, row, too_far)
-            oldest = recent.store.places_in_order(row)[:too_far]
-            recent.remove(row, torch.zeros_like(positions, dtype=torch.bool).index_fill_(0, oldest, True))
+        order = recent.store.places_in_order(row)
+        positions = recent.store.origins[row, :, POSITION]
+        if len(order) == 0 or place - int(positions[order[0]]) <= recent.max_memories:
+            return  # nor are those after it
+        too_far = int((place - positions[order] > recent.max_memories).sum())
+        self._copy_to_older(memories, row, too_far)
+        recent.remove(
+            row, torch.zeros(len(order), dtype=torch.bool, device=order.device).index_fill_(0, order[:too_far], True)
+        )
 
     def _copy_to_older(self, memories: list[KNNMemory], row: int, count: int) -> None:
         """The oldest `count` of the recent entries, turned back to position 0."""

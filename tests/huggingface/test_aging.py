@@ -203,7 +203,18 @@ def test_just_as_far_behind_as_the_recent_part_reaches_is_recent() -> None:
     for seed in range(7):  # the first three of nine are not remembered
         with memory.writing():
             logits(memory.model, tokens(1, 9, seed=seed))
-    memory.read(tokens(1, 3), progress=False)  # too short to be remembered, but another document, at place 63
+    memory.read(tokens(1, 1), progress=False)  # too short to be remembered, but the row stands at place 64 now
     positions = [part.store.oldest(0, 99).origins[0, :, 1].tolist() for part in memory.layers[0].memories]
     written = [9 * segment + place for segment in range(7) for place in range(3, 9)]
-    assert positions == [[place for place in written if place >= 43], [place for place in written if place < 43]]
+    assert positions == [[place for place in written if place >= 44], [place for place in written if place < 44]]
+
+
+def test_what_stands_before_a_forgotten_document_is_demoted_as_the_next_one_grows() -> None:
+    memory = attach_memory(tiny("llama"), **{**ONE, "skip_first": 0}, recent=20, chunk=5)
+    for title, seed in (("first", 0), ("second", 1)):
+        memory.read(tokens(1, 10, seed=seed), document=title, progress=False)
+    memory.forget("second")
+    memory.read(tokens(1, 15, seed=2), document="third", progress=False)  # at places 20 to 34; 10 to 19 are gone
+    recent, older = (part.store.oldest(0, 99).origins[0, :, 1].tolist() for part in memory.layers[0].memories)
+    assert older == list(range(10))  # more than 20 places before 35
+    assert recent == list(range(20, 35))

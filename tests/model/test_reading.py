@@ -71,8 +71,8 @@ def test_what_was_read_is_let_go_before_the_next_layer(training: bool) -> None:
 
     def note(_module: nn.Module, _inputs: Any, attended: Attended) -> None:
         if attended.reading is not None:
-            alive.append(weakref.ref(attended.reading.lookup))
-            alive.append(weakref.ref(attended.reading.weights))
+            alive.append(weakref.ref(attended.reading.lookup.scores))
+            alive.append(weakref.ref(attended.reading.share))
 
     def look(_module: nn.Module, _inputs: Any) -> None:
         at_the_end.append([ref() is None for ref in alive])
