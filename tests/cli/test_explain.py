@@ -193,6 +193,6 @@ def test_another_models_memory_and_rows_that_are_not_there_are_refused(
     library, page = tmp_path / "library", tmp_path / "page.html"
     main(["memory", "build", str(library), str(notes), "--model", run])
     given = ["--memory", str(library), "--prompt", "x", "-o", str(page)]
-    assert "expected" in failed(["--model", other, *given], capsys)
+    assert "written by other weights" in failed(["--model", other, *given], capsys)
     assert "expected a row from 0 to 0, got 1" in failed(["--model", run, *given, "--row", "1"], capsys)
     assert not page.exists()

@@ -86,7 +86,7 @@ def test_a_refused_segment_leaves_documents_and_entries_as_they_were() -> None:
     before = memories.state_dict(), memories.documents()
     tokens = random_tokens(1, T)
     tokens[0, 2] = EOS
-    with pytest.raises(ValueError, match="expected integer origins"):
+    with pytest.raises(ValueError, match="expected origins to be a tensor of integers"):
         model(tokens, memories, origins=origins(number).float())
     with pytest.raises(ValueError, match="expected token ids"):
         model(tokens + 1_000, memories)

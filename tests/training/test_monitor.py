@@ -92,7 +92,7 @@ def test_recall_counts_what_an_index_missed() -> None:
             model(tokens, memories, origins=origins)
         queries = torch.nn.functional.normalize(torch.randn(2, 4, LENGTH, 8), dim=-1)
         lookup = memories[0].look_up(queries, 3)
-        whole = Reading(queries, lookup, torch.zeros(2, 4, LENGTH, 3))
+        whole = Reading(queries, lookup, torch.ones(1), torch.zeros(2, 4, LENGTH), torch.ones(2, 4, LENGTH, 1))
         assert recall(whole, memories[0], 16) == 1.0
         lookup.mask[..., 2] = False
         assert recall(whole, memories[0], 16) == pytest.approx(2 / 3)

@@ -148,9 +148,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int]]]:
     noted: list[tuple[str, list[int]]] = []
     look_up, stage = KNNMemory.look_up, KNNMemory.stage
 
-    def noted_look_up(self: KNNMemory, *arguments: Any) -> Any:
-        noted.append(("read", list(self.scoped_indices)))
-        return look_up(self, *arguments)
+    def noted_look_up(self: KNNMemory, *arguments: Any, rows: list[int]) -> Any:
+        noted.append(("read", rows))
+        return look_up(self, *arguments, rows=rows)
 
     def noted_stage(self: KNNMemory, *arguments: Any) -> Any:
         noted.append(("write", list(self.scoped_indices)))
@@ -257,9 +257,9 @@ def test_dropout_hides_some_rows_anew_for_each_segment(monkeypatch: pytest.Monke
     hidden: list[list[bool]] = []
     look_up = KNNMemory.look_up
 
-    def noted(self: KNNMemory, queries: Tensor, topk: int, rows: Tensor) -> Any:
-        hidden.append((rows if rows.ndim == 1 else rows.all(dim=1)).tolist())
-        return look_up(self, queries, topk, rows)
+    def noted(self: KNNMemory, queries: Tensor, topk: int, hide: Tensor, rows: list[int]) -> Any:
+        hidden.append((hide if hide.ndim == 1 else hide.all(dim=1)).tolist())
+        return look_up(self, queries, topk, hide, rows=rows)
 
     monkeypatch.setattr(KNNMemory, "look_up", noted)
     trainer = make_trainer(make_config(memory={"dropout": 0.5}), 400, 401, 402, 403)
