@@ -40,7 +40,9 @@ def memory_attention(
     In float32 (float64 for float64 queries). Where nothing was found, out is 0.
     """
     kept = F.dropout(torch.ones_like(found.scores), dropout) if dropout else None
-    out, lse, _ = _memory_attention(
+    # Where nothing is differentiated or compiled, PyTorch's dispatcher would only cost time.
+    attend = _memory_attention if torch.is_grad_enabled() or torch.compiler.is_compiling() else _attend
+    out, lse, _ = attend(
         queries, multiplier, found.slots, found.scores, found.mask, found.lease, less, kept, softcap or 0.0
     )
     return out, lse
@@ -60,8 +62,7 @@ def _logits(scores: Tensor, multiplier: Tensor, mask: Tensor, less: Tensor | Non
     return (logits if less is None else logits - less).masked_fill(~mask, NOTHING)
 
 
-@torch.library.custom_op("memorizing_transformers::memory_attention", mutates_args=())
-def _memory_attention(
+def _attend(
     queries: Tensor,
     multiplier: Tensor,
     slots: Tensor,
@@ -80,6 +81,9 @@ def _memory_attention(
     with held.lock:
         out = sums_of(weights if kept is None else weights * kept, held.tables(slots, mask), of_keys=False)
     return out, lse, weights
+
+
+_memory_attention = torch.library.custom_op("memorizing_transformers::memory_attention", _attend, mutates_args=())
 
 
 @_memory_attention.register_fake
