@@ -258,7 +258,7 @@ class AttachedMemory:
             self._at_work.weights.have_written()
 
     def clear(self, rows: int | Iterable[int] | None = None) -> None:
-        """Forget what was read into these rows, or all. Raises ValueError for rows that there are not."""
+        """Forget what was read into these rows, or all. Raises ValueError for rows that do not exist."""
         self._at_work.expect_attached()
         with self._at_work.lock:
             cleared = self._contents.memories()[0].rows_to_clear(rows)

@@ -110,7 +110,7 @@ class Call:
 
     rows: those of the memory that the batch reads; each serves as many rows of the batch, one after the other.
     offsets: how many tokens come before the batch, for each of these rows, or for each row of the batch. enabled:
-    whether the memory is looked up. keeps_pairs, keeps_weights: whether layers leave behind what shall be stored, and
+    whether the memory is looked up. keeps_pairs, keeps_weights: whether layers leave behind what is to be stored, and
     the weights of what they found. writer: what stores it. module: what was called.
 
     By number of the layer: pairs (keys and values (B, G, T, D); keys are turned to where they stand), found, and

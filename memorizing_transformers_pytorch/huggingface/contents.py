@@ -96,7 +96,7 @@ class Contents:
             self._demote(passed.offsets)
 
     def _begin(self, row: int, title: str | None) -> None:
-        """Begin a document in this row. Those of which nothing is remembered any more are struck out."""
+        """Begin a document in this row. Documents without any entries left are pruned."""
         layers = list(self.layers.values())
         if layers[0].options.policy == OLDEST:  # other policies choose for each layer
             layers = layers[:1]

@@ -38,7 +38,7 @@ class StagedEntries(NamedTuple):
         return [self.keys.shape[2]] * len(self.rows) if self.mask is None else self.mask.sum(dim=1).tolist()
 
     def portions(self, size: int) -> Iterator[StagedEntries]:
-        """The same entries, so many of each row at a time."""
+        """The same entries in portions of at most `size` per row."""
         for start in range(0, self.keys.shape[2], size):
             some = slice(start, start + size)
             mask = None if self.mask is None else self.mask[:, some]

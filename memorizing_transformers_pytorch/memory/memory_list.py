@@ -172,7 +172,7 @@ class KNNMemoryList(list[KNNMemory], AbstractContextManager["KNNMemoryList"]):
 
     def copy_row(self, source: int, target: int) -> None:
         """Let a row hold what another does, in every memory: one text that is then continued in two ways. (A document
-        is listed once, in the row that read it.) Raises ValueError for rows that there are not."""
+        is listed once, in the row that read it.) Raises ValueError for rows that do not exist."""
         for memory in self:
             checked_rows([source, target] if source != target else [source], memory.num_indices)
         with self.locked():

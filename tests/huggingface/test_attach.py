@@ -70,7 +70,8 @@ def test_what_was_read_is_as_good_as_seen(family: str) -> None:
             memory.read(ids[:, :24], progress=False, look_up=True)
         positions = {"position_ids": torch.arange(24, 40)[None]} if family in LEARNED_POSITIONS else {}
         found = logits(model, ids[:, 24:], **positions)
-        assert float((found - expected).abs().max() / expected.abs().max()) < 2e-5
+        limit = 2e-5 if family == "gpt_oss" else 1e-5  # its router magnifies what float32 rounds
+        assert float((found - expected).abs().max() / expected.abs().max()) < limit
 
 
 def read_at_once(memory: Any, ids: Tensor) -> None:

@@ -10,6 +10,7 @@ from memorizing_transformers_pytorch.explorer.service import Service
 from memorizing_transformers_pytorch.library.build import evicted_since, held_titles, room_messages
 from memorizing_transformers_pytorch.library.readers import open_reader
 from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.training.run import CONFIG
 from tests.library.test_memory_command import run, told
 
 
@@ -52,7 +53,8 @@ def test_a_build_says_what_became_of_its_own_files_once(
     result = told(capsys, *build)
     before = held(memory)
     assert (result["too_short"], result["evicted"]) == (0, 8 - len(before))
-    assert result["evicted"] in (4, 5)  # an attached memory leaves the first tokens of each document out
+    # Of an attached memory, what stands too far behind is demoted sooner, as documents leave their first tokens out.
+    assert result["evicted"] == (4 if (Path(model) / CONFIG).is_file() else 5)
     (files / "c.txt").write_text("the last of them. " * 2)
     later = told(capsys, "build", memory, files / "c.txt", "--model", model)
     assert later["evicted"] == len(before - held(memory)) < 2

@@ -70,7 +70,7 @@ class AutoIndex:
 
 
 def number_of_lists(entries: int) -> int:
-    """A power of two near 2 * sqrt(entries), of which each gets 64 entries or more."""
+    """A power of two near 2 * sqrt(entries), so that each list holds at least 64 entries."""
     return int(2 ** max(min(round(math.log2(2 * math.sqrt(entries))), math.floor(math.log2(entries / 64))), 0))
 
 

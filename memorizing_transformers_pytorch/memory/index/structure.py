@@ -105,7 +105,7 @@ def nearness(structure: Any, keys: Vectors) -> float:
 
 
 def some(queries: Tensor, count: int) -> Tensor:
-    """At most so many of the queries (..., N, D), evenly spread."""
+    """At most `count` of the queries (..., N, D), evenly spread."""
     return some_of(Vectors(queries), count).numbers
 
 
