@@ -98,7 +98,7 @@ class AddedLayer(BaseLayer):
             added.norm(hidden),
             bias=_bias(seen, hidden),
             past=past,
-            look_up=None if found.is_empty else lambda queries, _: self.look_up(call, [queries])[0][1],
+            look_up=None if found.is_empty else lambda queries, topk: self.look_up(call, [queries], topk)[0][1],
             conv_state=conv_state,
             documents=(~seen[:, -hidden.shape[1] :]).long(),
         )

@@ -10,6 +10,7 @@ import torch
 
 from memorizing_transformers_pytorch.huggingface import interface
 from memorizing_transformers_pytorch.huggingface.added import Added, AddedLayer
+from memorizing_transformers_pytorch.huggingface.attach_spans import attach_spans
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
@@ -23,6 +24,15 @@ from memorizing_transformers_pytorch.memory.policy import OLDEST
 def attach_memory(
     model: Any,
     *,
+    retrieve: str = "tokens",
+    tokenizer: Any = None,
+    content: str | None = None,
+    finder: str | None = None,
+    passages: int = 4,
+    span: int = 80,
+    first: int = 4,
+    every: int = 64,
+    overlap: int = 64,
     layers: str | Iterable[int] = "auto",
     added: bool | Added = False,
     topk: int = 32,
@@ -71,22 +81,29 @@ def attach_memory(
 
     Raises ValueError, with the model untouched, for a model or layers that cannot have a memory, and says why.
     """
+    kept: dict[str, Any] = {
+        "max_memories": max_memories,
+        "chunk": chunk,
+        "write": write,
+        "window": window,
+        "dtype": dtype,
+        "device": device,
+        "index": index,
+        "policy": policy,
+        "directory": directory,
+    }
+    if retrieve == "spans":
+        chosen = {"content": content, "finder": finder, "passages": passages, "span": span, "first": first}
+        with torch.inference_mode(False):
+            return attach_spans(model, kept | chosen | {"every": every, "overlap": overlap}, tokenizer)
     options = Options(
         topk=topk,
         combine=combine,
         positions=positions,
         distance=distance,
         recent=recent,
-        max_memories=max_memories,
-        chunk=chunk,
         skip_first=skip_first,
-        write=write,
-        window=window,
-        dtype=dtype,
-        device=device,
-        index=index,
-        policy=policy,
-        directory=directory,
+        **kept,
     )
     if not isinstance(added, bool | Added):
         raise ValueError(f"expected added to be True, False or an Added, got {added!r}")

@@ -17,7 +17,8 @@ from memorizing_transformers_pytorch.huggingface.attachment import Attachment
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State, WatchedRow
 from memorizing_transformers_pytorch.huggingface.contents import Titles
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
-from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options, load_parameters, save_parameters
+from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, StoreOptions, load_parameters, save_parameters
+from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment
 from memorizing_transformers_pytorch.memory.disk.save import check_folder
 from memorizing_transformers_pytorch.memory.documents import DocumentTable
@@ -35,9 +36,19 @@ class AttachedMemory:
     memory waits until other changes are over; a call that only looks up waits for nothing.
     """
 
-    def __init__(self, model: Any, layers: list[BaseLayer], shared: Shared, options: Options) -> None:
-        self.model, self.options = model, options
-        self._at_work = Attachment(model, layers, shared, options)
+    options: Any
+
+    def __init__(
+        self,
+        model: Any,
+        layers: list[BaseLayer],
+        shared: Shared,
+        options: StoreOptions,
+        recall: Recall | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self.model, self.options, self.tokenizer = model, options, tokenizer
+        self._at_work = Attachment(model, layers, shared, options, recall)
         self._at_work.handle = self
         self._contents, self.layers = self._at_work.contents, self._at_work.contents.layers
 

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Lock, Shared, WatchedRow
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Titles, checked_titles
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
-from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
+from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, StoreOptions
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
 from memorizing_transformers_pytorch.huggingface.probe import vocabulary_of
 from memorizing_transformers_pytorch.huggingface.reading import Reader, checked_texts
+from memorizing_transformers_pytorch.huggingface.recall import Recall, Recalled
+from memorizing_transformers_pytorch.huggingface.span_reading import SpanReader
 from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment, Window
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.ledger import Document
@@ -32,24 +34,29 @@ class Attachment:
     handle: the `AttachedMemory` that stands on this.
     """
 
-    def __init__(self, model: Any, layers: list[BaseLayer], shared: Shared, options: Options) -> None:
-        self.model, self.options = model, options
+    def __init__(
+        self, model: Any, layers: list[BaseLayer], shared: Shared, options: StoreOptions, recall: Recall | None
+    ) -> None:
+        self.model, self.options, self.recall = model, options, recall
         self.contents = Contents(layers, shared)
         self.weights, self.lock = Weights(model, BIAS), Lock()
         self.window = None if options.window is None else Window(self.contents, options.window, model, self.lock)
         self.last: dict[int, Found] = {}
         self.enabled, self.writable = PerContext(True), PerContext(True)
-        self.writer: PerContext[Reader | TrainingSegment | None] = PerContext(None)
+        self.writer: PerContext[Reader | SpanReader | TrainingSegment | None] = PerContext(None)
+        self.last_recalled: list[Recalled] = []
         self.watched: PerContext[WatchedRow | None] = PerContext(None)
         for layer in layers:
             layer.attach()
+        if recall is not None:
+            recall.attach()
         self.is_attached = True
         self.handle: Any = None
         self._hooks = Hooks(model, layers[0].module, shared.call, self._begin_call, self._end_call)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what the last call found stays behind."""
-        return self.__dict__ | {"last": {}}
+        return self.__dict__ | {"last": {}, "last_recalled": []}
 
     def detach(self) -> None:
         """Take the memory away, and forget what it holds."""
@@ -60,9 +67,11 @@ class Attachment:
             self._hooks.remove()
             for layer in self.contents.layers.values():
                 layer.detach()
+            if self.recall is not None:
+                self.recall.detach()
             self.contents.close()
 
-    def _begin_call(self, given: dict[str, Any]) -> Call:
+    def _begin_call(self, given: dict[str, Any], module: nn.Module) -> Call:
         state, watched = self.contents.state, self.watched.now
         rows = list(range(len(state.offsets))) if watched is None else [watched.row]
         call = Call(given, state.memories, rows, [state.offsets[row] for row in rows], self.enabled.now)
@@ -70,7 +79,10 @@ class Attachment:
             call.keeps_weights, watched.place = True, call.offsets[0]
         for layer in self.contents.layers.values():
             layer.check(call)
-        writer: Reader | TrainingSegment | Window | None = self.writer.now
+        if self.recall is not None:
+            self._begin_recalling(call, self.recall, module)
+            return call
+        writer: Any = self.writer.now
         if writer is None:
             if self.contents.ledger:
                 self.weights.warn_of_others()
@@ -85,7 +97,19 @@ class Attachment:
             call.writer = writer
         return call
 
+    def _begin_recalling(self, call: Call, recall: Recall, module: nn.Module) -> None:
+        if self.writer.now is not None:
+            self.writer.now.before(call)
+        elif self.contents.ledger:
+            self.weights.warn_of_others()
+        recall.before(call, module)
+
     def _end_call(self, call: Call, failed: bool) -> None:
+        if self.recall is not None:
+            self.recall.after(call, failed)
+            if call.recalled is not None and not failed:
+                self.last_recalled = call.recalled
+            return
         was_empty = not self.contents.ledger
         if call.writer is not None:
             call.writer.after(call, failed)
@@ -122,13 +146,21 @@ class Attachment:
             known = None if goes_on is None else self._document_to_go_on_with(goes_on, len(texts[0]))
             if self.contents.ledger:
                 self.weights.refuse_others()
-            reader = Reader(self.model, self.contents, self.options, titles, known, store=store, look_up=look_up)
+            reader = self._reader(titles, known, store=store, look_up=look_up)
             if store:
                 self.end_conversation()
                 self.weights.have_written()
             self.last = {}
             with self.writer.at(reader):
-                return reader.read_all(texts, losses=losses, progress=progress)
+                found: list[Tensor] = reader.read_all(texts, losses=losses, progress=progress)
+                return found
+
+    def _reader(self, titles: list[str | None], known: Document | None, *, store: bool, look_up: bool) -> Any:
+        options: Any = self.options
+        how: Any = {"titles": titles, "goes_on": known, "store": store, "look_up": look_up}
+        if self.recall is None:
+            return Reader(self.model, self.contents, options, **how)
+        return SpanReader(self.model, self.contents, options, self.recall, **how)
 
     def _document_to_go_on_with(self, number: int, tokens: int) -> Document:
         known = self.contents.last_document()

@@ -113,6 +113,9 @@ class Call:
     whether the memory is looked up. keeps_pairs, keeps_weights: whether layers leave behind what is to be stored, and
     the weights of what they found. writer: what stores it. module: what was called.
 
+    prefix, recalled: passages before the text, and what was found for them in this call. drops_cache: whether the cache
+    was made for these alone.
+
     By number of the layer: pairs (keys and values (B, G, T, D); keys are turned to where they stand), found, and
     position_embeddings, which the layer was given.
     """
@@ -126,6 +129,9 @@ class Call:
     keeps_weights: bool = False
     writer: Any = None
     module: nn.Module | None = None
+    prefix: Any = None
+    recalled: list[Any] | None = None
+    drops_cache: bool = False
     pairs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     found: dict[int, Found] = field(default_factory=dict)
     position_embeddings: dict[int, Any] = field(default_factory=dict)

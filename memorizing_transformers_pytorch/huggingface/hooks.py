@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from memorizing_transformers_pytorch.huggingface.calls import Call, deepcopied, refuse_in_backward
 from memorizing_transformers_pytorch.utils.context import PerContext
@@ -31,7 +32,8 @@ class Checkpointed:
 
 
 class Hooks:
-    """Has each call of a model made by `begin(given)`, which may refuse it, and tells `end(call, failed)` of its end.
+    """Has each call of a model made by `begin(given, module)`, which may refuse it, or change what it is given, and
+    tells `end(call, failed)` of its end.
 
     The hooks are on every module around the layers: which of them is called first depends on the family, and on
     adapters (PEFT) that go round the outermost one. The first begins the call.
@@ -42,7 +44,7 @@ class Hooks:
         model: nn.Module,
         layer: nn.Module,
         current: PerContext[Call | None],
-        begin: Callable[[dict[str, Any]], Call],
+        begin: Callable[[dict[str, Any], nn.Module], Call],
         end: Callable[[Call, bool], None],
     ) -> None:
         self._model, self.current, self.begin, self._end = model, current, begin, end
@@ -63,17 +65,18 @@ class Hooks:
                 module.__dict__["_gradient_checkpointing_func"] = function.function
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _enter(self, module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, inputs: Any, options: dict[str, Any]) -> Any:
         refuse_in_backward()
         self._leave(module, inputs, None)  # if the last one was interrupted: then no hooks are called
         if self.current.now is not None:
-            return
+            return None
         given = inspect.signature(module.forward).bind_partial(*inputs, **options).arguments
-        call = self.begin({**given.pop("kwargs", {}), **given})
+        call = self.begin({**given.pop("kwargs", {}), **given}, module)
         call.module = module
         self.current.put(call)
         if module.training and torch.is_grad_enabled():
             self._follow_checkpoints(module)
+        return None if call.prefix is None else ((), call.given)
 
     def _follow_checkpoints(self, module: nn.Module) -> None:
         for each in module.modules():
@@ -82,11 +85,20 @@ class Hooks:
                 each.__dict__["_gradient_checkpointing_func"] = Checkpointed(function, self)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _leave(self, module: nn.Module, _inputs: Any, result: Any) -> None:
+    def _leave(self, module: nn.Module, _inputs: Any, result: Any) -> Any:
         call = self.current.now
-        if call is not None and call.module is module:
-            self.current.put(None)
-            self._end(call, result is None)
+        if call is None or call.module is not module:
+            return None
+        self.current.put(None)
+        self._end(call, result is None)
+        return _without_cache(result) if call.drops_cache and result is not None else None
+
+
+def _without_cache(result: Any) -> Any:
+    """What a model gives, without a cache that was made for passages alone."""
+    if isinstance(result, dict):
+        return type(result)(**{name: each for name, each in result.items() if name != "past_key_values"})
+    return tuple(each for each in result if not isinstance(each, Cache))
 
 
 def _around(model: nn.Module, layer: nn.Module) -> Iterator[nn.Module]:

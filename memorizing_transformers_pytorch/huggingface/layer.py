@@ -23,28 +23,13 @@ from memorizing_transformers_pytorch.memory.policy import OLDEST, POLICIES
 from memorizing_transformers_pytorch.memory.vectors import Vectors
 from memorizing_transformers_pytorch.model.checkpoint import check_dtypes, read_weights
 
-LEAST = {"topk": 1, "distance": 0, "recent": 1, "max_memories": 1, "chunk": 1, "skip_first": 0, "window": 0}
-OPTIONAL = ("recent", "window")
-CHOICES = {
-    "combine": ("softmax", "gate"),
-    "positions": ("true", "constant"),
-    "write": ("read", "window"),
-    "policy": POLICIES,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Those of `attach_memory`. Raises ValueError for what makes no sense."""
+class StoreOptions:
+    """Those of `attach_memory` that say what is kept and where. Raises ValueError for what makes no sense."""
 
-    topk: int
-    combine: str
-    positions: str
-    distance: int
-    recent: int | None
     max_memories: int
     chunk: int
-    skip_first: int
     write: str
     window: int | None
     dtype: torch.dtype | None
@@ -54,21 +39,48 @@ class Options:
     directory: str | Path | None
 
     def __post_init__(self) -> None:
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is None and name in OPTIONAL:
-                continue
-            if type(value) is not int:
-                raise ValueError(f"expected {name} to be a whole number, got {value!r}")
-            if value < least:
-                raise ValueError(f"expected {name} to be at least {least}, got {value}")
-        if self.skip_first >= self.chunk:
-            raise ValueError(f"expected skip_first to be below chunk={self.chunk}, got {self.skip_first}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"expected {name} to be one of {choices}, got {getattr(self, name)!r}")
+        self.check_numbers(max_memories=1, chunk=1)
+        self.check_choices(write=("read", "window"), policy=POLICIES)
+        if self.window is not None:
+            self.check_numbers(window=0)
         if (self.write == "window") != (self.window is not None) or (self.window is not None and self.window < 2):
             raise ValueError(f"expected a window of at least 2 with write='window' alone, got {self.window}")
+
+    def check_numbers(self, **least: int) -> None:
+        """Raises ValueError unless these are whole numbers, and no less than that."""
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise ValueError(f"expected {name} to be a whole number, got {value!r}")
+            if value < smallest:
+                raise ValueError(f"expected {name} to be at least {smallest}, got {value}")
+
+    def check_choices(self, **choices: tuple[str, ...]) -> None:
+        """Raises ValueError for anything that is not among these."""
+        for name, some in choices.items():
+            if getattr(self, name) not in some:
+                raise ValueError(f"expected {name} to be one of {some}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(StoreOptions):
+    """Those of `attach_memory` with retrieve="tokens"."""
+
+    topk: int
+    combine: str
+    positions: str
+    distance: int
+    recent: int | None
+    skip_first: int
+
+    def __post_init__(self) -> None:
+        self.check_numbers(topk=1, distance=0, skip_first=0)
+        if self.recent is not None:
+            self.check_numbers(recent=1)
+        super().__post_init__()
+        if self.skip_first >= self.chunk:
+            raise ValueError(f"expected skip_first to be below chunk={self.chunk}, got {self.skip_first}")
+        self.check_choices(combine=("softmax", "gate"), positions=("true", "constant"))
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Entries(NamedTuple):
 class BaseLayer:
     """A layer with a memory. index: its number. module: of the model, to which it is attached."""
 
-    def __init__(self, index: int, module: nn.Module, shape: Shape, options: Options, shared: Shared) -> None:
+    def __init__(self, index: int, module: nn.Module, shape: Shape, options: StoreOptions, shared: Shared) -> None:
         self.index, self.module, self.options, self.shared = index, module, options, shared
         self._shape = shape
 
@@ -212,14 +224,14 @@ class BaseLayer:
             call.found[self.index] = Found(memories, counts, [None] * len(memories))
         return call.found[self.index]
 
-    def look_up(self, call: Call, queries: list[Tensor]) -> list[tuple[Tensor, Lookup]]:
+    def look_up(self, call: Call, queries: list[Tensor], topk: int) -> list[tuple[Tensor, Lookup]]:
         """Queries (B, H, T, D) for each of the memories -> those for memories that hold something, and what each row of
         the batch found there."""
         found = self.found(call)
         for i, (memory, query) in enumerate(zip(found.memories, queries, strict=True)):
             if memory is not None and found.lookups[i] is None:
                 grouped = grouped_by_row(query.detach(), len(call.rows))
-                found.lookups[i] = memory.look_up(grouped, self.options.topk, rows=call.rows)
+                found.lookups[i] = memory.look_up(grouped, topk, rows=call.rows)
         pairs = zip(queries, found.lookups, strict=True)
         return [(query, of_batch(lookup, query)) for query, lookup in pairs if lookup is not None]
 

@@ -48,11 +48,18 @@ def suggest_layers(model: Any) -> dict[int, float]:
 
 
 def induction_scores(model: Any, served: dict[int, Layer]) -> dict[int, float]:
-    """As `suggest_layers`, of these layers; once for each checkpoint, then from a file in the cache of Hugging Face."""
-    path = CACHE / f"induction-{Weights(model).fingerprint()}.json"
+    """As `suggest_layers`, of these layers."""
+    scores = {index: max(heads) for index, heads in induction_heads(model, served).items()}
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))
+
+
+def induction_heads(model: Any, served: dict[int, Layer]) -> dict[int, list[float]]:
+    """The induction score of each head (H) of these layers; once for each checkpoint, then from a file in the cache of
+    Hugging Face."""
+    path = CACHE / f"induction-heads-{Weights(model).fingerprint()}.json"
     try:
-        scores = {int(index): float(score) for index, score in read_object(path).items()}
-        if set(scores) == set(served):
+        scores = {int(index): [float(score) for score in heads] for index, heads in read_object(path).items()}
+        if {index: len(heads) for index, heads in scores.items()} == {i: each.heads for i, each in served.items()}:
             return scores
     except (OSError, OverflowError, TypeError, ValueError):  # not there, or not whole: it is made anew
         pass
@@ -64,14 +71,13 @@ def induction_scores(model: Any, served: dict[int, Layer]) -> dict[int, float]:
     return scores
 
 
-def _measured(model: Any, served: dict[int, Layer]) -> dict[int, float]:
+def _measured(model: Any, served: dict[int, Layer]) -> dict[int, list[float]]:
     repeated = min(REPEATED, (positions_of(model) or 2 * REPEATED) // 2)
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary_of(model), (ROWS, repeated), generator=random).repeat(1, 2)
     with refusing(model), watching(model, {index: layer.module for index, layer in served.items()}) as seen:
         run(model, tokens)
-        found = {index: _score(seen[index]) for index in served}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+        return {index: _scores(seen[index]) for index in served}
 
 
 def chosen_layers(model: Any, served: dict[int, Layer]) -> list[int]:
@@ -87,7 +93,7 @@ def chosen_layers(model: Any, served: dict[int, Layer]) -> list[int]:
     return sorted(index for index in scores if index >= first)
 
 
-def _score(seen: Probed) -> float:
+def _scores(seen: Probed) -> list[float]:
     assert seen.query is not None
     assert seen.local is not None
     query = seen.query
@@ -95,4 +101,5 @@ def _score(seen: Probed) -> float:
     weights: Tensor = logits.softmax(dim=-1)
     repeated = query.shape[2] // 2
     later = torch.arange(repeated, 2 * repeated - 1, device=weights.device)
-    return float(weights[:, :, later, later - repeated + 1].mean(dim=(0, 2)).max())
+    scores: list[float] = weights[:, :, later, later - repeated + 1].mean(dim=(0, 2)).tolist()
+    return scores

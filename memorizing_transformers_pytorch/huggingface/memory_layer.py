@@ -52,6 +52,8 @@ class MemoryLayer(Extension, BaseLayer):
     Entries that are older than `recent` ones lie in a memory of their own, turned back to position 0.
     """
 
+    options: Options
+
     def __init__(self, layer: Layer, options: Options, shared: Shared, context: int | None) -> None:
         self.layer, self.context = layer, context
         recent = options.recent or (None if context is None else max(context // 2, 1))
@@ -173,7 +175,10 @@ class MemoryLayer(Extension, BaseLayer):
 
     def _join(self, call: Call, out: Tensor, query: Tensor, local: Local, bias: Tensor) -> Tensor:
         multiplier, softcap = local.multiplier(query), local.options.get("softcap")
-        found, corrections = self.look_up(call, self._queries(call, query)), self._length_corrections(call, query)
+        found, corrections = (
+            self.look_up(call, self._queries(call, query), self.options.topk),
+            self._length_corrections(call, query),
+        )
         parts = [
             memory_attention(own, lookup, multiplier, less=less, softcap=softcap)
             for (own, lookup), less in zip(found, corrections, strict=True)

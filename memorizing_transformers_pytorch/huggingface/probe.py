@@ -169,7 +169,8 @@ def _refined(model: Any, served: dict[int, Layer]) -> dict[int, Layer]:
     return served
 
 
-def _candidates(model: Any) -> dict[int, nn.Module]:
+def check_model(model: Any) -> None:
+    """Raises ValueError unless this is a causal language model of transformers, decoder-only."""
     name = _name(model)
     if hasattr(model, "get_base_model"):
         raise ValueError(f"expected a model of transformers, got {name}: attach to its get_base_model()")
@@ -177,6 +178,11 @@ def _candidates(model: Any) -> dict[int, nn.Module]:
         raise ValueError(f"expected a causal language model of transformers, got {name}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"expected a decoder-only model, got the encoder-decoder {name}")
+
+
+def _candidates(model: Any) -> dict[int, nn.Module]:
+    name = _name(model)
+    check_model(model)
     if not type(model)._can_set_attn_implementation():
         raise ValueError(f"expected a model that attends through the attention interface of transformers, got {name}")
     modules = attention_modules(model)
@@ -225,9 +231,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def run(
-    model: Any, tokens: Tensor, offset: int = 0, attention_mask: Tensor | None = None, logits_to_keep: int = 1
+    model: Any,
+    tokens: Tensor,
+    offset: int = 0,
+    attention_mask: Tensor | None = None,
+    logits_to_keep: int = 1,
+    cache: Any = None,
 ) -> Any:
-    """A forward pass over tokens (T,) or (B, T), whose first stands at `offset`, without a cache."""
+    """A forward pass over tokens (T,) or (B, T), whose first stands at `offset`, with a cache only if it is given.
+
+    Where the mask begins with padding, positions are counted from what comes after it.
+    """
     tokens = tokens.to(device := _device_of(model)).reshape(-1, tokens.shape[-1])
     options: dict[str, Any] = {}
     if offset:
@@ -236,7 +250,7 @@ def run(
         options["attention_mask"] = attention_mask.to(device)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = logits_to_keep
-    return model(input_ids=tokens, use_cache=False, **options)
+    return model(input_ids=tokens, use_cache=cache is not None, past_key_values=cache, **options)
 
 
 def _device_of(module: nn.Module) -> torch.device:

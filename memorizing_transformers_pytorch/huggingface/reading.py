@@ -88,7 +88,7 @@ class Reader:
     def _read(self, texts: list[Tensor], losses: list[Tensor] | None) -> None:
         """Run the model on a piece of each of some texts, then store what it has brought; losses: to be filled in."""
         pieces = self._pieces
-        tokens, mask = _padded([texts[piece.row][piece.start : piece.stop] for piece in pieces])
+        tokens, mask = padded([texts[piece.row][piece.start : piece.stop] for piece in pieces])
         out = run(self._model, tokens, attention_mask=mask, logits_to_keep=0 if losses is not None else 1)
         if losses is not None:
             _fill_in(losses, pieces, tokens, out.logits)
@@ -112,7 +112,7 @@ class Reader:
         self._begun = {}
 
 
-def _padded(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+def padded(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Tokens (B, T) padded on the right with 0, and where they are: 1."""
     tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     lengths = torch.tensor([len(text) for text in texts])

@@ -126,7 +126,8 @@ class HubReader:
         self.memory.merge(folder)
 
     def remembers(self, tokens: int) -> bool:
-        return tokens > self.memory.options.skip_first
+        least: int = self.memory.options.skip_first
+        return tokens > least
 
     def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
         from memorizing_transformers_pytorch.huggingface.reading import stops_of

@@ -1,0 +1,99 @@
+"""A memory of passages, attached to a causal language model of transformers.
+
+Shapes: N tokens of a question, P of a passage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
+from memorizing_transformers_pytorch.huggingface.recall import Query, Recall, Recalled
+from memorizing_transformers_pytorch.huggingface.texts import tokens_of
+from memorizing_transformers_pytorch.memory.entries import POSITION
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A part of a document that was recalled.
+
+    document, title: of the document. position: of its first token in the document. text: None without a tokenizer.
+    score: how well it fits; comparable within one call. tokens: (P,) its token ids.
+    """
+
+    document: int
+    title: str
+    position: int
+    text: str | None
+    score: float
+    tokens: Tensor
+
+
+class RecallMemory(AttachedMemory):
+    """The memory of a model, from `attach_memory(retrieve="spans")`: passages that stand before what it is given."""
+
+    def __repr__(self) -> str:
+        if not self._at_work.is_attached:
+            return "RecallMemory(detached)"
+        entries = list(next(iter(self.layers.values())).num_entries)
+        options = f"content={self.options.content!r}, finder={self.options.finder!r}"
+        return f"RecallMemory({options}, tokens={entries}, bytes={self.num_bytes:,})"
+
+    @property
+    def finder(self) -> Any:
+        """Which head finds passages: its layer, its number, and its induction score; None where words alone do."""
+        finder = self._recall.finder
+        return None if finder is None else finder.head
+
+    @property
+    def _recall(self) -> Recall:
+        recall = self._at_work.recall
+        assert recall is not None
+        return recall
+
+    def recall(self, question: str | Tensor, *, passages: int | None = None, row: int = 0) -> list[Passage]:
+        """The passages of a row that fit a question best, the best first.
+
+        question: text, if the memory has a tokenizer, or token ids (N,). passages: how many; as the memory places
+        before a prompt unless given.
+        Raises ValueError for an empty question, and a row that does not exist.
+        """
+        self._at_work.expect_attached()
+        if not 0 <= row < self.num_rows:
+            raise ValueError(f"the memory has rows 0 to {self.num_rows - 1}, got {row}")
+        query = Query(row, tokens_of(question, self.tokenizer, self.model))
+        count = self.options.passages if passages is None else passages
+        return self._passages(self._recall.best(query, count))
+
+    @property
+    def last_recalled(self) -> list[list[Passage]]:
+        """For each row of the last call of the model that chose passages: which ones, in the order in which they stand
+        before the text."""
+        return [self._passages(_runs(each)) for each in self._at_work.last_recalled]
+
+    def _passages(self, found: list[tuple[Tensor, float]]) -> list[Passage]:
+        made = []
+        for origins, score in found:
+            number, tokens = int(origins[0, 0]), origins[:, 2].clone()
+            known = self.ledger[number] if number in self.ledger else None  # noqa: SIM401 (a ledger is no dictionary)
+            text = None if self.tokenizer is None else self.tokenizer.decode(tokens)
+            position = int(self.ledger.in_documents(origins)[0, POSITION])
+            made.append(Passage(number, "" if known is None else known.title, position, text, score, tokens))
+        return made
+
+
+def _runs(recalled: Recalled) -> list[tuple[Tensor, float]]:
+    """Origins (P, 3) of what was recalled, one for each passage that hangs together, and its score."""
+    origins = recalled.origins
+    if len(origins) == 0:
+        return []
+    breaks = (origins[1:, :2] - origins[:-1, :2] != origins.new_tensor([0, 1])).any(dim=1).nonzero()[:, 0] + 1
+    runs, start = [], 0
+    for stop in [*breaks.tolist(), len(origins)]:
+        scores = [hit.score for hit in recalled.hits if start <= hit.place < stop]
+        runs.append((origins[start:stop], max(scores, default=0.0)))
+        start = stop
+    return runs
