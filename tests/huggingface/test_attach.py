@@ -402,7 +402,7 @@ def test_layers_are_suggested_by_their_induction_heads() -> None:
 def test_auto_takes_the_suggested_layers(scores: dict[int, float], cache: Path) -> None:
     suggest_layers(tiny("llama"))
     (path,) = cache.iterdir()
-    path.write_text(json.dumps(scores))
+    path.write_text(json.dumps({layer: [0.0, score, 0.0, 0.0] for layer, score in scores.items()}))  # of each head
     expected = [0, 1] if max(scores.values()) >= 0.2 else [max(scores, key=lambda layer: scores[layer])]  # best first
     assert list(attach_memory(tiny("llama")).layers) == expected
 
@@ -410,11 +410,11 @@ def test_auto_takes_the_suggested_layers(scores: dict[int, float], cache: Path) 
 def test_suggestions_are_kept_for_each_checkpoint(cache: Path) -> None:
     scores = suggest_layers(tiny("llama"))
     (path,) = cache.iterdir()
-    path.write_text(json.dumps({0: 0.75, 1: 0.5}))
+    path.write_text(json.dumps({0: [0.75, 0.1, 0.0, 0.0], 1: [0.5, 0.0, 0.0, 0.0]}))  # of each head
     assert suggest_layers(tiny("llama")) == {0: 0.75, 1: 0.5}
     path.write_text("{")
     assert suggest_layers(tiny("llama")) == scores
-    assert {int(index): score for index, score in json.loads(path.read_text()).items()} == scores
+    assert {int(index): max(heads) for index, heads in json.loads(path.read_text()).items()} == scores
     suggest_layers(tiny("qwen2"))
     assert len(list(cache.iterdir())) == 2
 
