@@ -360,9 +360,10 @@ def test_a_folder_of_other_things_is_refused_and_stays_as_it_is(tmp_path: Path, 
 # Processes
 
 
-def _save_for_ever(folder: Path) -> None:
+def _save_for_ever(folder: Path, ready: Any) -> None:
     """Each save adds one entry, whose document is its number; now and then all is written anew."""
     memory = KNNMemoryList.load(folder)
+    ready.set()
     for number in itertools.count(memory[0].num_entries[0]):
         add(memory, 1, document=number)
         memory.save(folder, compact=number % 5 == 0)
@@ -375,8 +376,11 @@ def test_killed_at_any_moment_a_folder_holds_one_state_or_the_next(tmp_path: Pat
     add(memory, 1)
     memory.save(folder)
     for _ in range(int(os.environ.get("KILLS", "20"))):
-        process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(folder,))
+        context = multiprocessing.get_context("fork")
+        ready = context.Event()  # a busy machine takes its time for that
+        process = context.Process(target=_save_for_ever, args=(folder, ready))
         process.start()
+        assert ready.wait(60)
         time.sleep(moments.uniform(0.01, 0.15))
         process.kill()
         process.join()
