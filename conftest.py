@@ -6,12 +6,13 @@ import os
 import tempfile
 from typing import Any
 
-import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 
 def enter_empty_folder(namespace: dict[str, Any]) -> None:
+    import torch
+
     torch.manual_seed(0)
     namespace["_before"], namespace["_folder"] = os.getcwd(), tempfile.TemporaryDirectory()
     os.chdir(namespace["_folder"].name)

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
-from datasketch import MinHash  # type: ignore[import-untyped]
 
 from memorizing_transformers_pytorch.data.document import TextDocument, text_bytes
 
@@ -52,7 +51,7 @@ def _sketches(documents: Iterable[TextDocument]) -> tuple[list[str], np.ndarray]
         shingles = _shingles(document.text)
         if len(shingles):
             names.append(document.name)
-            rows += _sketch(shingles).hashvalues.astype(np.uint32).tobytes()
+            rows += _sketch(shingles).tobytes()
     return names, np.frombuffer(rows, dtype=np.uint32).reshape(-1, _NUM_PERMUTATIONS)
 
 
@@ -139,9 +138,11 @@ def _shingles(text: str) -> np.ndarray:
     return np.unique(mixed >> np.uint64(32))
 
 
-def _sketch(shingles: np.ndarray) -> MinHash:
+def _sketch(shingles: np.ndarray) -> np.ndarray:
+    from datasketch import MinHash  # type: ignore[import-untyped]  # imports scipy, which takes most of a second
+
     sketch = MinHash(num_perm=_NUM_PERMUTATIONS, hashfunc=int)
     numbers = iter(shingles.tolist())
     while some := list(islice(numbers, _SHINGLES_AT_ONCE)):
         sketch.update_batch(some)
-    return sketch
+    return sketch.hashvalues.astype(np.uint32)

@@ -74,14 +74,13 @@ class Weights:
         if self._are_others(self._state()):
             raise ValueError(f"{CHANGED}. Clear the memory first.")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def warn_of_others(self) -> None:
         """Warns, once for each change, if the current weights are not those that wrote the memory."""
         state = self._state()
         if state != self._warned and self._are_others(state):
             self._warned = state
             advice = "retrieval may be worse. Clear the memory, or pass other_weights=True."
-            warnings.warn(f"{CHANGED}; {advice}", stacklevel=3)
+            warnings.warn(f"{CHANGED}; {advice}", stacklevel=2)
 
     def check(self, fingerprint: str | None) -> None:
         """Raises ValueError if a memory with this fingerprint was written by other weights. None fits any.

@@ -381,22 +381,25 @@ def test_standard_input_can_be_read_or_continued(
 
 
 def test_the_seed_decides_on_the_text(run: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    first, same, other = (written(run, capsys, prompt="x", temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    few = {"prompt": "x", "max_new_tokens": 40}
+    first, same, other = (written(run, capsys, **few, temperature=1.0, seed=seed) for seed in (1, 1, 2))
     assert first == same != other
 
 
 def test_the_likeliest_token_is_the_only_one_of_top_1_and_of_a_tiny_top_p(
     run: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    likeliest = written(run, capsys, prompt="x", temperature=0)
-    assert written(run, capsys, prompt="x", temperature=1.0, top_k=1) == likeliest
-    assert written(run, capsys, prompt="x", temperature=1.0, top_p=1e-6) == likeliest
+    few = {"prompt": "x", "max_new_tokens": 40}
+    likeliest = written(run, capsys, **few, temperature=0)
+    assert written(run, capsys, **few, temperature=1.0, top_k=1) == likeliest
+    assert written(run, capsys, **few, temperature=1.0, top_p=1e-6) == likeliest
 
 
 def test_writing_ends_before_the_text_to_stop_at(run: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = written(run, capsys, prompt="x", temperature=1.0).removesuffix("\n")
+    few = {"prompt": "x", "max_new_tokens": 40}
+    whole = written(run, capsys, **few, temperature=1.0).removesuffix("\n")
     stop = whole[20:23]
-    assert written(run, capsys, prompt="x", temperature=1.0, stop=stop) == "x" + whole[1:].partition(stop)[0] + "\n"
+    assert written(run, capsys, **few, temperature=1.0, stop=stop) == "x" + whole[1:].partition(stop)[0] + "\n"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import tyro
 
 pytest.importorskip("transformers")
 
-from examples import chat_with_a_book, complete_code, endless_stream, tune_in_a_loop, tune_with_trainer
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
 from memorizing_transformers_pytorch.huggingface import attach_memory
 from memorizing_transformers_pytorch.huggingface.export import for_transformers
@@ -24,7 +23,7 @@ from tests.huggingface.conftest import cache  # noqa: F401 - a fixture
 from tests.huggingface.families import tiny
 from tests.library.conftest import make_hub_model
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"  # imported in the tests: that takes seconds
 BOOK = "The whale was white. Ahab hunted the whale over all the seas. " * 4
 
 
@@ -80,6 +79,8 @@ def test_an_example_runs_as_it_prints(
 
 
 def test_a_chat_goes_on_and_shows_where_it_looked(model: Any, tokenizer: Any) -> None:
+    from examples import chat_with_a_book
+
     memory = attach_memory(model, layers="all", write="window", window=40, chunk=64)
     tokens = tokenizer(BOOK, return_tensors="pt").input_ids
     memory.read(tokens, progress=False)
@@ -91,6 +92,8 @@ def test_a_chat_goes_on_and_shows_where_it_looked(model: Any, tokenizer: Any) ->
 
 
 def test_code_is_completed_with_the_files_that_were_read(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    from examples import complete_code
+
     (tmp_path / "one.py").write_text("def one():\n    return 1\n")
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "two.py").write_text("def two():\n    return 2\n")
@@ -106,6 +109,8 @@ def test_code_is_completed_with_the_files_that_were_read(model: Any, tokenizer: 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 def test_trainer_tunes_only_the_adapter(model: Any, tmp_path: Path) -> None:
     pytest.importorskip("peft")
+    from examples import tune_with_trainer
+
     documents = [torch.randint(256, (length,)).tolist() for length in (40, 25, 33)]
     before = {name: each.clone() for name, each in model.named_parameters()}
     adapted = tune_with_trainer.tune(model, documents, tmp_path, steps=4, rows=2, segment=16)
@@ -120,6 +125,8 @@ def test_trainer_tunes_only_the_adapter(model: Any, tmp_path: Path) -> None:
 
 
 def test_a_loop_tunes_the_biases(model: Any, tmp_path: Path) -> None:
+    from examples import tune_in_a_loop
+
     documents = [torch.randint(256, (1, length)) for length in (50, 33)]
     memory = tune_in_a_loop.tune(model, documents, segment=16, layers="all")
     assert all(parameter.abs().sum() > 0 for parameter in memory.parameters())
@@ -132,6 +139,8 @@ def test_a_loop_tunes_the_biases(model: Any, tmp_path: Path) -> None:
 
 
 def test_a_stream_is_followed_in_bounded_space(model: Any, tokenizer: Any) -> None:
+    from examples import endless_stream
+
     memory = attach_memory(model, layers="all", max_memories=100)
     lines = [BOOK[:61] + "\n"] * 20
     found = list(endless_stream.follow(memory, tokenizer, lines, size=64))

@@ -101,6 +101,7 @@ def judge_all(
     counts: dict[str, Counter[str]] = {}
     findings: list[Finding] = []
     benches = [Bench(target, status.with_name(str(i))) for i, target in enumerate(targets)]
+    gc.freeze()  # what stays is not searched after every target
     limit_memory()
     with status.open("wb", buffering=0) as note:
         for bench in benches:

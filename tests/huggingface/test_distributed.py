@@ -1,6 +1,6 @@
 """Several processes, each with a memory of its own: DistributedDataParallel and FSDP.
 
-Run by itself, this file is one of them.
+Run by itself, this file is one of them. To start takes longer than to run, so each goes through all the ways.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tests.huggingface.test_attach import EVERYTHING, tokens
 from tests.training.helpers import start
 
 ROOT = Path(__file__).parents[2]
+WAYS = ("ddp", "fsdp")
 
 
 def with_memory() -> tuple[Any, AttachedMemory]:
@@ -41,9 +42,7 @@ def step(model: Any, memory: AttachedMemory, rank: int, reads: bool) -> list[Ten
     return [each.full_tensor() if hasattr(each, "full_tensor") else each for each in gradients]
 
 
-def main(way: str, folder: Path, rank: int) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # asks nobody for the name of this machine
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+def gradients_of(way: str, rank: int) -> list[Tensor]:
     model, memory = with_memory()
     outer: Any = model
     if way == "ddp":
@@ -52,31 +51,45 @@ def main(way: str, folder: Path, rank: int) -> None:
         mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
         for part in (*model.model.layers, model):
             dist.fsdp.fully_shard(part, mesh=mesh)
-    gradients = step(outer, memory, rank, reads=way == "fsdp" or rank == 0)
-    (folder / f"{rank}.json").write_text(json.dumps([each.tolist() for each in gradients]))
+    return step(outer, memory, rank, reads=way == "fsdp" or rank == 0)
+
+
+def main(folder: Path, rank: int) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # asks nobody for the name of this machine
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    found = {way: [each.tolist() for each in gradients_of(way, rank)] for way in WAYS}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     os._exit(0)  # how threads of gloo and DistributedDataParallel come to an end is not ours to test: it may hang
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_gradients_are_means_over_processes_also_where_one_remembers_nothing(way: str, tmp_path: Path) -> None:
-    """FSDP gathers weights while they are used, so there every process must read at once."""
-    each = []
-    for rank in range(2):
-        model, memory = with_memory()
-        each.append(step(model, memory, rank, reads=way == "fsdp" or rank == 0))
-    expected = [(one + other) / 2 for one, other in zip(*each, strict=True)]
-    processes = [start([way, str(tmp_path), str(rank)], module=__name__, cwd=ROOT) for rank in range(2)]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found, by way."""
+    folder = tmp_path_factory.mktemp("distributed")
+    processes = [start([str(folder), str(rank)], module=__name__, cwd=ROOT) for rank in range(2)]
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], errors
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_means_over_processes_also_where_one_remembers_nothing(
+    way: str, found: list[dict[str, Any]]
+) -> None:
+    """FSDP gathers weights while they are used, so there every process must read at once."""
+    each = []
     for rank in range(2):
-        found = [torch.tensor(gradient) for gradient in json.loads((tmp_path / f"{rank}.json").read_text())]
-        torch.testing.assert_close(found, expected)
+        model, memory = with_memory()
+        each.append(step(model, memory, rank, reads=way == "fsdp" or rank == 0))
+    expected = [(one + other) / 2 for one, other in zip(*each, strict=True)]
+    for of_rank in found:
+        torch.testing.assert_close([torch.tensor(gradient) for gradient in of_rank[way]], expected)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

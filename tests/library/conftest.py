@@ -21,7 +21,7 @@ from memorizing_transformers_pytorch.utils.durable import write_checksums
 SIZES = {"num_tokens": 256, "dim": 16, "depth": 2, "dim_head": 8, "heads": 2, "max_knn_memories": 5_000}
 
 
-def make_run(folder: Path, seed: int = 0, **changes: Any) -> Path:
+def make_run(folder: Path, seed: int = 0, segment_length: int = 32, **changes: Any) -> Path:
     torch.manual_seed(seed)
     model = ModelConfig(**{**SIZES, "short_conv": 2, "xl_max_memories": 5, **changes})
     checkpoint = folder / "checkpoints" / "step-1"
@@ -31,7 +31,7 @@ def make_run(folder: Path, seed: int = 0, **changes: Any) -> Path:
     save_checkpoint(MemorizingTransformer.from_config(model), checkpoint / "model.safetensors")
     write_checksums(checkpoint)
     ByteTokenizer().save(folder / TOKENIZER)
-    write_yaml(RunConfig(model=model, training=TrainingConfig(segment_length=32)), folder / CONFIG)
+    write_yaml(RunConfig(model=model, training=TrainingConfig(segment_length=segment_length)), folder / CONFIG)
     return folder
 
 
@@ -54,7 +54,8 @@ def make_hub_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
 
 @pytest.fixture(params=["run", "hub"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str((make_run if request.param == "run" else make_hub_model)(tmp_path / "model"))
+    folder = tmp_path / "model"
+    return str(make_run(folder, segment_length=128) if request.param == "run" else make_hub_model(folder))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from memorizing_transformers_pytorch.memory.index.approximate import ApproximateIndex
 from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest
-from tests.library.conftest import make_hub_model, make_run
+from tests.library import conftest
+from tests.library.conftest import make_hub_model
 from tests.memory.test_disk import same
+
+make_run = partial(conftest.make_run, segment_length=128)  # longer than that of others: it reads in fewer steps
 
 
 def run(*arguments: object) -> None:

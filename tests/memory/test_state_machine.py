@@ -252,7 +252,7 @@ def test_a_memory_equals_a_list_of_the_last_entries_of_each_row(dtype: torch.dty
 def run(machine: type[MemoryMachine]) -> None:
     unhurried = [HealthCheck.too_slow]
     examples = settings(
-        max_examples=some(20, 500), stateful_step_count=30, deadline=None, suppress_health_check=unhurried
+        max_examples=some(12, 500), stateful_step_count=30, deadline=None, suppress_health_check=unhurried
     )
     run_state_machine_as_test(machine, settings=examples)
 

@@ -76,7 +76,7 @@ def test_greedy_tokens_and_memories_are_those_of_teacher_forcing(variant: dict[s
     if marked:
         texts[0][3], texts[2][9], texts[2][20], texts[2][29] = SOS, EOS, SOS, EOS
     memories = model.create_knn_memories(batch_size=3)
-    written = greedy(model, texts, memories, max_new_tokens=25)
+    written = greedy(model, texts, memories, max_new_tokens=16)
     for row, (text, new) in enumerate(zip(texts, written, strict=True)):
         alone = model.create_knn_memories(batch_size=1)
         logits = forced(model, [*text, *new], alone).result

@@ -31,7 +31,7 @@ from tests.model.helpers import (
     variants,
 )
 
-T, SEGMENTS, ROWS = 7, 6, 3
+T, SEGMENTS, ROWS = 7, 4, 3
 
 
 class Stream(NamedTuple):
@@ -101,6 +101,7 @@ def held(state: XLMemories, row: int) -> list[Tensor]:
 @pytest.mark.parametrize("share_of_padding", [0.0, 0.4])
 @pytest.mark.parametrize("share_of_starts", [0.05, 0.3, 1.0])
 @variants
+@torch.no_grad()
 def test_packed_documents_are_read_as_each_alone(
     variant: dict[str, Any], share_of_starts: float, share_of_padding: float
 ) -> None:
