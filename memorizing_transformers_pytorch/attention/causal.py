@@ -13,16 +13,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from memorizing_transformers_pytorch.attention.heads import (
-    at_least_float32,
-    grouped_products,
-    grouped_sums,
-    shared_sums,
-)
-from memorizing_transformers_pytorch.attention.merge import NOTHING, Part
+from memorizing_transformers_pytorch.attention.ops import NOTHING, Part
 
 QUERIES_AT_ONCE = 128
 
@@ -61,7 +56,7 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor
 
 
 def causal_part(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, dropout: float = 0.0) -> Part:
-    """`causal_attention`, with the logarithm of the sum of the exponentials of its logits; see `attention.merge`."""
+    """`causal_attention`, with the logarithm of the sum of the exponentials of its logits; see `Part`."""
     if _fused(queries, dropout):
         return _attend(queries, keys, values, bias)
     sums, totals = [], []
@@ -119,3 +114,26 @@ class _Attention(torch.autograd.Function):
 def _logits(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     """In float32 or better, so that they may be changed in place."""
     return at_least_float32(grouped_products(queries, keys)) + bias
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def grouped_products(queries: Tensor, keys: Tensor) -> Tensor:
+    """queries (B, H, T, D), keys (B, G, S, D) -> inner products (B, H, T, S); H / G query heads share a key head."""
+    grouped = rearrange(queries, "b (g r) t d -> b g (r t) d", g=keys.shape[1])
+    return rearrange(grouped @ keys.mT, "b g (r t) s -> b (g r) t s", t=queries.shape[2])
+
+
+def grouped_sums(weights: Tensor, values: Tensor) -> Tensor:
+    """weights (B, H, T, S), values (B, G, S, D) -> weighted sums (B, H, T, D)."""
+    grouped = rearrange(weights.to(values.dtype), "b (g r) t s -> b g (r t) s", g=values.shape[1])
+    return rearrange(grouped @ values, "b g (r t) d -> b (g r) t d", t=weights.shape[2])
+
+
+def shared_sums(weights: Tensor, vectors: Tensor, kv_heads: int) -> Tensor:
+    """weights (B, H, T, S), vectors (B, H, T, D) -> (B, G, S, D): for each key the weighted sum over queries and the
+    heads that share it."""
+    grouped = rearrange(weights.to(vectors.dtype), "b (g r) t s -> b g s (r t)", g=kv_heads)
+    return grouped @ rearrange(vectors, "b (g r) t d -> b g (r t) d", g=kv_heads)

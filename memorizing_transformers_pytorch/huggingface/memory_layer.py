@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.attention.merge import gated, merged, shares
-from memorizing_transformers_pytorch.attention.ops import found_weights, memory_attention
+from memorizing_transformers_pytorch.attention.ops import found_weights, gated, memory_attention, merged, shares
 from memorizing_transformers_pytorch.huggingface import interface
 from memorizing_transformers_pytorch.huggingface.calls import Call, Shared
 from memorizing_transformers_pytorch.huggingface.interface import Extension, Local

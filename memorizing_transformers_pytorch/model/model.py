@@ -15,8 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memorizing_transformers_pytorch.attention.attention import Attention, Search
-from memorizing_transformers_pytorch.attention.blocks import AttentionBlock, FeedForward, FeedForwardBlock
+from memorizing_transformers_pytorch.attention.attention import (
+    Attention,
+    AttentionBlock,
+    FeedForward,
+    FeedForwardBlock,
+    Search,
+)
 from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
 from memorizing_transformers_pytorch.attention.position import RelativePositionBias
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, warn_once
