@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing_transformers_pytorch.kernels.availability import available
+from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.lease import Lookup, Table, lease_of
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 NOTHING = torch.finfo(torch.float32).min  # the lse of no keys: unlike minus infinity it has gradients
 

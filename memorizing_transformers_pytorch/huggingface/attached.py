@@ -20,9 +20,8 @@ from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options, load_parameters, save_parameters
 from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment
 from memorizing_transformers_pytorch.memory.disk.save import check_folder
-from memorizing_transformers_pytorch.memory.documents import DocumentTable
 from memorizing_transformers_pytorch.memory.lease import Origin
-from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.memory.ledger import Document, DocumentTable, Ledger
 
 
 class AttachedMemory:

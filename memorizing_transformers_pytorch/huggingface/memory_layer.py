@@ -24,8 +24,7 @@ from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
 from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.huggingface.rotary import CosSin
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries
-from memorizing_transformers_pytorch.memory.vectors import Vectors
+from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries, Vectors
 
 GATE_START = -2.0
 BIAS = "memory_bias"  # the name of the added module in an attention module

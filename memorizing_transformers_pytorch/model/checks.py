@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.memory.entries import as_int64
 from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig
 from memorizing_transformers_pytorch.model.segment import XLMemories
-from memorizing_transformers_pytorch.utils.integers import as_int64
 
 
 def check_devices(device: torch.device, **tensors: Tensor | None) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.attention.position import INVISIBLE, causal_distances
 from memorizing_transformers_pytorch.memory import ORIGIN_FIELDS, UNKNOWN
+from memorizing_transformers_pytorch.memory.entries import as_int64
 from memorizing_transformers_pytorch.model.config import ModelConfig
-from memorizing_transformers_pytorch.utils.integers import as_int64
 
 
 class Segment(NamedTuple):

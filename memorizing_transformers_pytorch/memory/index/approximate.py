@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.index.exact import (
     Best,
     Ring,
@@ -36,7 +37,6 @@ from memorizing_transformers_pytorch.memory.index.structure import (
     some,
     some_of,
 )
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 TARGET_RECALL = 0.95
 SAMPLED_QUERIES = 128  # of each head, to measure the recall

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.kernels.availability import available
-from memorizing_transformers_pytorch.memory.vectors import Vectors
+from memorizing_transformers_pytorch.memory.entries import Vectors
 
 # A block of converted keys should stay in cache; a block of scores should not fill the memory of a GPU.
 MAX_BLOCK_ENTRIES = 65_536
