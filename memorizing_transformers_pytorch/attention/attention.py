@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.attention.causal import causal_attention
+from memorizing_transformers_pytorch.attention.causal import INVISIBLE, causal_attention, causal_distances
 from memorizing_transformers_pytorch.attention.ops import found_weights
-from memorizing_transformers_pytorch.attention.position import INVISIBLE, causal_distances
 from memorizing_transformers_pytorch.memory.lease import Lookup
 
 Search = Callable[[Tensor, int], Lookup]

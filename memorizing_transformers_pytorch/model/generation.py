@@ -14,8 +14,8 @@ from torch import Tensor
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.entries import as_int64
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import XLMemories
 from memorizing_transformers_pytorch.model.session import Session
+from memorizing_transformers_pytorch.model.state import XLMemories
 
 Prompt = Tensor | Sequence[Sequence[int]]
 

@@ -22,13 +22,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.attention.position import INVISIBLE
+from memorizing_transformers_pytorch.attention.causal import INVISIBLE
 from memorizing_transformers_pytorch.memory import UNKNOWN, KNNMemory
 from memorizing_transformers_pytorch.memory.entries import as_int64
-from memorizing_transformers_pytorch.model.checks import check_memories, check_state, check_tokens
-from memorizing_transformers_pytorch.model.memory_step import Written, hand_over, make_look_ups, shifted
 from memorizing_transformers_pytorch.model.model import Context, MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import Segment, XLMemories, find_boundaries
+from memorizing_transformers_pytorch.model.segment import (
+    Segment,
+    check_memories,
+    check_tokens,
+    find_boundaries,
+    make_look_ups,
+    shifted,
+)
+from memorizing_transformers_pytorch.model.state import Written, XLMemories, check_state, hand_over
 
 
 class _OpenSegment(NamedTuple):
