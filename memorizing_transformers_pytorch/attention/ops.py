@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memorizing_transformers_pytorch.kernels.availability import available
+from memorizing_transformers_pytorch.kernels import available
 from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.lease import Lookup, Table, lease_of
 

@@ -177,7 +177,7 @@ def by_position(losses: Losses) -> Positions:
 
 
 class Interval(NamedTuple):
-    """Where the middle `level` of the draws lie."""
+    """Where the middle 95% of the draws lie."""
 
     low: float
     high: float
@@ -207,9 +207,9 @@ def drawn_means(sums: np.ndarray, counts: np.ndarray, *, draws: int = 10_000, se
     return np.concatenate(parts, axis=1)
 
 
-def interval(values: np.ndarray | None, level: float = 0.95) -> Interval | None:
-    """The percentile interval of values (S,), one for each draw; None for None."""
+def interval(values: np.ndarray | None) -> Interval | None:
+    """The 95% percentile interval of values (S,), one for each draw; None for None."""
     if values is None:
         return None
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [0.025, 0.975])
     return Interval(float(low), float(high))

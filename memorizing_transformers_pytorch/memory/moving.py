@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from memorizing_transformers_pytorch.memory.disk.save import Marks
-from memorizing_transformers_pytorch.memory.index.auto import index_on
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.ledger import held
 from memorizing_transformers_pytorch.memory.store import Store
@@ -26,7 +25,7 @@ def memory_with(store: Store, index: str, policy: str) -> KNNMemory:
         num_kv_heads=sizes.kv_heads,
         dtype=sizes.dtype,
         device=store.device,
-        index=index_on(store.device, index),
+        index=index if store.device.type == "cpu" or index == "auto" else "exact",
         policy=policy,
     )
     memory.replace_store(store)

@@ -109,7 +109,7 @@ def stream(
                 if all(ended):
                     break
         except GeneratorExit:  # closed early: what was yielded is still to be remembered
-            if session.can_write:
+            if not any(memory.is_closed for memory in session.memories or ()):
                 session.read(pending)
                 session.close()
             raise

@@ -127,11 +127,6 @@ class Session:
                 self._advance(portions)
         return self.logits
 
-    @property
-    def can_write(self) -> bool:
-        """Whether the memories, if any, are still open."""
-        return not any(memory.is_closed for memory in self.memories or ())
-
     @torch.no_grad()
     def close(self) -> XLMemories:
         """Hand over what the open segments hold, so that the memories know all that was read. Returns the state."""

@@ -25,7 +25,7 @@ from memorizing_transformers_pytorch.memory.index.exact import (
     best_members,
     best_of,
     inner_products,
-    share_found,
+    num_found,
 )
 from memorizing_transformers_pytorch.memory.index.structure import (
     Kind,
@@ -193,7 +193,7 @@ class ApproximateIndex:
 
         def recall(probes: int) -> float:
             training.probes = probes
-            return share_found(self._search(row, ring, sample, topk), best)
+            return num_found(self._search(row, ring, sample, topk).scores, best.scores) / best.scores.numel()
 
         tried = chosen = 1
         training.recall, in_vain = recall(chosen), 0
