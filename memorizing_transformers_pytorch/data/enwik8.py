@@ -28,10 +28,9 @@ from memorizing_transformers_pytorch.utils.progress import bar
 ADDRESS = "http://mattmahoney.net/dc/enwik8.zip"
 ZIP_BYTES = 36_445_475
 ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
+SPLIT_BYTES = (90_000_000, 5_000_000, 5_000_000)
 _BLOCK_BYTES = 1 << 16
 _TIMEOUT_SECONDS = 30.0
-SPLIT_BYTES = (90_000_000, 5_000_000, 5_000_000)
-
 _OF_ARCHIVES = (
     EOFError, OSError, RuntimeError, UnicodeDecodeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip

@@ -23,6 +23,13 @@ MAX_BLOCK_NUMBERS = 2**22  # of draws held at once, which are as many numbers as
 FIRST_POSITIONS = 16  # tokens in the first range of positions; from there ranges grow by the square root of two
 
 
+class Interval(NamedTuple):
+    """Where the middle 95% of the draws lie."""
+
+    low: float
+    high: float
+
+
 class Estimate(NamedTuple):
     """A number for these documents, and the 95% interval of it for documents like them (None for one document)."""
 
@@ -174,13 +181,6 @@ def by_position(losses: Losses) -> Positions:
         sums = np.array([np.diff(total[end]) for total, end in zip(totals, ends, strict=True)])
         means[mode] = (sums.sum(axis=0) / counts.sum(axis=0)).tolist()
     return Positions(edges, (counts > 0).sum(axis=0).tolist(), counts.sum(axis=0).tolist(), means)
-
-
-class Interval(NamedTuple):
-    """Where the middle 95% of the draws lie."""
-
-    low: float
-    high: float
 
 
 def drawn_means(sums: np.ndarray, counts: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> np.ndarray | None:
