@@ -30,9 +30,9 @@ from memorizing_transformers_pytorch.evaluation.evaluate import evaluate, mean_l
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
 from memorizing_transformers_pytorch.huggingface import attach_memory
 from memorizing_transformers_pytorch.memory import KNNMemory
+from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.index.auto import make_index
 from memorizing_transformers_pytorch.memory.index.exact import Best, ExactIndex, Ring
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 from memorizing_transformers_pytorch.training.run import load_run
 
 BEST, LEAST = 32, 128  # entries that are compared, of more than so many

@@ -26,8 +26,8 @@ from transformers import DynamicCache
 
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
 from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_memory
+from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.store import StagedEntries
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 CHUNK, SEED_TOKENS, NOISE = 512, 8_192, 0.05
 

@@ -24,8 +24,8 @@ import tyro
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memorizing_transformers_pytorch.evaluation.bootstrap import drawn_means
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
+from memorizing_transformers_pytorch.evaluation.summary import drawn_means
 from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_memory, suggest_layers
 
 HALF = 2_048

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from memorizing_transformers_pytorch.evaluation.bootstrap import drawn_means, interval
+from memorizing_transformers_pytorch.evaluation.summary import drawn_means, interval
 
 LENGTHS = ("10", "30", "60", "120")
 LOCAL_STEPS = {"10": "1,000", "30": "3,000", "60": "6,000", "120": "12,000"}

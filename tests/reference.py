@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.attention.attention import Attention
+from memorizing_transformers_pytorch.attention.causal import RelativePositionBias
 from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
-from memorizing_transformers_pytorch.attention.position import RelativePositionBias
 
 
 class Entry(NamedTuple):

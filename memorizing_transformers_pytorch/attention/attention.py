@@ -1,4 +1,4 @@
-"""Attention over a segment and its past.
+"""Attention over a segment and its past, and the pre-norm residual blocks that a layer is made of.
 
 Layers compute; they do not keep. `attend` takes what came before as `past` and returns the pairs of this segment; who
 stores them where is the caller's business (the model's, or that of `forward` for a layer used on its own).
@@ -9,15 +9,16 @@ E model width. Pairs are (B, G, n, 2, D): keys at [..., 0, :], values at [..., 1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.attention.causal import causal_attention
-from memorizing_transformers_pytorch.attention.heads import join_past, local_bias
+from memorizing_transformers_pytorch.attention.causal import INVISIBLE, causal_attention, causal_distances
 from memorizing_transformers_pytorch.attention.ops import found_weights
 from memorizing_transformers_pytorch.memory.lease import Lookup
 
@@ -50,6 +51,25 @@ class Attended(NamedTuple):
     pairs: Tensor
     conv_inputs: Tensor | None = None
     reading: Reading | None = None
+
+
+def join_past(past: Tensor | None, pairs: Tensor) -> Tensor:
+    """The pairs (B, G, P, 2, D) of the past, detached, and those of this segment, as one (B, G, S, 2, D)."""
+    return pairs if past is None else torch.cat((past.detach().to(pairs), pairs), dim=2)
+
+
+def local_bias(rel_pos_bias: Tensor | None, mask: Tensor | None, num_past: int, num_queries: int) -> Tensor:
+    """The bias (1, H, T, S), or none, with -inf for keys ahead of the query and where mask (B, T) is False.
+
+    A query always sees its own key, so that its weights stay defined on padding too.
+    """
+    device = mask.device if mask is not None else None if rel_pos_bias is None else rel_pos_bias.device
+    distances = causal_distances(num_queries, num_past + num_queries, device)
+    hidden = distances == INVISIBLE
+    if mask is not None:
+        hidden = hidden | (~F.pad(mask, (num_past, 0), value=True)[:, None] & (distances != 0))
+    bias = torch.zeros(1, device=device) if rel_pos_bias is None else rel_pos_bias
+    return bias.masked_fill(hidden.unsqueeze(1), -math.inf)
 
 
 class AttentionBase(nn.Module):
@@ -136,3 +156,40 @@ class Attention(AttentionBase):
         attended = self.attend(x, bias=bias, past=xl_memory)
         new_xl_memory, _ = self._roll(xl_memory, attended.pairs)
         return attended.out, new_xl_memory
+
+
+class AttentionBlock(nn.Module):
+    """x + attention(norm(x)). fn: an `Attention` or a `KNNAttention`."""
+
+    def __init__(self, dim: int, fn: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fn = fn
+
+    def forward(self, x: Tensor, **context: Any) -> Attended:
+        """x (B, T, E) and what `attend` of the layer takes."""
+        attended: Attended = self.fn.attend(self.norm(x), **context)
+        return attended._replace(out=x + attended.out)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a GELU between them."""
+
+    def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(dim, dim * mult), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim * mult, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.net(x))
+
+
+class FeedForwardBlock(nn.Module):
+    """x + feed_forward(norm(x))."""
+
+    def __init__(self, dim: int, fn: FeedForward) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, x + self.fn(self.norm(x)))

@@ -12,11 +12,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.attention.attention import Attended, AttentionBase, Reading, Search
-from memorizing_transformers_pytorch.attention.causal import causal_attention, causal_part
-from memorizing_transformers_pytorch.attention.heads import join_past, unit
-from memorizing_transformers_pytorch.attention.merge import gated, merged, shares
-from memorizing_transformers_pytorch.attention.ops import memory_attention
+from memorizing_transformers_pytorch.attention.attention import Attended, AttentionBase, Reading, Search, join_past
+from memorizing_transformers_pytorch.attention.causal import at_least_float32, causal_attention, causal_part
+from memorizing_transformers_pytorch.attention.ops import gated, memory_attention, merged, shares
 from memorizing_transformers_pytorch.attention.short_conv import ShortConv, induction_taps
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 
@@ -166,3 +164,14 @@ class KNNAttention(AttentionBase):
         if knn_memory is not None and add_knn_memory and discarded.shape[2] > 0:
             knn_memory.add(discarded, mask)
         return attended.out, new_xl_memory
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1 along the last axis, in float32 or better; (nearly) zero vectors stay as they are.
+
+    The first key of a document, with a convolution that looks at earlier tokens only, is zero: dividing it by a tiny
+    epsilon, as `F.normalize` does, would give it a gradient of 1e12.
+    """
+    wide = at_least_float32(x)
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / norm.masked_fill(norm < 1e-6, 1)).to(x.dtype)

@@ -21,8 +21,8 @@ from memorizing_transformers_pytorch.library.readers import load_memories
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.model.generation import stream
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import XLMemories
 from memorizing_transformers_pytorch.model.session import Session
+from memorizing_transformers_pytorch.model.state import XLMemories
 from memorizing_transformers_pytorch.training.run import LoadedRun, load_run, run_named
 from memorizing_transformers_pytorch.utils.progress import bar as progress_bar
 

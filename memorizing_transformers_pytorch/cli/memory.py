@@ -17,10 +17,10 @@ from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_devi
 from memorizing_transformers_pytorch.library.build import Builder, files_below
 from memorizing_transformers_pytorch.library.readers import open_reader
 from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.memory.disk.folder import locked, make_folder, refuse_others
 from memorizing_transformers_pytorch.memory.disk.load import How, load, state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
-from memorizing_transformers_pytorch.memory.documents import DocumentTable, by_layer
+from memorizing_transformers_pytorch.memory.disk.save import locked, make_folder, refuse_others
+from memorizing_transformers_pytorch.memory.ledger import DocumentTable, by_layer
 from memorizing_transformers_pytorch.utils.interrupts import stopping_on_signals
 from memorizing_transformers_pytorch.utils.progress import bar
 

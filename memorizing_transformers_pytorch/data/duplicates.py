@@ -145,4 +145,5 @@ def _sketch(shingles: np.ndarray) -> np.ndarray:
     numbers = iter(shingles.tolist())
     while some := list(islice(numbers, _SHINGLES_AT_ONCE)):
         sketch.update_batch(some)
-    return sketch.hashvalues.astype(np.uint32)
+    hashes: np.ndarray = sketch.hashvalues.astype(np.uint32)
+    return hashes

@@ -6,15 +6,17 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memorizing_transformers_pytorch.data import cache
+from memorizing_transformers_pytorch.data import cache, enwik8, files
 from memorizing_transformers_pytorch.data.cache import TokenisedDocuments
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.corpora import open_corpus
-from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, Split, TextDocument
-from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
+from memorizing_transformers_pytorch.data.document import SPLITS, Corpus, Split, TextDocument, text_bytes
+from memorizing_transformers_pytorch.data.duplicates import near_duplicate_leaders
+from memorizing_transformers_pytorch.data.hub import HuggingFaceDataset
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from memorizing_transformers_pytorch.utils.durable import replacing
 from memorizing_transformers_pytorch.utils.progress import bar
@@ -102,3 +104,67 @@ def _shown(corpus: Iterable[TextDocument], doing: str, progress: bool) -> Iterab
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+class First:
+    """The first documents of a corpus."""
+
+    def __init__(self, corpus: Corpus, count: int) -> None:
+        self._corpus, self._count = corpus, count
+
+    def __iter__(self) -> Iterator[TextDocument]:
+        return islice(self._corpus, self._count)
+
+    def fingerprint(self) -> str:
+        return f"{self._count} of {self._corpus.fingerprint()}"
+
+
+def open_corpus(config: DataConfig, progress: bool = False) -> Corpus:
+    """The corpus of `config.source`, downloaded if need be. Raises ValueError for an unknown source."""
+    corpus: Corpus
+    kind, _, rest = config.source.partition(":")
+    if config.source == "stdlib":
+        corpus = files.standard_library(config)
+    elif kind == "enwik8":
+        corpus = enwik8.Enwik8(Path(rest) if rest else enwik8.download_enwik8(config.cache, progress))
+    elif kind == "hf":
+        corpus = HuggingFaceDataset(config)
+    else:
+        corpus = files.folder(config) if Path(config.source).is_dir() else files.matching(config)
+    return corpus if config.max_documents is None else First(corpus, config.max_documents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splitter:
+    """The side of a document: by a hash of its name, so that it depends on no other document, order or seed.
+
+    The hash, SHA-256 as a fraction of its range, puts a document into the test split below `test`, into the validation
+    split in the next `valid`, else into training. A document that its corpus assigns itself stays there. Near-identical
+    documents follow the one among them that `leaders` names.
+    """
+
+    valid: float
+    test: float
+    leaders: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, document: TextDocument) -> Split:
+        if document.split is not None:
+            return document.split
+        name = self.leaders.get(document.name, document.name)
+        share = int.from_bytes(hashlib.sha256(text_bytes(name)).digest()[:8], "big") / 2**64
+        if share < self.test:
+            return "test"
+        return "valid" if share < self.test + self.valid else "train"
+
+
+def make_splitter(
+    documents: Iterable[TextDocument], *, valid: float, test: float, near_duplicates: float | None
+) -> Splitter:
+    """The sides of these documents. They are read once to find near-identical ones, unless that is None.
+
+    near_duplicates: Jaccard similarity of the sets of five words in a row (see duplicates.py), from which documents are
+    kept on one side.
+    """
+    free = (document for document in documents if document.split is None)
+    leaders = {} if near_duplicates is None else near_duplicate_leaders(free, near_duplicates)
+    return Splitter(valid=valid, test=test, leaders=leaders)

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
+from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.index.exact import ExactIndex
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 CONTROLS = ("other", "shuffled", "random keys")
 

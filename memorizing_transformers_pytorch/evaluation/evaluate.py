@@ -27,7 +27,7 @@ from tqdm import tqdm
 from memorizing_transformers_pytorch.evaluation.controls import CONTROLS, control
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.model.state import XLMemories
 from memorizing_transformers_pytorch.utils.progress import bar as progress_bar
 
 Losses = dict[str, list[np.ndarray]]

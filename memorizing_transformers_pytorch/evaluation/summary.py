@@ -1,6 +1,10 @@
 """The losses of an evaluation in numbers: means, what the memory changes, and how sure that is. Knows no files.
 
-Shapes: C modes, N documents, P ranges of positions.
+How sure: by the percentile bootstrap (Efron 1979), with the document as its unit, as tokens of a document depend on
+each other. Documents are drawn, with replacement; a mean is that over all tokens of the documents drawn. Every mode is
+averaged over the same draws, so differences between modes are paired.
+
+Shapes: C modes, N documents, S draws, P ranges of positions.
 """
 
 from __future__ import annotations
@@ -12,11 +16,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memorizing_transformers_pytorch.evaluation.bootstrap import Interval, drawn_means, interval
 from memorizing_transformers_pytorch.evaluation.controls import CONTROLS
 from memorizing_transformers_pytorch.evaluation.evaluate import Losses, mode_of
 
+MAX_BLOCK_NUMBERS = 2**22  # of draws held at once, which are as many numbers as there are documents
 FIRST_POSITIONS = 16  # tokens in the first range of positions; from there ranges grow by the square root of two
+
+
+class Interval(NamedTuple):
+    """Where the middle 95% of the draws lie."""
+
+    low: float
+    high: float
 
 
 class Estimate(NamedTuple):
@@ -170,3 +181,35 @@ def by_position(losses: Losses) -> Positions:
         sums = np.array([np.diff(total[end]) for total, end in zip(totals, ends, strict=True)])
         means[mode] = (sums.sum(axis=0) / counts.sum(axis=0)).tolist()
     return Positions(edges, (counts > 0).sum(axis=0).tolist(), counts.sum(axis=0).tolist(), means)
+
+
+def drawn_means(sums: np.ndarray, counts: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> np.ndarray | None:
+    """sums (C, N) of losses and counts (N,) of tokens, of each document -> means over all tokens of each draw (C, S).
+
+    None for a single document, which says nothing about others. Raises ValueError for other shapes, documents without
+    tokens, or less than one draw.
+    """
+    if sums.ndim != 2 or counts.shape != sums.shape[1:]:
+        raise ValueError(f"expected sums (modes, documents) and counts (documents,), got {sums.shape}, {counts.shape}")
+    if draws < 1:
+        raise ValueError(f"expected at least 1 draw, got {draws}")
+    number = len(counts)
+    if number == 0 or counts.min() < 1:
+        raise ValueError(f"expected documents with at least 1 token each, got {counts.tolist()}")
+    if number == 1:
+        return None
+    random = np.random.default_rng(seed)
+    parts = []
+    block = max(MAX_BLOCK_NUMBERS // number, 1)
+    for start in range(0, draws, block):
+        taken = random.multinomial(number, np.full(number, 1 / number), size=min(block, draws - start))
+        parts.append((sums @ taken.T) / (counts @ taken.T))
+    return np.concatenate(parts, axis=1)
+
+
+def interval(values: np.ndarray | None) -> Interval | None:
+    """The 95% percentile interval of values (S,), one for each draw; None for None."""
+    if values is None:
+        return None
+    low, high = np.quantile(values, [0.025, 0.975])
+    return Interval(float(low), float(high))

@@ -11,8 +11,7 @@ from memorizing_transformers_pytorch.explorer.charts import drawn
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
 from memorizing_transformers_pytorch.explorer.markup import ENVIRONMENT, write
 from memorizing_transformers_pytorch.explorer.page import SECTIONS, View
-from memorizing_transformers_pytorch.training.metrics import Record, read_metrics
-from memorizing_transformers_pytorch.training.report import training_charts
+from memorizing_transformers_pytorch.training.metrics import Record, read_metrics, training_charts
 from memorizing_transformers_pytorch.utils.plain_json import read_object
 
 REPORT = "report.html"

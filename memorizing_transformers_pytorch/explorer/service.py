@@ -13,7 +13,7 @@ from memorizing_transformers_pytorch.explorer.explanation import Explanation
 from memorizing_transformers_pytorch.explorer.workspace import PASSAGE, Sampling, Workspace
 from memorizing_transformers_pytorch.library.build import DIGEST, evicted_since, held_titles, room_messages, text_of
 from memorizing_transformers_pytorch.library.readers import DocumentReader
-from memorizing_transformers_pytorch.memory.documents import DocumentTable
+from memorizing_transformers_pytorch.memory.ledger import DocumentTable
 
 MAX_BYTES = 20_000_000  # of one text
 Progress = Callable[[float], None]

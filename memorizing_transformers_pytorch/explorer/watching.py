@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.search import Hidden
-from memorizing_transformers_pytorch.model.memory_step import shifted
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.segment import shifted
 
 
 class LookedUp(NamedTuple):

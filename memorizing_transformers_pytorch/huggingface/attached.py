@@ -21,9 +21,8 @@ from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, StoreOp
 from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment
 from memorizing_transformers_pytorch.memory.disk.save import check_folder
-from memorizing_transformers_pytorch.memory.documents import DocumentTable
 from memorizing_transformers_pytorch.memory.lease import Origin
-from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.memory.ledger import Document, DocumentTable, Ledger
 
 
 class AttachedMemory:

@@ -21,10 +21,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from memorizing_transformers_pytorch.memory.entries import as_int64
 from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.model.session import Session
-from memorizing_transformers_pytorch.utils.integers import as_int64
 
 MODEL_TYPE = "memorizing_transformer"
 Output: Any = CausalLMOutputWithPast

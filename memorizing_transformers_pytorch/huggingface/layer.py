@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Shared, deepcopied, refuse_in_backward
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries
+from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries, Vectors
 from memorizing_transformers_pytorch.memory.lease import Lookup
 from memorizing_transformers_pytorch.memory.policy import OLDEST, POLICIES
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 from memorizing_transformers_pytorch.model.checkpoint import check_dtypes, read_weights
 
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.attention.merge import gated, merged, shares
-from memorizing_transformers_pytorch.attention.ops import found_weights, memory_attention
+from memorizing_transformers_pytorch.attention.ops import found_weights, gated, memory_attention, merged, shares
 from memorizing_transformers_pytorch.huggingface import interface
 from memorizing_transformers_pytorch.huggingface.calls import Call, Shared
 from memorizing_transformers_pytorch.huggingface.interface import Extension, Local
@@ -25,8 +24,7 @@ from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
 from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.huggingface.rotary import CosSin
 from memorizing_transformers_pytorch.memory import KNNMemory
-from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries
-from memorizing_transformers_pytorch.memory.vectors import Vectors
+from memorizing_transformers_pytorch.memory.entries import POSITION, StagedEntries, Vectors
 
 GATE_START = -2.0
 BIAS = "memory_bias"  # the name of the added module in an attention module

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.huggingface.probe import vocabulary_of
-from memorizing_transformers_pytorch.utils.integers import as_int64
+from memorizing_transformers_pytorch.memory.entries import as_int64
 
 
 def tokens_of(text: str | Tensor, tokenizer: Any, model: Any) -> Tensor:

@@ -8,14 +8,13 @@ Shapes: N slots in the table, D width, B bags, K slots in each.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from memorizing_transformers_pytorch.kernels.devices import on_device
 
 ENTRIES, COLUMNS = 32, 64  # of the block of a table that a program holds
 
@@ -81,3 +80,8 @@ def _launch(kernel: Any, parted: int, block: int, numbers: Tensor, slots: Tensor
         tensors = (numbers.contiguous(), slots.contiguous(), table.contiguous(), out)
         kernel[(bags * num_blocks,)](*tensors, *sizes, ENTRIES=ENTRIES, COLUMNS=COLUMNS)
     return out
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Inside, the device of the tensor is the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()

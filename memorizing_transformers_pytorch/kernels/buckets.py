@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memorizing_transformers_pytorch.kernels.devices import on_device
+from memorizing_transformers_pytorch.kernels.bags import on_device
 
 QUERIES, BUCKETS, COLUMNS = 64, 64, 64  # of the blocks that a program multiplies
 

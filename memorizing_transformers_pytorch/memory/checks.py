@@ -15,8 +15,6 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.utils.integers import as_int64
-
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -94,53 +92,7 @@ def rows_in_scope(indices: int | Iterable[int] | None, scope: list[int], num_row
     return rows
 
 
-def checked_entries(memories: Tensor, rows: int, heads: int, dim: int) -> Tensor:
-    """The entries, of `heads` key/value heads, as (R, G, N, 2, D)."""
-    if heads == 1 and memories.ndim == 4:
-        memories = memories.unsqueeze(1)
-    fits = memories.ndim == 5 and memories.shape[:2] == (rows, heads)
-    if not fits or memories.shape[3:] != (2, dim):
-        expected = f"entries ({rows} rows, {heads} key/value heads, any number, 2, {dim})"
-        raise ValueError(f"expected {expected}, got {tuple(memories.shape)}")
-    if not memories.is_floating_point():
-        raise ValueError(f"expected floating-point entries, got {memories.dtype}")
-    return memories
-
-
-def checked_origins(mask: Tensor | None, origins: Tensor, shape: tuple[int, int], fields: int) -> Tensor:
-    """mask: bool (R, N), or None for all. origins: integers (R, N, fields), returned as int64."""
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
-        raise ValueError(f"expected a bool mask {shape}, got {mask.dtype} {tuple(mask.shape)}")
-    if origins.shape != (*shape, fields):
-        raise ValueError(f"expected origins {(*shape, fields)}, got {tuple(origins.shape)}")
-    return as_int64(origins, "origins")
-
-
-def check_finite(entries: Tensor, mask: Tensor | None) -> None:
-    """entries (R, G, N, 2, D), of which only those where the mask (R, N) is True matter."""
-    checked = entries if mask is None else entries.masked_fill(~mask[:, None, :, None, None].to(entries.device), 0)
-    if not bool(checked.isfinite().all()):
-        raise NonFiniteError(f"expected keys and values that are finite in {entries.dtype}, got NaN or infinity")
-
-
 def check_slots(slots: Tensor, num_slots: int) -> None:
     """Whether there are these slots."""
     if slots.numel() > 0 and not (int(slots.min()) >= 0 and int(slots.max()) < num_slots):
         raise ValueError(f"expected slots from 0 to {num_slots - 1}, got {int(slots.min())} to {int(slots.max())}")
-
-
-def check_queries(queries: Tensor, topk: int, rows: int, heads: int, dim: int) -> None:
-    """queries (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of `heads`; topk >= 1."""
-    fits = queries.ndim >= 2 and queries.shape[0] == rows and queries.shape[-1] == dim
-    if heads > 1:
-        fits = fits and queries.ndim >= 3 and queries.shape[1] % heads == 0
-    if not fits:
-        middle = "..." if heads == 1 else f"query heads as a multiple of {heads}, ..."
-        raise ValueError(f"expected queries ({rows} rows, {middle}, {dim}), got {tuple(queries.shape)}")
-    if not queries.is_floating_point():
-        raise ValueError(f"expected floating-point queries, got {queries.dtype}")
-    if topk < 1:
-        raise ValueError(f"expected topk to be at least 1, got {topk}")
-    # Not on a GPU, which it would wait for. NaN for NaN and infinity; in two steps, this is done often.
-    if queries.device.type == "cpu" and (queries.detach() * 0).sum().item() != 0:
-        raise NonFiniteError("expected finite queries, got NaN or infinity")

@@ -41,7 +41,7 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
     num_indices: number of rows; each remembers its own document.
     num_kv_heads: key/value heads G. Query head h reads key/value head h // (H / G).
     dtype: of stored keys and values: torch.float32, bfloat16, float16, or int8 for codes with a scale for each vector
-        (see `vectors`), a quarter of float32, which are what is searched and attended to.
+        (see `entries`), a quarter of float32, which are what is searched and attended to.
     device: where they lie; the CPU unless given.
     index: "exact", brute force over the stored keys; "auto", which uses inverted lists in large rows where they find
         95% of the best entries; or inverted lists such as "IVF1024,SQfp16" (see `index.structure.Kind`), which need a
@@ -145,7 +145,6 @@ class KNNMemory(AbstractContextManager["KNNMemory"]):
         shapes or topk < 1, and on a CPU (a GPU would have to wait) NonFiniteError for queries that are not finite.
         """
         rows = self.scoped_indices if rows is None else rows
-        checks.check_queries(queries, topk, len(rows), self.num_kv_heads, self.dim)
         with self.store.lock:
             return search_rows(self.store, self.searcher, rows, queries, topk, self.hidden.now)
 

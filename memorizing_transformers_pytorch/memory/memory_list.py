@@ -13,11 +13,10 @@ from torch import Tensor
 from memorizing_transformers_pytorch.memory.checks import check_capacity, checked_rows
 from memorizing_transformers_pytorch.memory.disk.load import How, check_fingerprint, load
 from memorizing_transformers_pytorch.memory.disk.save import Belongings, Marks, save
-from memorizing_transformers_pytorch.memory.documents import DocumentTable, document_table, known_numbers
 from memorizing_transformers_pytorch.memory.entries import StagedEntries
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
 from memorizing_transformers_pytorch.memory.lease import Origin
-from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
+from memorizing_transformers_pytorch.memory.ledger import Document, DocumentTable, Ledger, document_table, known_numbers
 from memorizing_transformers_pytorch.memory.moving import check_like, check_nothing_twice, copied, copy_row, take_over
 from memorizing_transformers_pytorch.memory.snapshot import restored
 

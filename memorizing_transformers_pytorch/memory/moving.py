@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from memorizing_transformers_pytorch.memory.disk.save import Marks
-from memorizing_transformers_pytorch.memory.index.auto import index_on
 from memorizing_transformers_pytorch.memory.knn_memory import KNNMemory
+from memorizing_transformers_pytorch.memory.ledger import held
 from memorizing_transformers_pytorch.memory.store import Store
 
 
@@ -25,7 +25,7 @@ def memory_with(store: Store, index: str, policy: str) -> KNNMemory:
         num_kv_heads=sizes.kv_heads,
         dtype=sizes.dtype,
         device=store.device,
-        index=index_on(store.device, index),
+        index=index if store.device.type == "cpu" or index == "auto" else "exact",
         policy=policy,
     )
     memory.replace_store(store)
@@ -40,8 +40,7 @@ def copied(memory: KNNMemory, device: torch.device, documents: Iterable[int] | N
         places = memory.store.places_in_order(row)
         if chosen is not None:
             places = places[torch.isin(memory.store.origins[row, places, 0], chosen.to(places.device))]
-        picked = memory.store.picked(row, places)
-        new.append(row, {name: part.to(device) for name, part in picked.items()}, len(places))
+        new.append(row, {name: part.to(device) for name, part in memory.store.picked(row, places).items()})
     return memory_with(new, memory.index, memory.policy)
 
 
@@ -50,7 +49,7 @@ def copy_row(memory: KNNMemory, source: int, target: int) -> None:
     entries = memory.store.picked(source, memory.store.places_in_order(source))
     memory.store.clear([target])
     memory.searcher.forget([target])
-    memory.store.append(target, entries, len(entries["origins"]))
+    memory.store.append(target, entries)
 
 
 def check_like(memories: Sequence[KNNMemory], others: Sequence[KNNMemory]) -> None:
@@ -71,16 +70,6 @@ def check_nothing_twice(
         raise ValueError(f"both memories hold documents of the same saved state ({folders}): a merge would double them")
 
 
-def held(memories: Sequence[KNNMemory]) -> set[int]:
-    """The numbers of the documents with entries in any row."""
-    return {
-        number
-        for memory in memories
-        for row in range(memory.num_indices)
-        for number in memory.store.numbers_in(row).tolist()
-    }
-
-
 def take_over(memory: KNNMemory, other: KNNMemory, shift: int) -> None:
     """Add the entries of another memory after its own, with document numbers that are so much larger; where they do not
     fit, the capacity grows."""
@@ -91,5 +80,4 @@ def take_over(memory: KNNMemory, other: KNNMemory, shift: int) -> None:
         entries = other.store.picked(row, other.store.places_in_order(row))
         numbers = entries["origins"][:, 0]
         entries["origins"][:, 0] = torch.where(numbers < 0, numbers, numbers + shift)
-        here = {name: part.to(memory.device) for name, part in entries.items()}
-        memory.store.append(row, here, len(numbers))
+        memory.store.append(row, {name: part.to(memory.device) for name, part in entries.items()})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from memorizing_transformers_pytorch.memory.checks import NonFiniteError
 from memorizing_transformers_pytorch.memory.index.exact import Index
 from memorizing_transformers_pytorch.memory.lease import Retrieved
 from memorizing_transformers_pytorch.memory.store import Store
@@ -36,12 +37,30 @@ def search_rows(
     store: Store, index: Index, rows: Sequence[int], queries: Tensor, topk: int, hidden: Hidden | None = None
 ) -> Retrieved:
     """The best entries of these rows for queries (R, ..., D): slots, scores and mask, each (R, ..., topk)."""
+    _check_queries(queries, topk, len(rows), store.sizes.kv_heads, store.sizes.dim)
     if hidden is not None:
         return _search_others(store, index, rows, queries, topk, hidden)
     grouped = queries.detach().to(store.device).reshape(len(rows), store.sizes.kv_heads, -1, queries.shape[-1])
     found = [_search_row(store, index, row, own, topk) for row, own in zip(rows, grouped, strict=True)]
     parts = (part[0] if len(part) == 1 else torch.stack(part) for part in zip(*found, strict=True))
     return Retrieved(*(part.view(*queries.shape[:-1], topk).to(queries.device) for part in parts))
+
+
+def _check_queries(queries: Tensor, topk: int, rows: int, heads: int, dim: int) -> None:
+    """queries (R, ..., D) for one key/value head, else (R, H, ..., D) with H a multiple of `heads`; topk >= 1."""
+    fits = queries.ndim >= 2 and queries.shape[0] == rows and queries.shape[-1] == dim
+    if heads > 1:
+        fits = fits and queries.ndim >= 3 and queries.shape[1] % heads == 0
+    if not fits:
+        middle = "..." if heads == 1 else f"query heads as a multiple of {heads}, ..."
+        raise ValueError(f"expected queries ({rows} rows, {middle}, {dim}), got {tuple(queries.shape)}")
+    if not queries.is_floating_point():
+        raise ValueError(f"expected floating-point queries, got {queries.dtype}")
+    if topk < 1:
+        raise ValueError(f"expected topk to be at least 1, got {topk}")
+    # Not on a GPU, which it would wait for. NaN for NaN and infinity; in two steps, this is done often.
+    if queries.device.type == "cpu" and (queries.detach() * 0).sum().item() != 0:
+        raise NonFiniteError("expected finite queries, got NaN or infinity")
 
 
 def _search_row(store: Store, index: Index, row: int, queries: Tensor, topk: int) -> Retrieved:

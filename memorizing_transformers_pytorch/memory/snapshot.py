@@ -23,8 +23,8 @@ def take_snapshot(store: Store) -> dict[str, Tensor]:
     rows = list(enumerate(store.filled))
     return {
         **{
-            name: torch.cat([table[row].narrow(dim, 0, filled).cpu() for row, filled in rows], dim)
-            for name, table, dim in _saved(store)
+            name: torch.cat([table[row].narrow(_dim(name), 0, filled).cpu() for row, filled in rows], _dim(name))
+            for name, table in store.tables.items()
         },
         "filled": torch.tensor(store.filled),
         "cursors": torch.tensor(store.cursors),
@@ -32,9 +32,9 @@ def take_snapshot(store: Store) -> dict[str, Tensor]:
     }
 
 
-def _saved(store: Store) -> list[tuple[str, Tensor, int]]:
-    """Name and table, and which dimension of one row of it (and of what is saved) counts entries."""
-    return [(name, table, int(name in PER_HEAD)) for name, table in store.tables.items()]
+def _dim(name: str) -> int:
+    """Which dimension of one row of a table of that name, and of what is saved of it, counts entries."""
+    return int(name in PER_HEAD)
 
 
 def restored(like: Store, snapshot: Mapping[str, Tensor]) -> Store:
@@ -48,9 +48,9 @@ def restored(like: Store, snapshot: Mapping[str, Tensor]) -> Store:
     new = like.empty_like()
     new.filled, new.cursors = snapshot["filled"].tolist(), snapshot["cursors"].tolist()
     new.written_to = list(new.filled)
-    for name, table, dim in _saved(new):
-        for row, part in enumerate(snapshot[name].split_with_sizes(new.filled, dim)):
-            table[row].narrow(dim, 0, part.shape[dim]).copy_(part)
+    for name, table in new.tables.items():
+        for row, part in enumerate(snapshot[name].split_with_sizes(new.filled, _dim(name))):
+            table[row].narrow(_dim(name), 0, new.filled[row]).copy_(part)
     return new
 
 
@@ -58,10 +58,7 @@ def _check_parts(like: Store, snapshot: Mapping[str, Tensor]) -> None:
     rows = like.sizes.rows
     count = int(snapshot["filled"].sum()) if "filled" in snapshot else 0
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        **{
-            name: (table.dtype, (*table.shape[1 : 1 + dim], count, *table.shape[2 + dim :]))
-            for name, table, dim in _saved(like)
-        },
+        **{name: (dtype, shape[1:]) for name, (shape, dtype) in like.sizes.tables(count).items()},
         "filled": (torch.int64, (rows,)),
         "cursors": (torch.int64, (rows,)),
         "capacity": (torch.int64, ()),

@@ -9,6 +9,9 @@ Shapes: R rows, G key/value heads, M capacity, N entries added, D head width.
 
 from __future__ import annotations
 
+import math
+import shutil
+import tempfile
 import threading
 import uuid
 import weakref
@@ -16,22 +19,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.disk.shards import File, read_tensors
-from memorizing_transformers_pytorch.memory.entries import PER_HEAD, Sizes, StagedEntries, by_place
-from memorizing_transformers_pytorch.memory.files import (
-    fresh_folder,
-    from_bytes,
-    map_file,
-    remove_folder,
-    to_bytes,
-    zeros,
-)
+from memorizing_transformers_pytorch.memory.disk.shards import File, read_tensors, to_bytes
+from memorizing_transformers_pytorch.memory.entries import PER_HEAD, Sizes, StagedEntries, Vectors, by_place
 from memorizing_transformers_pytorch.memory.index.exact import Ring
 from memorizing_transformers_pytorch.memory.lease import Changed, Log
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 COPIED_AT_ONCE = 4_096  # entries, that stay in cache on their way
 _PICKLED = {"sizes", "device", "mapped_from", "filled", "cursors", "written_to", "lives", "_directory"}
@@ -61,19 +56,19 @@ class Store:
         device: torch.device,
         directory: Path | None,
         tables: dict[str, Tensor] | None = None,
-        mapped_from: tuple[Path, File] | None = None,
     ) -> None:
-        self.sizes, self.device, self.mapped_from = sizes, device, mapped_from
+        self.sizes, self.device = sizes, device
+        self.mapped_from: tuple[Path, File] | None = None
         self.filled, self.cursors, self.written_to = ([0] * sizes.rows for _ in range(3))
         self.lives = [new_life() for _ in range(sizes.rows)]
         self._left = [0] * sizes.rows  # places of each row that hold what leases may have seen before it was cleared
         self._directory = directory
-        self._folder = None if directory is None or tables is not None else fresh_folder(directory)
+        self._folder = None if directory is None or tables is not None else _fresh_folder(directory)
         self._use(tables or self._empty_tables())
 
     def _use(self, tables: dict[str, Tensor]) -> None:
         self.log, self.lock = Log(), threading.RLock()
-        self._remove_files = weakref.finalize(self, remove_folder, self._folder)
+        self._remove_files = weakref.finalize(self, _remove, self._folder)
         self.tables = tables
         self.keys = Vectors(tables["keys"], tables.get("key_scales"))
         self.values = Vectors(tables["values"], tables.get("value_scales"))
@@ -82,7 +77,7 @@ class Store:
     def _empty_tables(self) -> dict[str, Tensor]:
         def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             folder = self._folder
-            return zeros(shape, dtype, self.device) if folder is None else map_file(folder / name, shape, dtype)
+            return _zeros(shape, dtype, self.device) if folder is None else _mapped(folder / name, shape, dtype)
 
         with torch.inference_mode(False):  # a memory made inside it can be written outside
             return {name: allocate(name, *each) for name, each in self.sizes.tables(self.sizes.capacity).items()}
@@ -106,13 +101,13 @@ class Store:
             self._use(read_tensors(*self.mapped_from, verify=False))
         elif folder is not None:  # changes here do not reach the files of the other store
             shapes = self.sizes.tables(self.sizes.capacity)
-            self._use({name: map_file(folder / name, *each, shared=False) for name, each in shapes.items()})
+            self._use({name: _mapped(folder / name, *each, shared=False) for name, each in shapes.items()})
         else:
             self._use(self._empty_tables())
             for row, tables in enumerate(entries):
                 for name, data in tables.items():
-                    places = by_place(name, self.tables[name][row])[: self.filled[row]]
-                    by_place(name, places).copy_(from_bytes(data, by_place(name, places)))
+                    places = by_place(name, by_place(name, self.tables[name][row])[: self.filled[row]])
+                    places.copy_(torch.from_numpy(data).view(places.dtype).view(places.shape))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Store:
         """A store of its own with the same entries, whatever becomes of this one."""
@@ -138,18 +133,14 @@ class Store:
         for i, row in enumerate(entries.rows):
             chosen = slice(None) if entries.mask is None else entries.mask[i].nonzero().squeeze(-1)
             keys, values = entries.keys[i][:, chosen], entries.values[i][:, chosen]
-            self._write_row(row, keys, values, entries.origins[i][chosen])
+            tables = {"keys": keys.numbers, "values": values.numbers, "origins": entries.origins[i][chosen]}
+            if keys.scales is not None and values.scales is not None:
+                tables |= {"key_scales": keys.scales, "value_scales": values.scales}
+            self.append(row, tables)
 
-    def _write_row(self, row: int, keys: Vectors, values: Vectors, origins: Tensor) -> None:
-        count = len(origins)
-        tables = {"keys": keys.numbers, "values": values.numbers, "origins": origins}
-        if keys.scales is not None and values.scales is not None:
-            tables |= {"key_scales": keys.scales, "value_scales": values.scales}
-        self.append(row, tables, count)
-
-    def append(self, row: int, tables: Mapping[str, Tensor], count: int) -> None:
-        """Put so many entries over the oldest of a row. tables: the same row of each table of them, (G, N, ...) or
-        (N, ...)."""
+    def append(self, row: int, tables: Mapping[str, Tensor]) -> None:
+        """Put entries over the oldest of a row. tables: that row of each table of them, (G, N, ...) or (N, ...)."""
+        count = len(tables["origins"])
         cursor = (self.cursors[row] + max(count - self.capacity, 0)) % self.capacity
         start = count - min(count, self.capacity)
         while start < count:  # at most twice: up to the end of the ring, then from its beginning
@@ -202,7 +193,7 @@ class Store:
         new = self.empty_like(capacity)
         for row, filled in enumerate(self.filled):
             places = self.places_in_order(row)[max(filled - capacity, 0) :]
-            new.append(row, self.picked(row, places), len(places))
+            new.append(row, self.picked(row, places))
         return new
 
     def picked(self, row: int, places: Tensor) -> dict[str, Tensor]:
@@ -260,3 +251,29 @@ class Store:
     def close(self) -> None:
         """Remove the files. Tensors that are still in use elsewhere stay readable until they are let go."""
         self._remove_files()
+
+
+def _fresh_folder(directory: Path) -> Path:
+    """A new folder in this one. Raises ValueError where none can be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="knn-memory-", dir=directory))
+    except OSError as error:
+        raise ValueError(f"expected a directory for files, got {str(directory)!r}: {error.strerror}") from error
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, shared: bool = True) -> Tensor:
+    """A file as a tensor. shared: whether changes reach the file; it is made if it is not there."""
+    return torch.from_file(str(path), shared=shared, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy asks the system for zeroed pages, which cost nothing until they are written; torch.zeros touches them all.
+    return torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)).view(dtype)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory
+from memorizing_transformers_pytorch.memory.entries import as_int64
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import XLMemories
 from memorizing_transformers_pytorch.model.session import Session
-from memorizing_transformers_pytorch.utils.integers import as_int64
+from memorizing_transformers_pytorch.model.state import XLMemories
 
 Prompt = Tensor | Sequence[Sequence[int]]
 
@@ -109,7 +109,7 @@ def stream(
                 if all(ended):
                     break
         except GeneratorExit:  # closed early: what was yielded is still to be remembered
-            if session.can_write:
+            if not any(memory.is_closed for memory in session.memories or ()):
                 session.read(pending)
                 session.close()
             raise

@@ -15,34 +15,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memorizing_transformers_pytorch.attention.attention import Attention, Search
-from memorizing_transformers_pytorch.attention.blocks import AttentionBlock, FeedForward, FeedForwardBlock
+from memorizing_transformers_pytorch.attention.attention import (
+    Attention,
+    AttentionBlock,
+    FeedForward,
+    FeedForwardBlock,
+    Search,
+)
+from memorizing_transformers_pytorch.attention.causal import RelativePositionBias
 from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
-from memorizing_transformers_pytorch.attention.position import RelativePositionBias
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, warn_once
-from memorizing_transformers_pytorch.model.checks import (
+from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig, ModelFields
+from memorizing_transformers_pytorch.model.segment import (
+    Segment,
     check_devices,
     check_memories,
     check_rows,
-    check_state,
     check_tokens,
-)
-from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig, ModelFields
-from memorizing_transformers_pytorch.model.memory_step import (
-    Written,
-    hand_over,
+    find_boundaries,
     hidden_from_memory,
     make_look_ups,
+    make_segment,
     shifted,
 )
-from memorizing_transformers_pytorch.model.segment import Segment, XLMemories, find_boundaries, make_segment
+from memorizing_transformers_pytorch.model.state import Written, XLMemories, check_state, hand_over
 
 
 class Context(NamedTuple):
     """What the layers see besides the segment itself.
 
     pasts: the past pairs (B, G, P, 2, D) of each layer, or None.
-    distances, xl_distances: (1 or B, T, S), for layers without and with XL memory; see `attention.position`.
+    distances, xl_distances: (1 or B, T, S), for layers without and with XL memory; see `attention.causal`.
     look_ups, conv_states: how each memorizing layer searches, and the state of its convolution, or None.
     documents: (B, T), that of each token, where convolutions must keep them apart; see `Boundaries`.
     """

@@ -1,25 +1,28 @@
-"""One segment of each row: its tokens, where documents begin and end in it, and what it hands to the next segment.
+"""One segment of each row before the layers: checked, packed, where documents begin and end, and what it searches.
 
 Padding may stand anywhere in a segment. On entry the tokens of each row are packed to the left and on exit put back, so
 that everything between sees rows that are full up to some length: causality hides the padding behind it, positions
 are plain indices, and a convolution runs straight on from the segment before.
 
-Shapes: B rows, T tokens, P past pairs, G key/value heads, D head width, W width of the convolution, C its channels.
+What does not fit a model is refused with a ValueError that names what was expected and what came.
+
+Shapes: B rows, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, overload
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from memorizing_transformers_pytorch.attention.position import INVISIBLE, causal_distances
-from memorizing_transformers_pytorch.memory import ORIGIN_FIELDS, UNKNOWN
-from memorizing_transformers_pytorch.model.config import ModelConfig
-from memorizing_transformers_pytorch.utils.integers import as_int64
+from memorizing_transformers_pytorch.attention.attention import Search
+from memorizing_transformers_pytorch.memory import ORIGIN_FIELDS, UNKNOWN, KNNMemory, KNNMemoryList, Lookup
+from memorizing_transformers_pytorch.memory.entries import as_int64
+from memorizing_transformers_pytorch.model.config import IGNORE_INDEX, ModelConfig
+
+Item = TypeVar("Item")
 
 
 class Segment(NamedTuple):
@@ -35,9 +38,7 @@ class Segment(NamedTuple):
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Put (B, T, ...) back to where the tokens stood."""
-        if self.order is None:
-            return packed
-        return torch.take_along_dim(packed, _expand(self.order.argsort(dim=-1), packed, dim=1), dim=1)
+        return packed if self.order is None else reorder(packed, self.order.argsort(dim=-1), 1)
 
 
 def make_segment(
@@ -142,137 +143,88 @@ def either(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return left | right
 
 
-class XLMemories(Sequence[Tensor]):
-    """What a segment hands to the next: Transformer-XL memory, and the state of the short convolutions.
-
-    A sequence of the pairs (B, G, P, 2, D) of each layer with XL memory, oldest first, and besides
-    mask: (B, P) bool, False where a row has no pair (always to the left of those that it has); None if it has all.
-    origins: (B, P, 3) int64, where the pairs come from.
-    conv_states: for each memorizing layer with a convolution, its last W - 1 inputs (B, W - 1, C).
-    """
-
-    def __init__(
-        self, pairs: Iterable[Tensor], *, origins: Tensor, mask: Tensor | None, conv_states: Sequence[Tensor] = ()
-    ) -> None:
-        self._pairs = list(pairs)
-        self.origins = origins
-        self.mask = mask
-        self.conv_states = list(conv_states)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        return self._pairs[index]
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    @property
-    def length(self) -> int:
-        """P, the pairs that each layer holds of each row (some of them masked)."""
-        return self.origins.shape[1]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """pairs.0, ..., origins, mask (unless all are real) and conv_states.0, ..., as CPU tensors for safetensors."""
-        parts = {f"pairs.{i}": pairs for i, pairs in enumerate(self)}
-        parts |= {f"conv_states.{i}": conv_state for i, conv_state in enumerate(self.conv_states)}
-        parts |= {"origins": self.origins} | ({} if self.mask is None else {"mask": self.mask})
-        return {name: _copied(part, torch.device("cpu")) for name, part in parts.items()}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> XLMemories:
-        """What `state_dict` has said, on this device. Raises ValueError for missing or unknown names, or no origins.
-
-        (Whether the shapes fit the model and each other is checked when it is passed to one.)
-        """
-        kinds, device = ("pairs", "conv_states"), torch.device(device)
-        numbered = [[f"{kind}.{i}" for i in range(sum(name.startswith(kind) for name in state))] for kind in kinds]
-        expected = sorted(sum(numbered, ["origins"]))
-        if sorted(state.keys() - {"mask"}) != expected or state["origins"].shape[2:] != (ORIGIN_FIELDS,):
-            got = {name: tuple(part.shape) for name, part in state.items()}
-            raise ValueError(f"expected origins (rows, pairs, {ORIGIN_FIELDS}) among {expected}, got {got}")
-        pairs, conv_states = ([_copied(state[name], device) for name in names] for names in numbered)
-        mask = _copied(state["mask"], device) if "mask" in state else None
-        return cls(pairs, origins=_copied(state["origins"], device), mask=mask, conv_states=conv_states)
-
-    def cleared(self, rows: Tensor | Iterable[int]) -> XLMemories:
-        """The same for all rows but these, which start anew. rows: (B,) bool, or row numbers."""
-        batch = self.origins.shape[0]
-        if isinstance(rows, Tensor) and rows.dtype == torch.bool:
-            if rows.shape != (batch,):
-                raise ValueError(f"expected a bool for each of {batch} rows, got {tuple(rows.shape)}")
-        else:
-            numbers = rows.tolist() if isinstance(rows, Tensor) else list(rows)
-            if not all(row in range(batch) for row in numbers):
-                raise ValueError(f"expected rows from 0 to {batch - 1}, got {numbers}")
-            if not numbers:
-                return self
-            rows = torch.tensor([row in numbers for row in range(batch)], device=self.origins.device)
-        keep = ~rows
-        mask = self._full_mask() & keep[:, None]
-        conv_states = [state * keep[:, None, None] for state in self.conv_states]
-        return XLMemories(self, origins=self.origins, mask=mask, conv_states=conv_states)
-
-    def taken(self, rows: Tensor) -> XLMemories:
-        """The state of these rows only. rows: (n,) row numbers."""
-        mask = None if self.mask is None else self.mask[rows]
-        conv_states = [state[rows] for state in self.conv_states]
-        return XLMemories(
-            [pairs[rows] for pairs in self], origins=self.origins[rows], mask=mask, conv_states=conv_states
-        )
-
-    def replaced(self, rows: Tensor, state: XLMemories) -> XLMemories:
-        """The same, with these rows (n,) as in `state` (of n rows)."""
-        length = max(self.length, state.length)
-        old, new = self._padded(length), state._padded(length)
-        return XLMemories(
-            [_put(pairs, rows, put) for pairs, put in zip(old, new, strict=True)],
-            origins=_put(old.origins, rows, new.origins),
-            mask=_put(old._full_mask(), rows, new._full_mask()),
-            conv_states=[_put(a, rows, b) for a, b in zip(self.conv_states, state.conv_states, strict=True)],
-        )
-
-    def _full_mask(self) -> Tensor:
-        return torch.ones_like(self.origins[..., 0], dtype=torch.bool) if self.mask is None else self.mask
-
-    def _padded(self, length: int) -> XLMemories:
-        """The same with `length` pairs, of which the first are none."""
-        missing = length - self.length
-        if missing == 0:
-            return self
-        return XLMemories(
-            [F.pad(pairs, (0, 0, 0, 0, missing, 0)) for pairs in self],
-            origins=F.pad(self.origins, (0, 0, missing, 0), value=UNKNOWN),
-            mask=F.pad(self._full_mask(), (missing, 0), value=False),
-            conv_states=self.conv_states,
-        )
-
-    def distances(self, num_queries: int, documents: Tensor | None = None, *, with_past: bool) -> Tensor:
-        """(1 or B, T, S): how far each key lies behind each query of the next segment; see `attention.position`.
-
-        documents: (B, T), that of each token, 0 for that of the past; keys of others are invisible. None for all one.
-        """
-        past = self.length if with_past else 0
-        distances = causal_distances(num_queries, past + num_queries, self.origins.device)
-        if past > 0 and self.mask is not None:
-            own = self.mask.new_ones(self.mask.shape[0], num_queries)
-            distances = distances.where(torch.cat((self.mask, own), dim=1).unsqueeze(1), INVISIBLE)
-        if documents is not None:
-            same = F.pad(documents, (past, 0)).unsqueeze(1) == documents.unsqueeze(2)
-            distances = distances.where(same, INVISIBLE)
-        return distances
+def hidden_from_memory(boundaries: Boundaries, hidden_rows: Tensor | None = None) -> Tensor | None:
+    """Which rows (B,) or, where documents begin within the segment, which tokens (B, T) see no memory: those whose
+    document is new, and of the hidden_rows (B,) all. None for none."""
+    rows = either(boundaries.starts, hidden_rows)
+    if boundaries.documents is None:
+        return rows
+    return either(boundaries.documents > 0, None if rows is None else rows.unsqueeze(1))
 
 
-def _copied(x: Tensor, device: torch.device) -> Tensor:
-    return x.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+def shifted(items: Sequence[Item], places: int) -> list[Item]:
+    """What each place reads when the i-th reads from the (i + places)-th, wrapping round (Ding et al. 2021)."""
+    return [items[(i + places) % len(items)] for i in range(len(items))]
 
 
-def _put(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
-    return x.index_copy(0, rows, new.to(x))
+def make_look_ups(config: ModelConfig, memories: KNNMemoryList | None, hidden: Tensor | None) -> list[Search | None]:
+    """For each memorizing layer a search of the memory that it reads; `hidden` rows or tokens find nothing."""
+    if memories is None:
+        return [None] * len(config.layers_with_memory)
+    return [_search_once(memory, hidden) for memory in shifted(memories, config.shift_knn_memories_down)]
+
+
+def _search_once(memory: KNNMemory, hidden: Tensor | None) -> Search:
+    """A search of the rows in scope, done once: gradient checkpointing asks again after the memory has changed."""
+    found: list[Lookup] = []
+    rows = memory.scoped_indices
+
+    def look_up(queries: Tensor, topk: int) -> Lookup:
+        if not found:
+            found.append(memory.look_up(queries, topk, hidden, rows=rows))
+        return found[0]
+
+    return look_up
+
+
+def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    """What is passed to the model lies where its weights do."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"expected {name} on {device}, got {tensor.device}")
+
+
+def check_tokens(config: ModelConfig, x: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Token ids (int64) and labels lie in the vocabulary; labels may also be IGNORE_INDEX. Returns them as int64."""
+    last = config.num_tokens - 1
+    low, high = int(x.min()), int(x.max())
+    if low < 0 or high > last:
+        raise ValueError(f"expected token ids from 0 to {last}, got {low} to {high}")
+    if labels is None:
+        return None
+    labels = as_int64(labels, "labels")
+    if labels.shape != x.shape:
+        raise ValueError(f"expected labels {tuple(x.shape)}, got {tuple(labels.shape)}")
+    wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels > last))]
+    if wrong.numel() > 0:
+        raise ValueError(f"expected labels from 0 to {last}, or {IGNORE_INDEX}, got {int(wrong[0])}")
+    return labels
+
+
+def check_rows(flags: Tensor | None, batch_size: int) -> None:
+    """A bool for each row, or None."""
+    if flags is not None and (flags.dtype != torch.bool or flags.shape != (batch_size,)):
+        raise ValueError(f"expected a bool for each of {batch_size} rows, got {flags.dtype} {tuple(flags.shape)}")
+
+
+def check_memories(config: ModelConfig, memories: Sequence[KNNMemory] | None, batch_size: int) -> KNNMemoryList | None:
+    """One memory per memorizing layer, of the model's shapes and dtype, with as many rows in scope as the batch has."""
+    if memories is None:
+        return None
+    if len(memories) != len(config.layers_with_memory):
+        raise ValueError(f"expected memories for {len(config.layers_with_memory)} layers, got {len(memories)}")
+    expected = (config.dim_head, config.num_kv_heads, config.memory_dtype)
+    for memory in memories:
+        got = (memory.dim, memory.num_kv_heads, str(memory.dtype).removeprefix("torch."))
+        if got != expected:
+            raise ValueError(f"expected memories with (dim, key/value heads, dtype) {expected}, got {got}")
+        if len(memory.scoped_indices) != batch_size:
+            raise ValueError(f"expected memories with {batch_size} rows in scope, got {len(memory.scoped_indices)}")
+        if memory.scoped_indices != memories[0].scoped_indices:
+            rows = (memories[0].scoped_indices, memory.scoped_indices)
+            raise ValueError(f"expected the same rows in scope of every memory, got {rows[0]} and {rows[1]}")
+        _ = memory.store  # refuses a closed memory
+    return memories if isinstance(memories, KNNMemoryList) else KNNMemoryList(memories)
 
 
 def right_aligning(mask: Tensor) -> Tensor:
@@ -282,11 +234,8 @@ def right_aligning(mask: Tensor) -> Tensor:
 
 def reorder(x: Tensor, order: Tensor | None, dim: int) -> Tensor:
     """x (B, ..., n, ...) with the axis `dim` in this order (B, n); None leaves it."""
-    return x if order is None else torch.take_along_dim(x, _expand(order, x, dim), dim=dim)
-
-
-def _expand(order: Tensor, like: Tensor, dim: int) -> Tensor:
-    """order (B, n) as an index along `dim` of a tensor whose first axis is B."""
-    shape = [1] * like.ndim
+    if order is None:
+        return x
+    shape = [1] * x.ndim
     shape[0], shape[dim] = order.shape
-    return order.view(shape)
+    return torch.take_along_dim(x, order.view(shape), dim=dim)

@@ -22,13 +22,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.attention.position import INVISIBLE
+from memorizing_transformers_pytorch.attention.causal import INVISIBLE
 from memorizing_transformers_pytorch.memory import UNKNOWN, KNNMemory
-from memorizing_transformers_pytorch.model.checks import check_memories, check_state, check_tokens
-from memorizing_transformers_pytorch.model.memory_step import Written, hand_over, make_look_ups, shifted
+from memorizing_transformers_pytorch.memory.entries import as_int64
 from memorizing_transformers_pytorch.model.model import Context, MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import Segment, XLMemories, find_boundaries
-from memorizing_transformers_pytorch.utils.integers import as_int64
+from memorizing_transformers_pytorch.model.segment import (
+    Segment,
+    check_memories,
+    check_tokens,
+    find_boundaries,
+    make_look_ups,
+    shifted,
+)
+from memorizing_transformers_pytorch.model.state import Written, XLMemories, check_state, hand_over
 
 
 class _OpenSegment(NamedTuple):
@@ -120,11 +126,6 @@ class Session:
                 pending = [text[free:] for text, free in zip(pending, room, strict=True)]
                 self._advance(portions)
         return self.logits
-
-    @property
-    def can_write(self) -> bool:
-        """Whether the memories, if any, are still open."""
-        return not any(memory.is_closed for memory in self.memories or ())
 
     @torch.no_grad()
     def close(self) -> XLMemories:

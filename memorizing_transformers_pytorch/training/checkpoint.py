@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memorizing_transformers_pytorch.model.checkpoint import load_weights, read_weights, save_checkpoint
-from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.model.state import XLMemories
 from memorizing_transformers_pytorch.training.trainer import Progress, Trainer
 from memorizing_transformers_pytorch.utils.durable import SaveError, sync, sync_folder, verify, write_checksums
 from memorizing_transformers_pytorch.utils.plain_json import read_object

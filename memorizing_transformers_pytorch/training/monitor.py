@@ -22,8 +22,8 @@ from memorizing_transformers_pytorch.attention.attention import Attended, Readin
 from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.index.exact import recall_of
-from memorizing_transformers_pytorch.model.memory_step import shifted
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
+from memorizing_transformers_pytorch.model.segment import shifted
 
 SAMPLED_QUERIES = 16  # of each row and head, for recall and age
 

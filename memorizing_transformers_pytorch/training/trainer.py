@@ -25,7 +25,7 @@ from memorizing_transformers_pytorch.data.stream import Batch, DocumentStream
 from memorizing_transformers_pytorch.memory import NonFiniteError
 from memorizing_transformers_pytorch.model.config import IGNORE_INDEX
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.model.state import XLMemories
 from memorizing_transformers_pytorch.training.config import RunConfig
 from memorizing_transformers_pytorch.training.optimizer import learning_rate_at, make_average, make_optimizer
 

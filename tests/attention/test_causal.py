@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.attention import causal
-from memorizing_transformers_pytorch.attention.causal import causal_attention, causal_blocks, causal_part
-from memorizing_transformers_pytorch.attention.merge import NOTHING
-from memorizing_transformers_pytorch.attention.position import INVISIBLE, causal_distances
+from memorizing_transformers_pytorch.attention.causal import (
+    INVISIBLE,
+    causal_attention,
+    causal_blocks,
+    causal_distances,
+    causal_part,
+)
+from memorizing_transformers_pytorch.attention.ops import NOTHING
 
 SIZES = [(1, 1, 1), (3, 7, 7), (2, 7, 12), (1, 130, 200)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.attention.merge import NOTHING, gated, merged, shares
+from memorizing_transformers_pytorch.attention.ops import NOTHING, gated, merged, shares
 
 
 def part(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.attention.bags import sampled_inner_products, weighted_sums
-from memorizing_transformers_pytorch.attention.merge import NOTHING
-from memorizing_transformers_pytorch.attention.ops import found_weights, memory_attention
+from memorizing_transformers_pytorch.attention.ops import (
+    NOTHING,
+    found_weights,
+    memory_attention,
+    sampled_inner_products,
+    weighted_sums,
+)
 from memorizing_transformers_pytorch.memory import KNNMemory, Lookup
 from tests.reference import Found, gathered_logits, gathered_sums
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from memorizing_transformers_pytorch.attention.attention import Attention
+from memorizing_transformers_pytorch.attention.causal import INVISIBLE, RelativePositionBias, causal_distances
 from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
-from memorizing_transformers_pytorch.attention.position import INVISIBLE, RelativePositionBias, causal_distances
 from tests import reference
 
 SIZES = [(1, 1), (5, 5), (3, 11), (7, 150)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.attention.causal import RelativePositionBias, causal_distances
 from memorizing_transformers_pytorch.attention.knn_attention import KNNAttention
-from memorizing_transformers_pytorch.attention.position import RelativePositionBias, causal_distances
 from memorizing_transformers_pytorch.attention.short_conv import ShortConv, induction_taps
 from memorizing_transformers_pytorch.memory import KNNMemory, Lookup
 from tests import reference

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.corpora import First, open_corpus
 from memorizing_transformers_pytorch.data.document import TextDocument
+from memorizing_transformers_pytorch.data.prepare import First, open_corpus
 
 
 def test_only_the_first_documents_are_read_if_so_told(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from memorizing_transformers_pytorch.data import enwik8
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.corpora import open_corpus
 from memorizing_transformers_pytorch.data.document import SPLITS
 from memorizing_transformers_pytorch.data.enwik8 import Enwik8
+from memorizing_transformers_pytorch.data.prepare import open_corpus
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
 
 HEAD = b"<mediawiki>\n"

@@ -10,8 +10,8 @@ import pytest
 
 from memorizing_transformers_pytorch.data import files
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.corpora import open_corpus
 from memorizing_transformers_pytorch.data.document import TextDocument
+from memorizing_transformers_pytorch.data.prepare import open_corpus
 
 
 def write(root: Path, *names: str) -> None:

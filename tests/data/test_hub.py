@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.corpora import open_corpus
 from memorizing_transformers_pytorch.data.document import TextDocument
 from memorizing_transformers_pytorch.data.hub import HuggingFaceDataset
+from memorizing_transformers_pytorch.data.prepare import open_corpus
 
 ROWS = [{"text": f"text {number}", "title": f"title {number}"} for number in range(7)]
 

@@ -12,8 +12,7 @@ import pytest
 from memorizing_transformers_pytorch.data import cache
 from memorizing_transformers_pytorch.data import prepare as module
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.prepare import Prepared, prepare
-from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
+from memorizing_transformers_pytorch.data.prepare import Prepared, Splitter, make_splitter, prepare
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer
 from tests.data.texts import near_copy, prose
 

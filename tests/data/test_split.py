@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memorizing_transformers_pytorch.data.document import TextDocument
-from memorizing_transformers_pytorch.data.split import Splitter, make_splitter
+from memorizing_transformers_pytorch.data.prepare import Splitter, make_splitter
 from tests.data.texts import near_copy, prose
 
 SPLITTER = Splitter(valid=0.05, test=0.1)

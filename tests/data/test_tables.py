@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from memorizing_transformers_pytorch.data.config import DataConfig
-from memorizing_transformers_pytorch.data.corpora import open_corpus
 from memorizing_transformers_pytorch.data.document import TextDocument
+from memorizing_transformers_pytorch.data.prepare import open_corpus
 
 ROWS = [{"text": f"text {number}\n", "title": f"title {number}", "year": number} for number in range(100)]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memorizing_transformers_pytorch.evaluation import bootstrap
-from memorizing_transformers_pytorch.evaluation.bootstrap import drawn_means, interval
+from memorizing_transformers_pytorch.evaluation import summary
+from memorizing_transformers_pytorch.evaluation.summary import drawn_means, interval
 
 
 def test_a_draw_is_the_mean_over_all_tokens_of_documents_drawn_with_replacement() -> None:
@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_draws_whatever_the_blocks(monkeypatch: pyt
     whole = drawn_means(sums, counts, draws=50, seed=1)
     assert np.array_equal(whole, drawn_means(sums, counts, draws=50, seed=1))
     assert not np.array_equal(whole, drawn_means(sums, counts, draws=50, seed=2))
-    monkeypatch.setattr(bootstrap, "MAX_BLOCK_NUMBERS", 30)
+    monkeypatch.setattr(summary, "MAX_BLOCK_NUMBERS", 30)
     np.testing.assert_allclose(drawn_means(sums, counts, draws=50, seed=1), whole)
 
 

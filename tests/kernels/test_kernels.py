@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from memorizing_transformers_pytorch import KNNAttention, KNNMemory
-from memorizing_transformers_pytorch.attention import bags as attention_bags
-from memorizing_transformers_pytorch.attention.bags import sampled_inner_products, weighted_sums
-from memorizing_transformers_pytorch.kernels.availability import available
+from memorizing_transformers_pytorch.attention import ops as attention_bags
+from memorizing_transformers_pytorch.attention.ops import sampled_inner_products, weighted_sums
+from memorizing_transformers_pytorch.kernels import available
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
+from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.index import exact
 from memorizing_transformers_pytorch.memory.index.exact import _bucket_maxima, best_of
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

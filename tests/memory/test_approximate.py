@@ -16,11 +16,11 @@ from torch.nn.functional import normalize
 
 from memorizing_transformers_pytorch import MemorizingTransformer
 from memorizing_transformers_pytorch.memory import KNNMemory
+from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.index import approximate, auto
 from memorizing_transformers_pytorch.memory.index.approximate import TARGET_RECALL, ApproximateIndex
 from memorizing_transformers_pytorch.memory.index.exact import Best, Ring, inner_products
 from memorizing_transformers_pytorch.memory.index.structure import Kind
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 DIM, CAPACITY, TOPK = 16, 4_096, 8
 FACTORIES = ["IVF64,Flat", "IVF64,SQfp16", "IVF64,SQ8"]

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch import KNNMemory
 from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.memory.disk import folder as disk_folder
 from memorizing_transformers_pytorch.memory.disk import manifest
-from memorizing_transformers_pytorch.memory.disk.folder import SaveError, locked
+from memorizing_transformers_pytorch.memory.disk import save as disk_save
 from memorizing_transformers_pytorch.memory.disk.manifest import FORMAT, NAME, checksum_of
+from memorizing_transformers_pytorch.memory.disk.save import SaveError, locked
 from memorizing_transformers_pytorch.memory.disk.shards import OBSOLETE
 from tests.golden import memory_v1
 from tests.soak.machine import failing
@@ -402,7 +402,9 @@ def _killed_in_a_save(folder: Path, step: str) -> None:
         memory.save(folder)
 
 
-@pytest.mark.parametrize("step", ["memory.disk.shards._header", "memory.disk.save.sync", "utils.durable.sync"])
+@pytest.mark.parametrize(
+    "step", ["memory.disk.shards._header", "memory.disk.save.write_manifest", "utils.durable.sync"]
+)
 def test_killed_in_its_first_save_a_folder_can_be_saved_to(tmp_path: Path, step: str) -> None:
     """With a file begun, with all of them, and with a manifest that has no name yet."""
     folder, memory = tmp_path / "memory", memories()
@@ -431,7 +433,7 @@ def test_one_writer_at_a_time_and_a_dead_one_does_not_count(tmp_path: Path, monk
     process = context.Process(target=_hold_the_lock, args=(tmp_path / "memory", ready))
     process.start()
     assert ready.wait(60)
-    monkeypatch.setattr(disk_folder.locked.__wrapped__, "__defaults__", (0.1,))
+    monkeypatch.setattr(disk_save.locked.__wrapped__, "__defaults__", (0.1,))
     with pytest.raises(SaveError, match=r"locked by another process; wait, or remove \.lock if that process has died"):
         memory.save(tmp_path / "memory")
     KNNMemoryList.load(tmp_path / "memory")  # readers need no lock

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
+from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.index import exact as index
 from memorizing_transformers_pytorch.memory.index.exact import Best, best_of
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 by_dtype = pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
 HEADS, QUERIES, ENTRIES, DIM = 3, 11, 101, 7

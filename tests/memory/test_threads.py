@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from memorizing_transformers_pytorch import KNNMemory
-from memorizing_transformers_pytorch.attention.merge import NOTHING
-from memorizing_transformers_pytorch.attention.ops import memory_attention
+from memorizing_transformers_pytorch.attention.ops import NOTHING, memory_attention
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 
 DIM, SECONDS = 6, 1.0

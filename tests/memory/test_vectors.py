@@ -14,9 +14,9 @@ from torch.nn.functional import normalize
 
 from memorizing_transformers_pytorch.memory import KNNMemory, NonFiniteError
 from memorizing_transformers_pytorch.memory.checks import STORAGE_DTYPES
+from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.policy import POLICIES
 from memorizing_transformers_pytorch.memory.store import Sizes
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 from tests.reference import kept
 
 LARGEST = torch.finfo(torch.float32).max

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memorizing_transformers_pytorch import KNNMemory, KNNMemoryList, MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.model.state import XLMemories
 
 NUM_TOKENS = 43
 FIRST_ORDINARY = 4  # the tokens below may be padding, SOS or EOS

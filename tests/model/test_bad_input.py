@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memorizing_transformers_pytorch import KNNMemory, KNNMemoryList, MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.model.state import XLMemories
 from tests.model.helpers import (
     EVERYTHING,
     NUM_TOKENS,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memorizing_transformers_pytorch import MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.model.state import XLMemories
 from tests.amounts import some
 from tests.model.helpers import (
     EOS,

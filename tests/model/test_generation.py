@@ -11,8 +11,8 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch import MemorizingTransformer
 from memorizing_transformers_pytorch.model.generation import generate, sample, stream
-from memorizing_transformers_pytorch.model.segment import XLMemories
 from memorizing_transformers_pytorch.model.session import Session
+from memorizing_transformers_pytorch.model.state import XLMemories
 from tests.model.helpers import (
     EOS,
     EVERYTHING,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing_transformers_pytorch import KNNMemoryList, MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.model.state import XLMemories
 from tests.model.helpers import (
     EOS,
     EVERYTHING,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch import KNNMemoryList, MemorizingTransformer
-from memorizing_transformers_pytorch.model.segment import XLMemories
+from memorizing_transformers_pytorch.model.state import XLMemories
 from tests.model.helpers import (
     EVERYTHING,
     call,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList, disk
+from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.policy import POLICIES
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 from memorizing_transformers_pytorch.utils.durable import SaveError
 from tests.soak.plain import Entry, PlainMemory
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from memorizing_transformers_pytorch.training.metrics import Metrics, ProgressBar, read_metrics
-from memorizing_transformers_pytorch.training.report import training_charts
+from memorizing_transformers_pytorch.training.metrics import Metrics, ProgressBar, read_metrics, training_charts
 from memorizing_transformers_pytorch.training.trainer import Step
 from memorizing_transformers_pytorch.utils.charts import save_png
 

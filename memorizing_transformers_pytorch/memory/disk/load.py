@@ -157,7 +157,7 @@ def _replay(stores: list[Store], journal: Journal, tables: Mapping[str, Tensor],
             store.clear([part.row])
         if store.room < store.capacity and store.filled[part.row] + part.count > store.room:
             raise ValueError(f"expected rows of at most {store.room} entries, got more by {part} in {where}")
-        store.append(part.row, entries, part.count)
+        store.append(part.row, entries)
     if left:
         raise ValueError(f"expected nothing else in {where}, got {sorted(left)[:10]}")
 

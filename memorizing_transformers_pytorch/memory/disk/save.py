@@ -1,22 +1,26 @@
 """Writing memories to a folder: as a whole (a base), or what was added since (a journal).
 
 A base has room for an eighth more entries than there are, and journals may take an eighth of its size. When that is
-used up, or when it is asked for, the next save writes a new base; so a save costs about what has changed.
+used up, or when it is asked for, the next save writes a new base; so a save costs about what has changed. Who may write
+to the folder, and what is left over in it, is also decided here.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.disk.folder import locked, make_folder, refuse_others, sweep
 from memorizing_transformers_pytorch.memory.disk.manifest import (
+    FILE_NAME,
+    NAME,
     Base,
     Journal,
     Manifest,
@@ -33,6 +37,8 @@ from memorizing_transformers_pytorch.memory.store import Store
 from memorizing_transformers_pytorch.utils.durable import SaveError, sync
 from memorizing_transformers_pytorch.utils.version import __version__
 
+LOCK = ".lock"
+SECONDS_TO_WAIT = 10.0
 SPARE = 8  # the part of a base that journals may add to it
 LEAST_SPARE = 2**20  # bytes that they may add to a small one
 MOST_JOURNALS = 64
@@ -210,3 +216,66 @@ def _journal_tables(memories: Sequence[KNNMemory], parts: tuple[Part, ...]) -> d
         for name, entries in store.picked(part.row, places).items():
             tables[f"{part.memory}.{part.row}.{name}"] = StreamedTensor(entries.dtype, tuple(entries.shape), [entries])
     return tables
+
+
+def refuse_others(folder: Path) -> None:
+    """Raises ValueError for a folder that holds no memory, but something else than a first save leaves that was broken
+    off: it is for something else."""
+    if not folder.is_dir() or (folder / NAME).exists():
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not _is_of_a_save(path.name))
+    if others:
+        raise ValueError(
+            f"expected a new folder, an empty one or that of a memory, got {str(folder)!r} with {others[0]!r}"
+            f"{f' and {len(others) - 1} more' if len(others) > 1 else ''}"
+        )
+
+
+def _is_of_a_save(name: str) -> bool:
+    unfinished = name.startswith(f".{NAME}.") and name.endswith(".incomplete")
+    return unfinished or FILE_NAME.fullmatch(name) is not None
+
+
+def make_folder(folder: Path) -> None:
+    """Make it and those above it, so that they last."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
+
+
+@contextmanager
+def locked(folder: Path, seconds: float = SECONDS_TO_WAIT) -> Iterator[None]:
+    """Inside, no other process or thread writes here (one may go in several times). The system frees the lock of a
+    process that has ended.
+
+    Raises SaveError if somebody else is writing for longer than so many seconds, or the folder cannot be written.
+    """
+    lock = filelock.FileLock(folder / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=seconds)
+    except filelock.Timeout:
+        raise SaveError(
+            f"the memory in {str(folder)!r} is locked by another process; "
+            f"wait, or remove {LOCK} if that process has died"
+        ) from None
+    except OSError as error:
+        raise SaveError(f"cannot write to the folder {str(folder)!r}: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(folder: Path) -> None:
+    """Remove files that the state of the folder does not need, and those that were not finished."""
+    try:
+        kept = {file.name for file in read_manifest(folder).files()}
+    except FileNotFoundError:
+        kept = set()
+    except (OSError, ValueError):
+        return  # somebody may want to mend it
+    for path in folder.iterdir():
+        if _is_of_a_save(path.name) and path.name not in kept:
+            with suppress(OSError):  # it takes room, but does no harm
+                path.unlink()

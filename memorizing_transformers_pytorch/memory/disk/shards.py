@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-from memorizing_transformers_pytorch.memory.files import to_bytes
 
 ALIGNMENT = 64  # bytes, of where the tensors begin
 OBSOLETE = {"written", "usage"}  # tables that older versions wrote; not read
@@ -78,6 +77,11 @@ def write_tensors(path: Path, tables: Mapping[str, StreamedTensor]) -> File:
         path.unlink(missing_ok=True)
         raise
     return File(path.name, size, sums.hexdigest())
+
+
+def to_bytes(table: Tensor) -> np.ndarray:
+    """The numbers of a table, as they lie in memory."""
+    return table.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _header(tables: Mapping[str, StreamedTensor]) -> bytes:

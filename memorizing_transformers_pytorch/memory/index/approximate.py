@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.index.exact import (
     Best,
     Ring,
     best_members,
     best_of,
     inner_products,
-    share_found,
+    num_found,
 )
 from memorizing_transformers_pytorch.memory.index.structure import (
     Kind,
@@ -36,7 +37,6 @@ from memorizing_transformers_pytorch.memory.index.structure import (
     some,
     some_of,
 )
-from memorizing_transformers_pytorch.memory.vectors import Vectors
 
 TARGET_RECALL = 0.95
 SAMPLED_QUERIES = 128  # of each head, to measure the recall
@@ -193,7 +193,7 @@ class ApproximateIndex:
 
         def recall(probes: int) -> float:
             training.probes = probes
-            return share_found(self._search(row, ring, sample, topk), best)
+            return num_found(self._search(row, ring, sample, topk).scores, best.scores) / best.scores.numel()
 
         tried = chosen = 1
         training.recall, in_vain = recall(chosen), 0

@@ -79,8 +79,3 @@ def make_index(name: str, dim: int, device: torch.device) -> Index:
     if name == "exact" or (name == "auto" and device.type != "cpu"):
         return ExactIndex()
     return AutoIndex(dim) if name == "auto" else ApproximateIndex(dim, name)
-
-
-def index_on(device: torch.device, name: str) -> str:
-    """The index to use on a device for a memory made with `name`: inverted lists need a CPU, others get "exact"."""
-    return name if device.type == "cpu" or name == "auto" else "exact"

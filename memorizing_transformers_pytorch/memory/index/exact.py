@@ -16,8 +16,8 @@ import faiss
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.kernels.availability import available
-from memorizing_transformers_pytorch.memory.vectors import Vectors
+from memorizing_transformers_pytorch.kernels import available
+from memorizing_transformers_pytorch.memory.entries import Vectors
 
 # A block of converted keys should stay in cache; a block of scores should not fill the memory of a GPU.
 MAX_BLOCK_ENTRIES = 65_536
@@ -202,11 +202,6 @@ def num_found(scores: Tensor, best: Tensor) -> int:
     """
     tolerance = _SAME_SCORE * best.abs().amax(dim=-1, keepdim=True)
     return int((scores >= best[..., -1:] - tolerance).sum())
-
-
-def share_found(found: Best, best: Best) -> float:
-    """The recall: the share of the best entries that were found."""
-    return num_found(found.scores, best.scores) / best.scores.numel()
 
 
 def recall_of(queries: Tensor, scores: Tensor, rings: Sequence[Ring]) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.memory.vectors import Vectors
+from memorizing_transformers_pytorch.memory.entries import Vectors
 
 LEAST_ENTRIES = 1_024  # below, a row is searched exactly
 LEAST_PER_LIST = 39  # keys that faiss needs to learn a centroid
