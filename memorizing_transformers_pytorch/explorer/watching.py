@@ -135,7 +135,7 @@ class AttachedModel:
 
     @property
     def longest(self) -> int | None:
-        from memorizing_transformers_pytorch.huggingface.probe import positions_of
+        from memorizing_transformers_pytorch.huggingface.models import positions_of
 
         return positions_of(self._memory.model)
 

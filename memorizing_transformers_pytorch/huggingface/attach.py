@@ -16,7 +16,8 @@ from memorizing_transformers_pytorch.huggingface.calls import Shared, State
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
 from memorizing_transformers_pytorch.huggingface.layers import chosen_layers, induction_scores
 from memorizing_transformers_pytorch.huggingface.memory_layer import MemoryLayer
-from memorizing_transformers_pytorch.huggingface.probe import Layer, positions_of, probe
+from memorizing_transformers_pytorch.huggingface.models import positions_of
+from memorizing_transformers_pytorch.huggingface.probe import Layer, probe
 from memorizing_transformers_pytorch.memory.ledger import Ledger
 from memorizing_transformers_pytorch.memory.policy import OLDEST
 

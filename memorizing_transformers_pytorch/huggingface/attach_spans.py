@@ -11,18 +11,11 @@ import torch
 from memorizing_transformers_pytorch.huggingface import prefix as prefixes
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State
 from memorizing_transformers_pytorch.huggingface.finder import Finder, Head, best_head
-from memorizing_transformers_pytorch.huggingface.probe import (
-    TOKENS,
-    Layer,
-    check_model,
-    evaluating,
-    positions_of,
-    probe,
-    run,
-    vocabulary_of,
-)
+from memorizing_transformers_pytorch.huggingface.models import check_model, evaluating, positions_of, run, vocabulary_of
+from memorizing_transformers_pytorch.huggingface.probe import TOKENS, Layer, probe
 from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.recalling import RecallMemory
+from memorizing_transformers_pytorch.huggingface.searching import Search
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions, span_layers
 from memorizing_transformers_pytorch.memory.ledger import Ledger
 
@@ -44,7 +37,7 @@ def attach_spans(model: Any, options: dict[str, Any], tokenizer: Any) -> RecallM
     finder = None if head is None else Finder(served[head.layer], head, shared)
     known = {i: layer for i, layer in layers.items() if layer is not None}
     made = span_layers(known, finder, model, checked, shared)
-    recall = Recall(model, shared, checked, finder, layers, tokenizer)
+    recall = Recall(model, Search(model, shared, checked, finder, layers, tokenizer), checked)
     return RecallMemory(model, made, shared, checked, recall, tokenizer)
 
 

@@ -15,9 +15,10 @@ from memorizing_transformers_pytorch.huggingface.contents import Contents, Title
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, StoreOptions
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
-from memorizing_transformers_pytorch.huggingface.probe import vocabulary_of
+from memorizing_transformers_pytorch.huggingface.models import vocabulary_of
 from memorizing_transformers_pytorch.huggingface.reading import Reader, checked_texts
-from memorizing_transformers_pytorch.huggingface.recall import Recall, Recalled
+from memorizing_transformers_pytorch.huggingface.recall import Recall
+from memorizing_transformers_pytorch.huggingface.searching import Recalled
 from memorizing_transformers_pytorch.huggingface.span_reading import SpanReader
 from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment, Window
 from memorizing_transformers_pytorch.memory import KNNMemoryList

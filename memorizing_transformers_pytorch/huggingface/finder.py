@@ -17,7 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memorizing_transformers_pytorch.huggingface.calls import Call, Shared
 from memorizing_transformers_pytorch.huggingface.layers import ENOUGH, induction_heads
-from memorizing_transformers_pytorch.huggingface.probe import Layer, evaluating, run
+from memorizing_transformers_pytorch.huggingface.models import evaluating, run
+from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.utils.context import PerContext
 
 NAME = "memorizing_finder"  # of an attention function that computes nothing, but hands over what it is given

@@ -17,16 +17,8 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.probe import (
-    Layer,
-    Probed,
-    positions_of,
-    probe,
-    refusing,
-    run,
-    vocabulary_of,
-    watching,
-)
+from memorizing_transformers_pytorch.huggingface.models import positions_of, run, vocabulary_of
+from memorizing_transformers_pytorch.huggingface.probe import Layer, Probed, probe, refusing, watching
 from memorizing_transformers_pytorch.utils.durable import replacing
 from memorizing_transformers_pytorch.utils.fingerprint import Weights
 from memorizing_transformers_pytorch.utils.plain_json import read_object

@@ -177,8 +177,16 @@ def can_begin(cache: Any) -> bool:
     return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", ()))
 
 
-def check_cache(cache: Any) -> None:
-    """Raises ValueError for a cache in which passages cannot be placed."""
+def check(cache: Any, mask: Any) -> None:
+    """Raises ValueError for a cache in which passages cannot be placed, and for masks that cannot be extended."""
+    for each in mask.values() if isinstance(mask, dict) else [mask]:
+        if each is not None and (not isinstance(each, Tensor) or each.ndim not in (2, 4)):
+            raise ValueError(
+                f"passages need an attention mask as a tensor (rows, tokens), got {type(each).__name__}: "
+                "with flex attention use a cache that grows"
+            )
+    if cache is None:
+        return
     layers = getattr(cache, "layers", None)
     kinds = {type(layer) for layer in layers or ()} - {*GROWING, *FIXED, DynamicWithPassages, StaticWithPassages}
     if layers is None or kinds:
@@ -241,7 +249,6 @@ def extend(
     """Extend the arguments of a call, of which `before` tokens of the text have passed, by the passages.
 
     takes: whether what is called takes `position_ids`. hidden: whether the passages shall not be seen.
-    Raises ValueError for masks that cannot be extended.
     """
     batch, count = shape
     if takes:
@@ -267,11 +274,6 @@ def _extended(mask: Any, seen: Tensor, dropped: int) -> Any:
     """(B, S + T), or (B, 1, T, S + T) for each query, by P columns of passages."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-        raise ValueError(
-            f"passages need an attention mask as a tensor (rows, tokens), got {type(mask).__name__}: "
-            "with flex attention use a cache that grows"
-        )
     seen = seen.to(mask.device)
     if mask.ndim == 2:
         return torch.cat((seen.to(mask.dtype), mask[:, dropped:]), dim=1)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Passed, origins_of
 from memorizing_transformers_pytorch.huggingface.layer import Entries, Options
-from memorizing_transformers_pytorch.huggingface.probe import evaluating, run
+from memorizing_transformers_pytorch.huggingface.models import evaluating, run
 from memorizing_transformers_pytorch.memory.entries import as_int64
 from memorizing_transformers_pytorch.memory.ledger import Document
 

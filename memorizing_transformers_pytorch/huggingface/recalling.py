@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
-from memorizing_transformers_pytorch.huggingface.recall import Query, Recall, Recalled
+from memorizing_transformers_pytorch.huggingface.recall import Recall
+from memorizing_transformers_pytorch.huggingface.searching import Query, Recalled
 from memorizing_transformers_pytorch.huggingface.texts import tokens_of
 from memorizing_transformers_pytorch.memory.entries import POSITION
 
@@ -45,7 +46,7 @@ class RecallMemory(AttachedMemory):
     @property
     def finder(self) -> Any:
         """Which head finds passages: its layer, its number, and its induction score; None where words alone do."""
-        finder = self._recall.finder
+        finder = self._recall.search.finder
         return None if finder is None else finder.head
 
     @property
@@ -66,7 +67,7 @@ class RecallMemory(AttachedMemory):
             raise ValueError(f"the memory has rows 0 to {self.num_rows - 1}, got {row}")
         query = Query(row, tokens_of(question, self.tokenizer, self.model))
         count = self.options.passages if passages is None else passages
-        return self._passages(self._recall.best(query, count))
+        return self._passages(self._recall.search.best(query, count))
 
     @property
     def last_recalled(self) -> list[list[Passage]]:

@@ -16,9 +16,10 @@ from memorizing_transformers_pytorch.huggingface import prefix as prefixes
 from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Passed, origins_of
 from memorizing_transformers_pytorch.huggingface.layer import Entries
-from memorizing_transformers_pytorch.huggingface.probe import evaluating, run
+from memorizing_transformers_pytorch.huggingface.models import evaluating, run
 from memorizing_transformers_pytorch.huggingface.reading import Piece, padded, pieces_of
-from memorizing_transformers_pytorch.huggingface.recall import QUERY, Query, Recall
+from memorizing_transformers_pytorch.huggingface.recall import QUERY, Recall
+from memorizing_transformers_pytorch.huggingface.searching import Query
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions, in_halves
 from memorizing_transformers_pytorch.memory.ledger import Document
 
@@ -45,7 +46,7 @@ class SpanReader:
         look_up: bool,
     ) -> None:
         self._model, self._contents, self._options = model, contents, options
-        self._recall, self._layers, self._store, self._look_up = recall, recall.layers, store, look_up
+        self._recall, self._layers, self._store, self._look_up = recall, recall.search.layers, store, look_up
         self._begun = {} if goes_on else dict(enumerate(titles))
         first = contents.ledger.next_number
         self._numbers = [goes_on.number] if goes_on else [first + row for row in range(len(titles))]
@@ -78,16 +79,16 @@ class SpanReader:
     def _alone(self, _pieces: list[Piece], tokens: Tensor, mask: Tensor, _losses: Any) -> Any:
         """Read pieces by themselves -> the finder's keys (B, T, D), or keys and values of each layer."""
         if self._options.content == "tokens":
-            finder = self._recall.finder
+            finder = self._recall.search.finder
             return (None if finder is None else finder.vectors(self._model, tokens, mask)[1]), None
         cache = prefixes.new_cache()
-        with self._recall.aside():
+        with self._recall.search.aside():
             run(self._model, tokens, attention_mask=mask, cache=cache)
         return None, self._unturned(cache, torch.zeros(len(tokens), dtype=torch.int64), 0)
 
     def _with_passages(self, pieces: list[Piece], tokens: Tensor, mask: Tensor, losses: list[Tensor] | None) -> Any:
         """As `_alone`, with passages before the pieces, filling in the losses."""
-        finder, every, cache = self._recall.finder, self._options.every, prefixes.new_cache()
+        finder, every, cache = self._recall.search.finder, self._options.every, prefixes.new_cache()
         vectors, keys = (None, None) if finder is None else finder.vectors(self._model, tokens, mask)
         context = int(min(piece.stop - piece.start - piece.new for piece in pieces))  # was read before
         logits, start = None, 0

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memorizing_transformers_pytorch.huggingface.probe import vocabulary_of
+from memorizing_transformers_pytorch.huggingface.models import vocabulary_of
 from memorizing_transformers_pytorch.memory.entries import as_int64
 
 

@@ -103,7 +103,7 @@ class HubReader:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from memorizing_transformers_pytorch.huggingface import attach_memory
-        from memorizing_transformers_pytorch.huggingface.probe import positions_of
+        from memorizing_transformers_pytorch.huggingface.models import positions_of
 
         gguf = next(Path(name).glob("*.gguf"), None) if Path(name).is_dir() else None
         where = {} if gguf is None else {"gguf_file": gguf.name}

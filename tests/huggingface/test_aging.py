@@ -12,7 +12,8 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from memorizing_transformers_pytorch.huggingface import attach_memory
-from memorizing_transformers_pytorch.huggingface.probe import probe, run, watching
+from memorizing_transformers_pytorch.huggingface.models import run
+from memorizing_transformers_pytorch.huggingface.probe import probe, watching
 from tests.huggingface.families import tiny
 from tests.huggingface.test_attach import EVERYTHING, logits, tokens
 

@@ -17,7 +17,8 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from memorizing_transformers_pytorch.huggingface import attach_memory
-from memorizing_transformers_pytorch.huggingface.probe import run, watching
+from memorizing_transformers_pytorch.huggingface.models import run
+from memorizing_transformers_pytorch.huggingface.probe import watching
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from tests.amounts import some
 from tests.huggingface.families import tiny
