@@ -128,9 +128,8 @@ def table(found: dict[str, Any]) -> str:
         shares = gains.mean(axis=0)[:, None] if draws is None else draws
         shares = shares[0] / shares[1]
         low, high = np.quantile(shares, [0.025, 0.975])
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {gains[:, 0].mean() / gains[:, 1].mean():.0%} ({low:.0%} to {high:.0%}) |"
-        )
+        share = gains[:, 0].mean() / gains[:, 1].mean()
+        lines.append(f"| {name} | {' | '.join(cells)} | {share:.0%} ({low:.0%} to {high:.0%}) |")
     return "\n".join(lines)
 
 
