@@ -12,6 +12,7 @@ Also counted is how often the passage with the answer came first. What OUTPUT.js
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import torch
 import tyro
 from huggingface_facts import FACTS, Planted, with_sentences
 from huggingface_perplexity import load
+from transformers.cache_utils import DynamicCache
 
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
 from memorizing_transformers_pytorch.huggingface import attach_memory
@@ -90,17 +92,20 @@ class Asking:
 
     def in_words(self, each: Planted, passages: str = "") -> list[int]:
         content = f"{passages}\n\n{QUESTIONS[each.question]}" if passages else QUESTIONS[each.question]
+        return self.tokens(self.template(content))
+
+    def template(self, content: str) -> str:
         turns = [{"role": "user", "content": content}]
-        return self.tokens(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def holds(self, each: Planted, ids: list[int], most: int) -> bool:
+    def holds(self, each: Planted, ids: list[int], most: int, **options: Any) -> bool:
         """Whether what is written after these tokens holds the answer."""
         tokens = torch.tensor([ids], device=self.model.device)
         mask = torch.ones_like(tokens)
-        written = self.model.generate(tokens, attention_mask=mask, max_new_tokens=most, do_sample=False)
+        written = self.model.generate(tokens, attention_mask=mask, max_new_tokens=most, do_sample=False, **options)
         return each.answer.lower() in self.tokenizer.decode(written[0, len(ids) :]).lower()
 
 
@@ -143,11 +148,25 @@ def in_prompt(asking: Asking, memory: Any, count: int) -> dict[str, Callable[[Pl
 
 
 def with_all(asking: Asking, text: list[int]) -> dict[str, Callable[[Planted], bool]]:
-    """The whole text as context."""
-    return {
-        "again": lambda each: asking.holds(each, text + asking.begun_again(each), 8),
-        "words": lambda each: asking.holds(each, asking.in_words(each, asking.tokenizer.decode(text)), 24),
-    }
+    """The whole text as context, which goes through the model once for each way of asking."""
+    mark = "TEXT"
+    head, _ = asking.template(mark).split(mark)
+    known = {"again": text, "words": asking.tokens(head) + text}
+    caches: dict[str, Any] = {}
+
+    def holds(kind: str, each: Planted, question: list[int], most: int) -> bool:
+        if kind not in caches:
+            caches[kind] = DynamicCache()
+            with torch.no_grad():
+                tokens = torch.tensor([known[kind]], device=asking.model.device)
+                asking.model(tokens, past_key_values=caches[kind], logits_to_keep=1)
+        return asking.holds(each, known[kind] + question, most, past_key_values=copy.deepcopy(caches[kind]))
+
+    def words(each: Planted) -> bool:
+        _, tail = asking.template(f"{mark}\n\n{QUESTIONS[each.question]}").split(mark)
+        return holds("words", each, asking.tokens(tail), 24)
+
+    return {"again": lambda each: holds("again", each, asking.begun_again(each), 8), "words": words}
 
 
 class Results:
