@@ -5,12 +5,15 @@ Shapes: N tokens of a question, P of a passage.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
+from memorizing_transformers_pytorch.huggingface.contents import Titles
 from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.searching import Query, Recalled
 from memorizing_transformers_pytorch.huggingface.texts import tokens_of
@@ -42,6 +45,12 @@ class RecallMemory(AttachedMemory):
         entries = list(next(iter(self.layers.values())).num_entries)
         options = f"content={self.options.content!r}, finder={self.options.finder!r}"
         return f"RecallMemory({options}, tokens={entries}, bytes={self.num_bytes:,})"
+
+    @contextmanager
+    def writing(self, document: Titles = None) -> Iterator[None]:
+        """Raises ValueError: passages are not trained. Use `read`, or a memory with retrieve="tokens"."""
+        raise ValueError("passages are not trained: use read() instead of writing(), or retrieve='tokens'")
+        yield
 
     @property
     def finder(self) -> Any:
