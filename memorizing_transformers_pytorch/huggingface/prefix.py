@@ -104,7 +104,8 @@ class DynamicWithPassages(DynamicLayer):  # type: ignore[no-untyped-call]
             self.prefix.take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(len(self.prefix.mask)).repeat_interleave(repeats))
+        rows = len(self.prefix.mask if self.keys is None else self.keys)  # the first layer has told the prefix already
+        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         length = self.get_seq_length()
