@@ -63,6 +63,8 @@ class Recall:
             tokens = call.given.get("input_ids")
             if not failed and tokens is not None:
                 call.prefix.note(tokens, QUERY)
+                if call.recalled is not None:  # these tokens have chosen
+                    call.prefix.passed = 0
 
     def _holds_any(self, call: Call) -> bool:
         return any(call.memories[self.search.kept][0].num_entries[row] for row in call.rows)
@@ -81,7 +83,7 @@ class Recall:
     def _is_due(self, call: Call, prefix: Prefix) -> bool:
         """Whether passages are chosen anew: for a new text, or after so many tokens."""
         is_new = call.shape[1] > 1 and not runs_inside("_assisted_decoding")
-        return is_new or prefix.passed + call.shape[1] > self._options.every
+        return is_new or prefix.passed + call.shape[1] >= self._options.every
 
     def _queries(self, call: Call, prefix: Prefix | None) -> list[Query] | None:
         """For each row of the batch; None if there is nothing to find passages by."""
