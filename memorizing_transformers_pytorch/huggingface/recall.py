@@ -17,6 +17,7 @@ from memorizing_transformers_pytorch.huggingface.calls import Call, runs_inside
 from memorizing_transformers_pytorch.huggingface.prefix import Prefix
 from memorizing_transformers_pytorch.huggingface.searching import Query, Search
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions
+from memorizing_transformers_pytorch.memory import UNKNOWN
 from memorizing_transformers_pytorch.utils.context import PerContext
 
 QUERY = 64  # of the last tokens of a text find the passages
@@ -62,7 +63,8 @@ class Recall:
             call.prefix.is_visible = False
             tokens = call.given.get("input_ids")
             if not failed and tokens is not None:
-                call.prefix.note(tokens, QUERY)
+                shown = _shown(call, call.before + call.prefix.size - call.prefix.dropped)
+                call.prefix.note(tokens if shown is None else tokens.masked_fill(~shown, UNKNOWN), QUERY)
                 if call.recalled is not None:  # these tokens have chosen
                     call.prefix.passed = 0
 
@@ -92,7 +94,8 @@ class Recall:
         rows = [call.rows[i * len(call.rows) // call.shape[0]] for i in range(call.shape[0])]
         if asked is not None:
             return asked if len(asked) == len(rows) else [asked[0]] * len(rows)
-        tokens, mask = call.tokens, call.mask
+        tokens, shown = call.tokens, _shown(call, call.before)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if shown is None else shown.cpu()
         labels = call.given.get("labels")
         if labels is not None:  # what is to be predicted must not choose
             mask = mask & (labels.cpu() != -100).cumsum(dim=1).eq(0)
@@ -101,7 +104,8 @@ class Recall:
                 return None
         texts = [row[kept] for row, kept in zip(tokens, mask, strict=True)]
         if prefix is not None and prefix.tokens is not None and call.shape[1] < QUERY and not self._is_prompt(call):
-            texts = [torch.cat((before, new)) for before, new in zip(prefix.tokens.cpu(), texts, strict=True)]
+            known = [row[row != UNKNOWN] for row in prefix.tokens.cpu()]
+            texts = [torch.cat((before, new)) for before, new in zip(known, texts, strict=True)]
         return [Query(row, text[-QUERY:]) for row, text in zip(rows, texts, strict=True)]
 
     def _is_prompt(self, call: Call) -> bool:
@@ -129,6 +133,18 @@ class Recall:
         """Keys (B, G, T, D) of the i-th layer, turned on by so many positions (B,)."""
         rotary = self.search.known(i).rotary
         return keys if rotary is None else rotary.turned(keys, by[:, None]).to(keys.dtype)
+
+
+def _shown(call: Call, start: int) -> Tensor | None:
+    """(B, T) bool, False for padding; None where there is none. start: of these tokens in the mask."""
+    mask, count = call.given.get("attention_mask"), call.shape[1]
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None or count == 1:
+        return None
+    if mask.ndim == 4:  # what the last query sees
+        mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] >= 0
+    return mask[:, start : start + count].bool().to(call.given["input_ids"].device)
 
 
 def _parameters(module: nn.Module) -> Any:
