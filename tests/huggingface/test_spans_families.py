@@ -1,4 +1,4 @@
-"""A model with passages before its text gives what the bare model gives after the same keys and values; every family."""
+"""With passages before its text a model of any family gives what it gives after the same keys and values by hand."""
 
 from __future__ import annotations
 
