@@ -102,10 +102,7 @@ def _without_cache(result: Any) -> Any:
 
 
 def _around(model: nn.Module, layer: nn.Module) -> Iterator[nn.Module]:
-    """The modules around all layers, from the model on; the model alone where it counts as the only layer."""
-    if layer is model:
-        yield model
-        return
+    """The modules around all layers, from the model on."""
     name = next(name for name, module in model.named_modules() if module is layer)
     for part in name.split("."):
         if isinstance(model, nn.ModuleList):

@@ -32,8 +32,9 @@ class Prefix:
 
     size: P. mask: (B, P) bool, False for padding, which is on the left. starts: (B,), at which position the text of
     each row begins. is_full: whether no row has padding. tokens: (B, at most Q), the last ones of the text. passed:
-    tokens of the text since passages were chosen. dropped: tokens of the text that have left the cache. has_text:
-    whether there were any. is_visible: whether a call is running, which sees the passages.
+    tokens of the text since passages were chosen. is_due: whether they shall be chosen anew. dropped: tokens of the
+    text that have left the cache, and gone: (B,), how many positions these took. has_text: whether there is any.
+    is_visible: whether a call is running, which sees the passages.
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -42,12 +43,13 @@ class Prefix:
     def begin(self, mask: Tensor) -> None:
         """Stand before a text of which nothing has passed."""
         self.dropped, self.is_visible, self.has_text = 0, False, False
+        self.gone = torch.zeros(len(mask), dtype=torch.int64, device=mask.device)
         self.tokens: Tensor | None = None
         self.exchange(mask, mask.sum(dim=1))
 
     def exchange(self, mask: Tensor, starts: Tensor) -> None:
         """Other passages, (B, P) of which are no padding."""
-        self.mask, self.starts, self.is_full, self.passed = mask, starts, bool(mask.all()), 0
+        self.mask, self.starts, self.is_full, self.passed, self.is_due = mask, starts, bool(mask.all()), 0, False
 
     @property
     def size(self) -> int:
@@ -67,7 +69,7 @@ class Prefix:
     def take(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
         rows = rows.to(self.mask.device)
-        self.mask, self.starts = self.mask[rows], self.starts[rows]
+        self.mask, self.starts, self.gone = self.mask[rows], self.starts[rows], self.gone[rows]
         self.tokens = None if self.tokens is None else self.tokens[rows]
 
     def drop_last(self, count: int) -> None:
@@ -239,6 +241,33 @@ def put(cache: Any, prefix: Prefix, pairs: Sequence[Pairs], mask: Tensor, turned
     prefix.exchange(F.pad(mask, (size - mask.shape[1], 0)), starts)
 
 
+def taken(cache: Any, count: int, places: Tensor) -> tuple[list[Pairs], Tensor]:
+    """The keys and values of the first tokens of the text in each layer, and at which positions they stand (B, T).
+
+    places: (B, T), at which places of the text.
+    """
+    prefix = cache.layers[0].prefix
+    some = slice(prefix.size, prefix.size + count)
+    shift = (prefix.starts - prefix.gone)[:, None]
+    return [(layer.keys[:, :, some], layer.values[:, :, some]) for layer in cache.layers], places.to(
+        shift.device
+    ) + shift
+
+
+def drop(cache: Any, count: int, gone: Tensor, turned: Turned) -> None:
+    """Let the first tokens of the text leave a cache; what is left moves to the positions at which they stood.
+
+    gone: (B,), how many positions have left in all.
+    """
+    prefix = cache.layers[0].prefix
+    by = prefix.gone - gone.to(prefix.gone.device)
+    for i, layer in enumerate(cache.layers):
+        keys = turned(i, layer.keys[:, :, prefix.size + count :], by=by)
+        layer.keys = torch.cat((layer.keys[:, :, : prefix.size], keys), dim=2)
+        layer.values = torch.cat((layer.values[:, :, : prefix.size], layer.values[:, :, prefix.size + count :]), dim=2)
+    prefix.dropped, prefix.gone, prefix.is_due = prefix.dropped + count, prefix.gone - by, True
+
+
 def new_cache() -> Any:
     """An empty cache that grows, and keeps all of the text in every layer."""
     return DynamicCache()
@@ -256,7 +285,7 @@ def extend(
         places = given.get("position_ids")
         if places is None:
             places = torch.arange(before, before + count, device=prefix.starts.device)[None].expand(batch, count)
-        shift = (prefix.starts - prefix.dropped).to(places.device)
+        shift = (prefix.starts - prefix.gone).to(places.device)
         given["position_ids"] = places + (shift[:, None] if places.ndim == 2 else shift[None, :, None])
     if isinstance(given.get("cache_position"), Tensor):
         given["cache_position"] = given["cache_position"] + prefix.size - prefix.dropped

@@ -43,20 +43,31 @@ class Recall:
             self.search.finder.detach()
 
     def before(self, call: Call, module: nn.Module) -> None:
-        """Give a call its passages. Raises ValueError, changing nothing, for a call that cannot have any."""
+        """Give a call that was checked its passages."""
         prefix = prefixes.prefix_of(call.cache)
-        if prefix is None:
-            if not call.enabled or not self._holds_any(call) or not prefixes.can_begin(call.cache):
-                return
-            self._check(call)
+        if prefix is None and not self._begins(call):
+            return
         if call.enabled and (prefix is None or self._is_due(call, prefix)):
             queries = self._queries(call, prefix)
             if queries is not None:
                 prefix = self._renew(call, prefix, queries)
+        if prefix is None and call.is_kept:
+            nothing = torch.zeros(call.shape[0], 0, dtype=torch.bool, device=self._model.device)
+            prefix = prefixes.wrap(call.cache, len(self.search.layers), nothing, self._options.budget)
         if prefix is not None:
             takes = "position_ids" in _parameters(module)
             prefixes.extend(call.given, prefix, call.before, call.shape, takes=takes, hidden=not call.enabled)
             call.prefix, prefix.is_visible = prefix, True
+
+    def check(self, call: Call) -> None:
+        """Raises ValueError for a call in which passages cannot stand before the text."""
+        if prefixes.prefix_of(call.cache) is None and self._begins(call):
+            self._check(call)
+
+    def _begins(self, call: Call) -> bool:
+        """Whether passages can be placed before a text that has none yet."""
+        holds_any = call.enabled and self._holds_any(call)
+        return (holds_any or call.is_kept) and prefixes.can_begin(call.cache)
 
     def after(self, call: Call, failed: bool) -> None:
         if call.prefix is not None:
@@ -72,7 +83,6 @@ class Recall:
         return any(call.memories[self.search.kept][0].num_entries[row] for row in call.rows)
 
     def _check(self, call: Call) -> None:
-        """Raises ValueError for a call in which passages cannot stand before the text."""
         prefixes.check(call.cache, call.given.get("attention_mask"))
         if self._model.training and getattr(self._model, "is_gradient_checkpointing", False):
             raise ValueError(
@@ -84,8 +94,10 @@ class Recall:
 
     def _is_due(self, call: Call, prefix: Prefix) -> bool:
         """Whether passages are chosen anew: for a new text, or after so many tokens."""
+        if not prefix.size and not self._holds_any(call):
+            return False
         is_new = call.shape[1] > 1 and not runs_inside("_assisted_decoding")
-        return is_new or prefix.passed + call.shape[1] >= self._options.every
+        return is_new or prefix.is_due or prefix.passed + call.shape[1] >= self._options.every
 
     def _queries(self, call: Call, prefix: Prefix | None) -> list[Query] | None:
         """For each row of the batch; None if there is nothing to find passages by."""
@@ -113,26 +125,16 @@ class Recall:
 
     def _renew(self, call: Call, prefix: Prefix | None, queries: list[Query]) -> Prefix:
         """Find passages and place them in the cache of the call."""
-        stays = prefix is not None and prefix.has_text and not self._can_turn
+        stays = prefix is not None and prefix.has_text and not self.search.can_turn
         budget = int(prefix.starts.min()) if stays and prefix is not None else self._options.budget
         recalled, pairs, mask = self.search.pairs_for(queries, budget)
         if call.cache is None:
             call.given["past_key_values"], call.drops_cache = prefixes.new_cache(), call.given.get("use_cache") is False
         if prefix is None:
             prefix = prefixes.wrap(call.cache, len(self.search.layers), mask, self._options.budget)
-        prefixes.put(call.cache, prefix, pairs, mask, self._turned if self._can_turn else None)
+        prefixes.put(call.cache, prefix, pairs, mask, self.search.turned if self.search.can_turn else None)
         call.recalled = recalled
         return prefix
-
-    @property
-    def _can_turn(self) -> bool:
-        """Whether a text can be moved to other positions."""
-        return all(layer is not None and not layer.embedded for layer in self.search.layers.values())
-
-    def _turned(self, i: int, keys: Tensor, by: Tensor) -> Tensor:
-        """Keys (B, G, T, D) of the i-th layer, turned on by so many positions (B,)."""
-        rotary = self.search.known(i).rotary
-        return keys if rotary is None else rotary.turned(keys, by[:, None]).to(keys.dtype)
 
 
 def _shown(call: Call, start: int) -> Tensor | None:

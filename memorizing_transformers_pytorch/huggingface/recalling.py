@@ -18,7 +18,7 @@ from memorizing_transformers_pytorch.memory.entries import POSITION
 
 
 @dataclass(frozen=True)
-class Passage:
+class Excerpt:
     """A part of a document that was recalled.
 
     document, title: of the document. position: of its first token in the document. text: None without a tokenizer.
@@ -55,7 +55,7 @@ class RecallMemory(AttachedMemory):
         assert recall is not None
         return recall
 
-    def recall(self, question: str | Tensor, *, passages: int | None = None, row: int = 0) -> list[Passage]:
+    def recall(self, question: str | Tensor, *, passages: int | None = None, row: int = 0) -> list[Excerpt]:
         """The passages of a row that fit a question best, the best first.
 
         question: text, if the memory has a tokenizer, or token ids (N,). passages: how many; as the memory places
@@ -70,19 +70,19 @@ class RecallMemory(AttachedMemory):
         return self._passages(self._recall.search.best(query, count))
 
     @property
-    def last_recalled(self) -> list[list[Passage]]:
+    def last_recalled(self) -> list[list[Excerpt]]:
         """For each row of the last call of the model that chose passages: which ones, in the order in which they stand
         before the text."""
         return [self._passages(_runs(each)) for each in self._at_work.last_recalled]
 
-    def _passages(self, found: list[tuple[Tensor, float]]) -> list[Passage]:
+    def _passages(self, found: list[tuple[Tensor, float]]) -> list[Excerpt]:
         made = []
         for origins, score in found:
             number, tokens = int(origins[0, 0]), origins[:, 2].clone()
             known = self.ledger[number] if number in self.ledger else None  # noqa: SIM401 (a ledger is no dictionary)
             text = None if self.tokenizer is None else self.tokenizer.decode(tokens)
             position = int(self.ledger.in_documents(origins)[0, POSITION])
-            made.append(Passage(number, "" if known is None else known.title, position, text, score, tokens))
+            made.append(Excerpt(number, "" if known is None else known.title, position, text, score, tokens))
         return made
 
 

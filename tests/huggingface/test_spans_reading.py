@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from memorizing_transformers_pytorch.huggingface.recalling import Passage
+from memorizing_transformers_pytorch.huggingface.recalling import Excerpt
 from tests.huggingface.families import tiny
 from tests.huggingface.spans import attached, close, logits, plain, read, recalled, tokens
 
@@ -36,7 +36,7 @@ def same(one: list[Any], other: list[Any], limit: float = 1e-4) -> bool:
     )
 
 
-def shown(passages: list[Passage]) -> list[tuple[Any, ...]]:
+def shown(passages: list[Excerpt]) -> list[tuple[Any, ...]]:
     return [(each.title, each.position, each.tokens.tolist(), round(each.score, 5)) for each in passages]
 
 
