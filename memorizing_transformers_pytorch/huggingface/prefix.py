@@ -193,7 +193,7 @@ def check(cache: Any, mask: Any) -> None:
     layers = getattr(cache, "layers", None)
     kinds = {type(layer) for layer in layers or ()} - {*GROWING, *FIXED, DynamicWithPassages, StaticWithPassages}
     if layers is None or kinds:
-        names = sorted(kind.__name__ for kind in kinds) or type(cache).__name__
+        names = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
         raise ValueError(
             f"passages cannot be placed in a cache of {names}: use a DynamicCache or a StaticCache, "
             "or call the model inside memory.enabled(False)"
