@@ -61,8 +61,13 @@ class Recall:
 
     def check(self, call: Call) -> None:
         """Raises ValueError for a call in which passages cannot stand before the text."""
-        if prefixes.prefix_of(call.cache) is None and self._begins(call):
+        is_new = prefixes.prefix_of(call.cache) is None
+        if is_new and not self._begins(call):
+            return
+        if is_new:
             self._check(call)
+        if (call.enabled or call.is_kept) and call.given.get("input_ids") is None:
+            raise ValueError("passages are found by token ids: give input_ids, or use memory.enabled(False)")
 
     def _begins(self, call: Call) -> bool:
         """Whether passages can be placed before a text that has none yet."""
@@ -89,8 +94,6 @@ class Recall:
                 "gradient checkpointing drops the cache, in which passages stand: call "
                 "model.gradient_checkpointing_disable(), or train inside memory.enabled(False)"
             )
-        if call.given.get("input_ids") is None:
-            raise ValueError("passages are found by token ids: give input_ids, or use memory.enabled(False)")
 
     def _is_due(self, call: Call, prefix: Prefix) -> bool:
         """Whether passages are chosen anew: for a new text, or after so many tokens."""
