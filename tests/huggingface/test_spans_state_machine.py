@@ -204,8 +204,7 @@ def test_readers_go_on_while_a_writer_reads_and_forgets(content: str) -> None:
         try:
             for seed in range(6):
                 memory.read(tokens(1, 60, seed=seed), document=f"book {seed}", progress=False)
-                memory.forget(f"book {seed - 1}") if seed else None
-                memory.clear() if seed == 3 else None
+                memory.clear() if seed == 3 else memory.forget(f"book {seed}")
         finally:
             is_over.set()
 
