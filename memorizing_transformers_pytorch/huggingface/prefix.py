@@ -106,7 +106,8 @@ class DynamicWithPassages(DynamicLayer):  # type: ignore[no-untyped-call]
             self.prefix.take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(len(self.prefix.mask)).repeat_interleave(repeats))
+        rows = len(self.prefix.mask if self.keys is None else self.keys)  # the first layer has told the prefix already
+        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         length = self.get_seq_length()
@@ -192,7 +193,7 @@ def check(cache: Any, mask: Any) -> None:
     layers = getattr(cache, "layers", None)
     kinds = {type(layer) for layer in layers or ()} - {*GROWING, *FIXED, DynamicWithPassages, StaticWithPassages}
     if layers is None or kinds:
-        names = sorted(kind.__name__ for kind in kinds) or type(cache).__name__
+        names = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
         raise ValueError(
             f"passages cannot be placed in a cache of {names}: use a DynamicCache or a StaticCache, "
             "or call the model inside memory.enabled(False)"

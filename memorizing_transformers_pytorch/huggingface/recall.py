@@ -10,13 +10,14 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.huggingface import prefix as prefixes
 from memorizing_transformers_pytorch.huggingface.calls import Call, runs_inside
 from memorizing_transformers_pytorch.huggingface.prefix import Prefix
 from memorizing_transformers_pytorch.huggingface.searching import Query, Search
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions
+from memorizing_transformers_pytorch.memory import UNKNOWN
 from memorizing_transformers_pytorch.utils.context import PerContext
 
 QUERY = 64  # of the last tokens of a text find the passages
@@ -60,8 +61,13 @@ class Recall:
 
     def check(self, call: Call) -> None:
         """Raises ValueError for a call in which passages cannot stand before the text."""
-        if prefixes.prefix_of(call.cache) is None and self._begins(call):
+        is_new = prefixes.prefix_of(call.cache) is None
+        if is_new and not self._begins(call):
+            return
+        if is_new:
             self._check(call)
+        if (call.enabled or call.is_kept) and call.given.get("input_ids") is None:
+            raise ValueError("passages are found by token ids: give input_ids, or use memory.enabled(False)")
 
     def _begins(self, call: Call) -> bool:
         """Whether passages can be placed before a text that has none yet."""
@@ -73,7 +79,10 @@ class Recall:
             call.prefix.is_visible = False
             tokens = call.given.get("input_ids")
             if not failed and tokens is not None:
-                call.prefix.note(tokens, QUERY)
+                shown = _shown(call, call.before + call.prefix.size - call.prefix.dropped)
+                call.prefix.note(tokens if shown is None else tokens.masked_fill(~shown, UNKNOWN), QUERY)
+                if call.recalled is not None:  # these tokens have chosen
+                    call.prefix.passed = 0
 
     def _holds_any(self, call: Call) -> bool:
         return any(call.memories[self.search.kept][0].num_entries[row] for row in call.rows)
@@ -85,15 +94,13 @@ class Recall:
                 "gradient checkpointing drops the cache, in which passages stand: call "
                 "model.gradient_checkpointing_disable(), or train inside memory.enabled(False)"
             )
-        if call.given.get("input_ids") is None:
-            raise ValueError("passages are found by token ids: give input_ids, or use memory.enabled(False)")
 
     def _is_due(self, call: Call, prefix: Prefix) -> bool:
         """Whether passages are chosen anew: for a new text, or after so many tokens."""
         if not prefix.size and not self._holds_any(call):
             return False
         is_new = call.shape[1] > 1 and not runs_inside("_assisted_decoding")
-        return is_new or prefix.is_due or prefix.passed + call.shape[1] > self._options.every
+        return is_new or prefix.is_due or prefix.passed + call.shape[1] >= self._options.every
 
     def _queries(self, call: Call, prefix: Prefix | None) -> list[Query] | None:
         """For each row of the batch; None if there is nothing to find passages by."""
@@ -102,7 +109,8 @@ class Recall:
         rows = [call.rows[i * len(call.rows) // call.shape[0]] for i in range(call.shape[0])]
         if asked is not None:
             return asked if len(asked) == len(rows) else [asked[0]] * len(rows)
-        tokens, mask = call.tokens, call.mask
+        tokens, shown = call.tokens, _shown(call, call.before)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if shown is None else shown.cpu()
         labels = call.given.get("labels")
         if labels is not None:  # what is to be predicted must not choose
             mask = mask & (labels.cpu() != -100).cumsum(dim=1).eq(0)
@@ -111,7 +119,8 @@ class Recall:
                 return None
         texts = [row[kept] for row, kept in zip(tokens, mask, strict=True)]
         if prefix is not None and prefix.tokens is not None and call.shape[1] < QUERY and not self._is_prompt(call):
-            texts = [torch.cat((before, new)) for before, new in zip(prefix.tokens.cpu(), texts, strict=True)]
+            known = [row[row != UNKNOWN] for row in prefix.tokens.cpu()]
+            texts = [torch.cat((before, new)) for before, new in zip(known, texts, strict=True)]
         return [Query(row, text[-QUERY:]) for row, text in zip(rows, texts, strict=True)]
 
     def _is_prompt(self, call: Call) -> bool:
@@ -129,6 +138,18 @@ class Recall:
         prefixes.put(call.cache, prefix, pairs, mask, self.search.turned if self.search.can_turn else None)
         call.recalled = recalled
         return prefix
+
+
+def _shown(call: Call, start: int) -> Tensor | None:
+    """(B, T) bool, False for padding; None where there is none. start: of these tokens in the mask."""
+    mask, count = call.given.get("attention_mask"), call.shape[1]
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None or count == 1:
+        return None
+    if mask.ndim == 4:  # what the last query sees
+        mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] >= 0
+    return mask[:, start : start + count].bool().to(call.given["input_ids"].device)
 
 
 def _parameters(module: nn.Module) -> Any:
