@@ -14,7 +14,8 @@ import torch
 import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, parse_arguments
-from memorizing_transformers_pytorch.library.build import Builder, files_below
+from memorizing_transformers_pytorch.data.texts import files_below
+from memorizing_transformers_pytorch.library.build import Builder
 from memorizing_transformers_pytorch.library.readers import open_reader
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.load import How, load, state_of

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 from memorizing_transformers_pytorch.huggingface.added import Added
-from memorizing_transformers_pytorch.huggingface.attach import attach_memory
-from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory, memory_of
+from memorizing_transformers_pytorch.huggingface.attach import attach_memory, memory_of
+from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.causal_lm import (
     MemorizingTransformerConfig,
     MemorizingTransformerForCausalLM,

@@ -13,6 +13,7 @@ from memorizing_transformers_pytorch.huggingface.added import Added, AddedLayer
 from memorizing_transformers_pytorch.huggingface.attach_spans import attach_spans
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State
+from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
 from memorizing_transformers_pytorch.huggingface.layers import chosen_layers, induction_scores
 from memorizing_transformers_pytorch.huggingface.memory_layer import MemoryLayer
@@ -55,6 +56,7 @@ def attach_memory(
     """Give some layers of a causal language model of transformers a memory, which they read with their own attention.
 
     model: any that attends through the attention interface, with attn_implementation "sdpa" or "eager".
+    tokenizer: the model's own, with which the memory reads text, and gives it.
     layers: numbers of layers, "all" that can, or "auto": those with induction heads (see `suggest_layers`).
     added: instead of giving the layers themselves a memory, add a layer of attention with a memory after each of them,
         which must be trained (see `Added` for its sizes). "auto" adds one, after the best layer.
@@ -109,10 +111,12 @@ def attach_memory(
     if not isinstance(added, bool | Added):
         raise ValueError(f"expected added to be True, False or an Added, got {added!r}")
     with torch.inference_mode(False):  # what is made here outlives it
-        return _attach(model, layers, added, options)
+        return _attach(model, layers, added, options, tokenizer)
 
 
-def _attach(model: Any, layers: str | Iterable[int], added: bool | Added, options: Options) -> AttachedMemory:
+def _attach(
+    model: Any, layers: str | Iterable[int], added: bool | Added, options: Options, tokenizer: Any
+) -> AttachedMemory:
     served, refused = probe(model)
     _check_chunk(model, served, options.chunk)
     numbers = _numbers(model, layers, served, refused)
@@ -127,7 +131,7 @@ def _attach(model: Any, layers: str | Iterable[int], added: bool | Added, option
         made = _added(model, [served[number] for number in numbers], added, options, shared)
     else:
         made = [MemoryLayer(served[number], options, shared, positions_of(model)) for number in numbers]
-    return AttachedMemory(model, made, shared, options)
+    return AttachedMemory(model, made, shared, options, tokenizer=tokenizer)
 
 
 def _check_chunk(model: Any, served: dict[int, Layer], chunk: int) -> None:
@@ -163,3 +167,15 @@ def _numbers(model: Any, layers: str | Iterable[int], served: dict[int, Layer], 
     if not numbers:
         raise ValueError("expected at least one layer, got none")
     return numbers
+
+
+def memory_of(model: Any) -> AttachedMemory:
+    """The memory that is attached to a model: of a copy, say, or of a model that `torch.load` has read.
+
+    Raises ValueError for a model without one.
+    """
+    for hook in model._forward_pre_hooks.values():
+        hooks = getattr(hook, "__self__", None)
+        if isinstance(hooks, Hooks):
+            return hooks.begin.__self__.handle  # type: ignore[attr-defined,no-any-return]
+    raise ValueError(f"no memory is attached to this {type(model).__name__}: use attach_memory()")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from memorizing_transformers_pytorch.data.texts import NoText
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.model.session import Session
@@ -19,10 +20,6 @@ PIECES = 4  # of a document, read between two chances to save
 OF_RUN = "of a run"
 MAX_MEMORIES = 262_144  # as of an attached memory
 CHUNK = 512  # tokens of a text, for models of transformers that take as many
-
-
-class NoText(ValueError):
-    """A file without any text to read: binary, empty, not UTF-8, or without tokens."""
 
 
 class RunReader:
