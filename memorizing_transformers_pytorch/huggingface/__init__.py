@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from memorizing_transformers_pytorch.huggingface.added import Added
+from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat, Passage
 from memorizing_transformers_pytorch.huggingface.attach import attach_memory, memory_of
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.causal_lm import (
@@ -15,14 +16,20 @@ from memorizing_transformers_pytorch.huggingface.causal_lm import (
 )
 from memorizing_transformers_pytorch.huggingface.export import export_run
 from memorizing_transformers_pytorch.huggingface.layers import suggest_layers
+from memorizing_transformers_pytorch.huggingface.recalling import RecallMemory
 from memorizing_transformers_pytorch.memory.ledger import Document
 
 __all__ = [
     "Added",
+    "Answer",
+    "AnswerStream",
     "AttachedMemory",
+    "Chat",
     "Document",
     "MemorizingTransformerConfig",
     "MemorizingTransformerForCausalLM",
+    "Passage",
+    "RecallMemory",
     "attach_memory",
     "export_run",
     "memory_of",

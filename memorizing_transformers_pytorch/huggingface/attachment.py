@@ -33,8 +33,8 @@ class Attachment:
     """What `AttachedMemory` stands on.
 
     lock: whoever changes the memory holds it. enabled, writable, watched, and writer (what stores the calls of the
-    model instead of a conversation): of this thread or task. last: what the last call that is over found in each layer.
-    handle: the `AttachedMemory` that stands on this.
+    model instead of a conversation): of this thread or task; so is noted, where calls write what they have recalled.
+    last: what the last call that is over found in each layer. handle: the `AttachedMemory` that stands on this.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Attachment:
         self.enabled, self.writable = PerContext(True), PerContext(True)
         self.writer: PerContext[Reader | SpanReader | TrainingSegment | None] = PerContext(None)
         self.last_recalled: list[Recalled] = []
+        self.noted: PerContext[list[Recalled] | None] = PerContext(None)
         self.watched: PerContext[WatchedRow | None] = PerContext(None)
         for layer in layers:
             layer.attach()
@@ -112,6 +113,8 @@ class Attachment:
             self.recall.after(call, failed)
             if call.recalled is not None and not failed:
                 self.last_recalled = call.recalled
+                if self.noted.now is not None:
+                    self.noted.now[:] = call.recalled
             return
         was_empty = not self.contents.ledger
         if call.writer is not None:
