@@ -26,6 +26,7 @@ from memorizing_transformers_pytorch.model.generation import until
 MAX_NEW_TOKENS = 256
 QUESTION, ANSWER = "Question:", "Answer:"  # without a chat template
 FIRST_WORDS = 10
+THREAD = "writing an answer"
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ class AnswerStream:
 
     def __init__(self, write: Callable[..., Answer], tokenizer: Any, stop: str | None) -> None:
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._stopped, self._done = threading.Event(), Future[Answer]()
-        self._pieces = until(stop, filter(None, streamer))
-        work = (_into, self._done, write, streamer, self._stopped)  # nothing in it holds this object
-        self._thread = threading.Thread(target=contextvars.copy_context().run, args=work)
+        self._stopped, self.done = threading.Event(), Future[Answer]()
+        self._pieces: Iterator[str] = until(stop, filter(None, streamer))
+        work = (_into, self.done, write, streamer, self._stopped)  # nothing in it holds this object
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=work, name=THREAD)
         weakref.finalize(self, self._stopped.set)
         self._thread.start()
 
@@ -83,7 +84,7 @@ class AnswerStream:
             return next(self._pieces)
         except StopIteration:
             self._thread.join()
-            self._done.result()  # raises what the generation has raised
+            self.done.result()  # raises what the generation has raised
             raise
         except BaseException:
             self.close()
@@ -98,7 +99,7 @@ class AnswerStream:
     def answer(self) -> Answer:
         """The whole answer."""
         self._thread.join()
-        return self._done.result()
+        return self.done.result()
 
     @property
     def text(self) -> str:
@@ -138,7 +139,7 @@ class Chat:
         self._stop = None if getattr(tokenizer, "chat_template", None) else f"\n{QUESTION}"
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self._tokens, self._cache = torch.zeros(1, 0, dtype=torch.int64), None
-        self._writing: AnswerStream | None = None
+        self._last: Future[Answer] | None = None  # not the stream itself: one that nobody holds ends
 
     @overload
     def say(
@@ -169,7 +170,7 @@ class Chat:
         generation_config: GenerationConfig | None = None,
     ) -> Answer | AnswerStream:
         """The answer to the next message; see `RecallMemory.ask`. After an error the message counts as not said."""
-        if self._writing is not None and not self._writing._done.done():
+        if self._last is not None and not self._last.done():
             raise ValueError("the answer before is still being written: iterate to its end, or close() it")
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._prompt(messages)
@@ -184,8 +185,9 @@ class Chat:
 
         if not stream:
             return write(None, threading.Event())
-        self._writing = AnswerStream(write, self._tokenizer, self._stop)
-        return self._writing
+        written = AnswerStream(write, self._tokenizer, self._stop)
+        self._last = written.done
+        return written
 
     def _prompt(self, messages: list[dict[str, str]]) -> Tensor:
         """Messages as token ids (1, N)."""

@@ -99,8 +99,11 @@ class RecallMemory(AttachedMemory):
 
         Raises ValueError for an empty question, a row that does not exist, and a memory without a tokenizer.
         """
-        how: Any = {"max_new_tokens": max_new_tokens, "generation_config": generation_config}
-        return self.chat(system=system, row=row).say(question, stream=stream, **how)
+        chat: Any = self.chat(system=system, row=row)
+        answer: Answer | AnswerStream = chat.say(
+            question, stream=stream, max_new_tokens=max_new_tokens, generation_config=generation_config
+        )
+        return answer
 
     def chat(self, *, system: str | None = None, row: int = 0) -> Chat:
         """A conversation, in which `say` gives the answer to each message."""

@@ -6,7 +6,7 @@ Shapes: B rows, V tokens of the vocabulary.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
