@@ -15,7 +15,7 @@ import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, parse_arguments
 from memorizing_transformers_pytorch.data.texts import files_below
-from memorizing_transformers_pytorch.library.build import Builder
+from memorizing_transformers_pytorch.library.build import Builder, check_different
 from memorizing_transformers_pytorch.library.readers import open_reader, spans_in
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.load import How, load, state_of
@@ -45,7 +45,7 @@ class Build:
     """How a new memory of a model of transformers is used: tokens, which its attention looks up (the default), or
     spans, passages that stand before a prompt, as `ask` and `chat` need it."""
     content: Literal["kv", "tokens"] | None = None
-    """What a new memory of spans keeps: keys and values, or token ids alone; by default kv where the model allows it."""
+    """What a new memory of spans keeps: keys and values, or token ids alone; by default kv if the model can."""
     max_memories: int | None = None
     """Capacity of each layer, in entries, of a new memory; by default 262,144."""
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
@@ -248,22 +248,6 @@ def merge(options: Merge) -> dict[str, Any]:
     merged.save(options.output)
     table = merged.documents()
     return {"documents": len(table), "entries": [sum(each) for each in zip(*(d.entries for d in table), strict=True)]}
-
-
-def check_different(output: Path, memories: Sequence[Path]) -> None:
-    """Raises ValueError for fewer than two memories, for one that is given twice, as another folder or a copy, and for
-    an output that holds a memory."""
-    if len(memories) < 2:
-        raise ValueError(f"merge needs two or more memories, got {len(memories)}")
-    given: dict[str, Path] = {}
-    for path in memories:
-        if path.resolve() == output.resolve():
-            raise ValueError(f"{str(path)!r} is both a memory to merge and the folder to write")
-        first = given.setdefault(state_of(path).state, path)
-        if first is not path:
-            raise ValueError(f"{str(first)!r} and {str(path)!r} hold the same saved state: name it once")
-    if (output / NAME).exists():
-        raise ValueError(f"{str(output)!r} holds a memory: write to a new folder")
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {

@@ -12,6 +12,8 @@ from typing import Any
 
 from memorizing_transformers_pytorch.data.texts import NoText, real_path, text_of
 from memorizing_transformers_pytorch.library.readers import COMPLETE, DocumentReader
+from memorizing_transformers_pytorch.memory.disk.load import state_of
+from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest
 
@@ -181,3 +183,19 @@ def by_file(documents: Sequence[Document], files: Sequence[Path]) -> dict[str, l
                 place = given.get(each.about.get(LINK, ""), place)
             found.setdefault(place, []).append(each)
     return found
+
+
+def check_different(output: Path, memories: Sequence[Path]) -> None:
+    """Raises ValueError for fewer than two memories, for one that is given twice, as another folder or a copy, and for
+    an output that holds a memory."""
+    if len(memories) < 2:
+        raise ValueError(f"merge needs two or more memories, got {len(memories)}")
+    given: dict[str, Path] = {}
+    for path in memories:
+        if path.resolve() == output.resolve():
+            raise ValueError(f"{str(path)!r} is both a memory to merge and the folder to write")
+        first = given.setdefault(state_of(path).state, path)
+        if first is not path:
+            raise ValueError(f"{str(first)!r} and {str(path)!r} hold the same saved state: name it once")
+    if (output / NAME).exists():
+        raise ValueError(f"{str(output)!r} holds a memory: write to a new folder")
