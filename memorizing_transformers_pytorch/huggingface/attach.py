@@ -113,7 +113,6 @@ def attach_memory(
     if retrieve not in OPTIONS:
         raise ValueError(f"retrieve must be one of {tuple(OPTIONS)}, got {retrieve!r}")
     _refuse_others(retrieve, given)
-    _refuse_a_second(model)
     common = {name: given[name] for name in COMMON}
     own = {name: given[name] for name in OPTIONS[retrieve]}
     with torch.inference_mode(False):  # what is made here outlives it
@@ -132,16 +131,6 @@ def _refuse_others(retrieve: str, given: dict[str, Any]) -> None:
         others = [name for name in names if kind != retrieve and given[name] != usual[name]]
         if others:
             raise ValueError(f"{', '.join(others)}: only for retrieve={kind!r}, got retrieve={retrieve!r}")
-
-
-def _refuse_a_second(model: Any) -> None:
-    """Raises ValueError for a model that has a memory of passages."""
-    if any(
-        isinstance(getattr(hook, "__self__", None), Hooks) for hook in getattr(model, "_forward_pre_hooks", {}).values()
-    ):
-        raise ValueError(
-            f"expected a model without a memory, got {type(model).__name__}, which has one: detach() it first"
-        )
 
 
 def _attach(
@@ -197,3 +186,15 @@ def _numbers(model: Any, layers: str | Iterable[int], served: dict[int, Layer], 
     if not numbers:
         raise ValueError("expected at least one layer, got none")
     return numbers
+
+
+def memory_of(model: Any) -> AttachedMemory:
+    """The memory that is attached to a model: of a copy, say, or of a model that `torch.load` has read.
+
+    Raises ValueError for a model without one.
+    """
+    for hook in model._forward_pre_hooks.values():
+        hooks = getattr(hook, "__self__", None)
+        if isinstance(hooks, Hooks):
+            return hooks.begin.__self__.handle  # type: ignore[attr-defined,no-any-return]
+    raise ValueError(f"no memory is attached to this {type(model).__name__}: use attach_memory()")

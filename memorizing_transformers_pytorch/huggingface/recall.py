@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.huggingface import prefix as prefixes
+from memorizing_transformers_pytorch.huggingface.cache_layers import Prefix
 from memorizing_transformers_pytorch.huggingface.calls import Call, runs_inside
-from memorizing_transformers_pytorch.huggingface.prefix import Prefix
 from memorizing_transformers_pytorch.huggingface.searching import Query, Search
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions
 from memorizing_transformers_pytorch.memory import UNKNOWN
@@ -149,7 +149,8 @@ def _shown(call: Call, start: int) -> Tensor | None:
         return None
     if mask.ndim == 4:  # what the last query sees
         mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] >= 0
-    return mask[:, start : start + count].bool().to(call.given["input_ids"].device)
+    shown: Tensor = mask[:, start : start + count].bool().to(call.given["input_ids"].device)
+    return shown
 
 
 def _parameters(module: nn.Module) -> Any:
