@@ -129,9 +129,10 @@ def build(options: Build) -> dict[str, Any]:
     exists = (options.memory / NAME).exists()
     files = files_below(options.files, options.pattern, may_be_none=options.prune and exists)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    for_new = ("retrieve", "content", "max_memories", "dtype")
-    if exists and (given := [f"--{name.replace('_', '-')}" for name in for_new if getattr(options, name) is not None]):
-        raise ValueError(f"{str(options.memory)!r} exists: {', '.join(given)} is for a new memory only")
+    for_new = (options.retrieve, options.content, options.max_memories, dtype)
+    if exists and any(each is not None for each in for_new):
+        names = "--retrieve, --content, --max-memories and --dtype"
+        raise ValueError(f"{str(options.memory)!r} exists: {names} are for a new memory only")
     if options.content is not None and options.retrieve != "spans":
         raise ValueError("--content is for a memory of spans: add --retrieve spans")
     refuse_others(options.memory)

@@ -70,7 +70,7 @@ def test_a_library_that_memory_build_made_is_asked(
     ask = ["ask", "--model", model, "--memory", library, "--max-new-tokens", 4, "--passages", 2]
     printed = said(capsys, *ask, QUESTION)
     assert {Path(each).name for each in sources(printed)} <= {"vault.txt", "whale.txt"}
-    assert len(sources(printed)) in (1, 2)
+    assert sources(printed)
     assert printed == said(capsys, *ask, QUESTION)
     assert {path.name: path.read_bytes() for path in library.iterdir()} == before
     (notes / "short.txt").write_text("Short.")
@@ -143,7 +143,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
         (["ask", "--model", run, "--read", notes, QUESTION], "need a model of transformers"),
         (
             ["memory", "build", library, notes, "--model", model, "--retrieve", "spans"],
-            "--retrieve is for a new memory",
+            "are for a new memory only",
         ),
         (["memory", "build", tmp_path / "new", notes, "--model", model, "--content", "kv"], "add --retrieve spans"),
         (["memory", "build", tmp_path / "new", notes, "--model", run, "--retrieve", "spans"], "model of transformers"),
