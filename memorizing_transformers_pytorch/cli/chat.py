@@ -102,4 +102,4 @@ def answer(chat: Any, text: str, options: Conversation) -> None:
         print(piece, end="", flush=True)
     print()
     for number, source in enumerate(stream.sources, 1):
-        print(f"[{number}] {source}")
+        print(f"[{number}] {source.title}, token {source.position:,}: {' '.join(source.text.split())}")
