@@ -150,3 +150,17 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
     ):
         assert message in refused(capsys, *arguments)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_library_of_token_ids_alone_is_searched_by_words(
+    model: str, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bm25s")
+    monkeypatch.setattr("memorizing_transformers_pytorch.huggingface.attach_spans.best_head", lambda *_: None)
+    library = tmp_path / "library"
+    options = ["--retrieve", "spans", "--content", "tokens"]
+    with pytest.warns(UserWarning, match="no induction head"):
+        said(capsys, "memory", "build", library, notes, "--model", model, *options)
+    ask = ["ask", "--model", model, "--memory", library, "--max-new-tokens", 2, "--passages", 1]
+    assert Path(sources(said(capsys, *ask, QUESTION))[0]).name == "vault.txt"
+    assert "this one keeps token ids alone" in refused(capsys, *ask, "--finder", "head", QUESTION)
