@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memorizing_transformers_pytorch.explorer.explanation import Explanation, LookedUpPassage
+from memorizing_transformers_pytorch.explorer.explanation import Explanation, Passage
 from memorizing_transformers_pytorch.explorer.sources import Sources, decoder, encoded
 from memorizing_transformers_pytorch.explorer.watching import LookedUp, Trace, Watched, hiding, watched
 
@@ -110,7 +110,7 @@ def _columns(layers: list[LookedUp]) -> dict[str, np.ndarray]:
     return {n: np.concatenate(p) if p else np.zeros(0, np.int64) for n, p in zip(COLUMNS, parts, strict=True)}
 
 
-def _ablated(eye: Watched, ids: Tensor, found: Explanation, passages: list[LookedUpPassage]) -> list[LookedUpPassage]:
+def _ablated(eye: Watched, ids: Tensor, found: Explanation, passages: list[Passage]) -> list[Passage]:
     """The passages with what they are worth, the most first."""
     whole, measured = float(np.nansum(found.losses)), []
     for each in passages:

@@ -41,7 +41,7 @@ class LookedUpEntry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LookedUpPassage:
+class Passage:
     """A piece of a source. first, last: positions in the document. weight: the attention that it got, added up over
     tokens and as a mean over layers and heads. contribution: by how much (nats, all tokens together) the loss of the
     explained tokens would be higher without it; None where that was not measured."""
@@ -72,7 +72,7 @@ class Explanation:
     mass: np.ndarray
     titles: Mapping[int, str]
     columns: Columns
-    passages: list[LookedUpPassage]
+    passages: list[Passage]
     sources: Sources = field(repr=False)
     starts: Mapping[int, int] = field(repr=False)
     around: int = 12
@@ -184,7 +184,7 @@ class Explanation:
         summary = str(self).splitlines()[0]
         return ENVIRONMENT.get_template("notebook.html").render(summary=summary, passages=self.passages[:20])
 
-    def passages_by(self, size: int) -> list[LookedUpPassage]:
+    def passages_by(self, size: int) -> list[Passage]:
         """The pieces of `size` tokens of known sources that were looked up, those with the most attention first."""
         columns, passages = self.columns, []
         known = is_known(columns["document"], columns["position"])
@@ -195,7 +195,7 @@ class Explanation:
             document, piece = pieces[i].tolist()
             first, last = piece * size, (piece + 1) * size - 1
             text, weight = self.text(document, first, last), self._share(weights[i])
-            passages.append(LookedUpPassage(document, self.title(document), first, last, text, weight))
+            passages.append(Passage(document, self.title(document), first, last, text, weight))
         return passages
 
     def only(self, size: int, layer: int | None = None, head: int | None = None) -> Explanation:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memorizing_transformers_pytorch.explorer.explanation import Explanation, LookedUpEntry, LookedUpPassage
+from memorizing_transformers_pytorch.explorer.explanation import Explanation, LookedUpEntry, Passage
 from memorizing_transformers_pytorch.explorer.markup import ENVIRONMENT, write
 
 ENTRIES, PASSAGES = 8, 200  # that are written, of each token and in all
@@ -73,7 +73,7 @@ class View:
             facts=facts,
         )
 
-    def readers(self, passage: LookedUpPassage) -> list[int]:
+    def readers(self, passage: Passage) -> list[int]:
         """The tokens that looked there most."""
         columns, piece = self.found.columns, passage.first // self._size
         own = (columns["document"] == passage.document) & (columns["position"] // self._size == piece)

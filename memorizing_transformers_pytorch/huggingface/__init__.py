@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from memorizing_transformers_pytorch.huggingface.added import Added
-from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat, Passage
+from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat, Excerpt
 from memorizing_transformers_pytorch.huggingface.attach import attach_memory, memory_of
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.causal_lm import (
@@ -26,9 +26,9 @@ __all__ = [
     "AttachedMemory",
     "Chat",
     "Document",
+    "Excerpt",
     "MemorizingTransformerConfig",
     "MemorizingTransformerForCausalLM",
-    "Passage",
     "RecallMemory",
     "attach_memory",
     "export_run",

@@ -30,7 +30,7 @@ THREAD = "writing an answer"
 
 
 @dataclass(frozen=True)
-class Passage:
+class Excerpt:
     """A part of a document that was recalled.
 
     document, title: of the document. position: of its first token in the document. text: None without a tokenizer.
@@ -55,7 +55,7 @@ class Answer:
     """What the model has written, and the passages that stood before the question, the best first."""
 
     text: str
-    sources: list[Passage]
+    sources: list[Excerpt]
 
     def __str__(self) -> str:
         return "\n".join((self.text, *(f"[{i}] {source}" for i, source in enumerate(self.sources, 1))))
@@ -106,7 +106,7 @@ class AnswerStream:
         return self.answer.text
 
     @property
-    def sources(self) -> list[Passage]:
+    def sources(self) -> list[Excerpt]:
         return self.answer.sources
 
     def __str__(self) -> str:
@@ -122,7 +122,7 @@ def _into(done: Future[Answer], write: Callable[..., Answer], streamer: Any, sto
         streamer.text_queue.put(streamer.stop_signal)
 
 
-Asking = Callable[[Tensor, int], AbstractContextManager[Callable[[], list[Passage]]]]
+Asking = Callable[[Tensor, int], AbstractContextManager[Callable[[], list[Excerpt]]]]
 """Inside, calls of the model find passages of a row by a question (N,) -> which ones they have found."""
 
 

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import nn
 
 from memorizing_transformers_pytorch.huggingface import prefix as prefixes
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State
@@ -29,6 +30,8 @@ def attach_spans(model: Any, options: dict[str, Any], tokenizer: Any) -> RecallM
     content = options["content"] or ("kv" if reason is None else "tokens")
     if content == "kv" and reason is not None:
         raise ValueError(f"keys and values of this model cannot be moved ({reason}): use content='tokens'")
+    if options["window"] is not None and any(layer is None or layer.embedded for layer in layers.values()):
+        raise ValueError("write='window' needs a model whose keys can be moved to other positions: use write='read'")
     head = best_head(model, served) if served and options["finder"] != "bm25" else None
     name = _finder_name(options["finder"], head)
     checked = SpanOptions(**options | {"content": content, "finder": name})
@@ -36,9 +39,17 @@ def attach_spans(model: Any, options: dict[str, Any], tokenizer: Any) -> RecallM
     shared = Shared(model, State({}, Ledger(), []))
     finder = None if head is None else Finder(served[head.layer], head, shared)
     known = {i: layer for i, layer in layers.items() if layer is not None}
-    made = span_layers(known, finder, model, checked, shared)
+    made = span_layers(known, finder, _first_layer(model), checked, shared)
     recall = Recall(model, Search(model, shared, checked, finder, layers, tokenizer), checked)
     return RecallMemory(model, made, shared, checked, recall, tokenizer)
+
+
+def _first_layer(model: nn.Module) -> nn.Module:
+    """The first layer of a model, by which its calls are noticed where nothing is known of its attention."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} cannot have a memory: it has no list of layers")
+    return lists[0][0]
 
 
 def _served(model: Any) -> tuple[dict[int, Layer], dict[int, str]]:

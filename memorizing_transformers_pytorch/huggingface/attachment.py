@@ -20,7 +20,9 @@ from memorizing_transformers_pytorch.huggingface.models import vocabulary_of
 from memorizing_transformers_pytorch.huggingface.reading import Reader, checked_texts
 from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.searching import Recalled
+from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions
 from memorizing_transformers_pytorch.huggingface.span_reading import SpanReader
+from memorizing_transformers_pytorch.huggingface.span_window import SpanWindow
 from memorizing_transformers_pytorch.huggingface.texts import ToRead
 from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment, Window
 from memorizing_transformers_pytorch.memory import KNNMemoryList
@@ -43,7 +45,7 @@ class Attachment:
         self.model, self.options, self.recall = model, options, recall
         self.contents = Contents(layers, shared)
         self.weights, self.lock = Weights(model, BIAS), Lock()
-        self.window = None if options.window is None else Window(self.contents, options.window, model, self.lock)
+        self.window = self._window(options)
         self.last: dict[int, Found] = {}
         self.enabled, self.writable = PerContext(True), PerContext(True)
         self.writer: PerContext[Reader | SpanReader | TrainingSegment | None] = PerContext(None)
@@ -90,10 +92,8 @@ class Attachment:
         if writer is None:
             if self.contents.ledger:
                 self.weights.warn_of_others()
-            if self.window is not None and self.writable.now and call.cache is not None:
+            if self._is_kept(call):
                 writer = self.window
-            elif self.window is not None and self.window.goes_on_with(call.cache):
-                raise ValueError("expected a new conversation inside read_only(), got one that is being remembered")
         if writer is None:
             call.check_rows()
         else:
@@ -102,15 +102,35 @@ class Attachment:
         return call
 
     def _begin_recalling(self, call: Call, recall: Recall, module: nn.Module) -> None:
-        if self.writer.now is not None:
-            self.writer.now.before(call)
-        elif self.contents.ledger:
+        call.is_kept = self._is_kept(call)
+        recall.check(call)
+        call.writer = self.window if call.is_kept else self.writer.now
+        if self.writer.now is None and self.contents.ledger:
             self.weights.warn_of_others()
+        if call.writer is not None:
+            call.writer.before(call)
         recall.before(call, module)
+
+    def _is_kept(self, call: Call) -> bool:
+        """Whether what passes in this call is stored when it leaves the cache."""
+        if self.window is None or self.writer.now is not None or call.cache is None:
+            return False
+        if not self.writable.now and self.window.goes_on_with(call.cache):
+            raise ValueError("expected a new conversation inside read_only(), got one that is being remembered")
+        return self.writable.now
+
+    def _window(self, options: StoreOptions) -> Window | SpanWindow | None:
+        if options.window is None:
+            return None
+        if isinstance(options, SpanOptions) and self.recall is not None:
+            return SpanWindow(self.contents, options, self.model, self.lock, self.recall.search, self.weights)
+        return Window(self.contents, options.window, self.model, self.lock)
 
     def _end_call(self, call: Call, failed: bool) -> None:
         if self.recall is not None:
             self.recall.after(call, failed)
+            if call.writer is not None:
+                call.writer.after(call, failed)
             if call.recalled is not None and not failed:
                 self.last_recalled = call.recalled
                 if self.noted.now is not None:

@@ -114,7 +114,7 @@ class Call:
     the weights of what they found. writer: what stores it. module: what was called.
 
     prefix, recalled: passages before the text, and what was found for them in this call. drops_cache: whether the cache
-    was made for these alone.
+    was made for these alone. is_kept: whether what it brings leaves the cache for the memory.
 
     By number of the layer: pairs (keys and values (B, G, T, D); keys are turned to where they stand), found, and
     position_embeddings, which the layer was given.
@@ -132,6 +132,7 @@ class Call:
     prefix: Any = None
     recalled: list[Any] | None = None
     drops_cache: bool = False
+    is_kept: bool = False
     pairs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     found: dict[int, Found] = field(default_factory=dict)
     position_embeddings: dict[int, Any] = field(default_factory=dict)

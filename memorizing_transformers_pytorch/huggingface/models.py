@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memorizing_transformers_pytorch.huggingface.hooks import Hooks
+
 
 def positions_of(model: Any) -> int | None:
     """The longest context that the model was made for, if it says."""
@@ -27,7 +29,7 @@ def vocabulary_of(model: Any) -> int:
 
 
 def check_model(model: Any) -> None:
-    """Raises ValueError unless this is a causal language model of transformers, decoder-only."""
+    """Raises ValueError unless this is a causal language model of transformers, decoder-only, without a memory."""
     name = type(model).__name__
     if hasattr(model, "get_base_model"):
         raise ValueError(f"expected a model of transformers, got {name}: attach to its get_base_model()")
@@ -35,6 +37,8 @@ def check_model(model: Any) -> None:
         raise ValueError(f"expected a causal language model of transformers, got {name}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"expected a decoder-only model, got the encoder-decoder {name}")
+    if any(isinstance(getattr(hook, "__self__", None), Hooks) for hook in model._forward_pre_hooks.values()):
+        raise ValueError(f"expected a model without a memory, got {name}, which has one: detach() it first")
 
 
 @contextlib.contextmanager

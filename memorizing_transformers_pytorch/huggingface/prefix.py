@@ -20,140 +20,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.cache_utils import StaticSlidingWindowLayer as StaticSliding
 
+from memorizing_transformers_pytorch.huggingface.cache_layers import DynamicWithPassages, Prefix, StaticWithPassages
+
 Pairs = tuple[Tensor, Tensor]
 """Keys and values (B, G, P, D) of a layer, turned to positions 0 ... P - 1 of each row."""
-Turn = Callable[[Tensor], Tensor]
 Turned = Callable[..., Tensor]
 """Turns keys (B, G, T, D) of the i-th layer by so many positions (B,)."""
-
-
-class Prefix:
-    """What the layers of one cache share.
-
-    size: P. mask: (B, P) bool, False for padding, which is on the left. starts: (B,), at which position the text of
-    each row begins. is_full: whether no row has padding. tokens: (B, at most Q), the last ones of the text. passed:
-    tokens of the text since passages were chosen. dropped: tokens of the text that have left the cache. has_text:
-    whether there were any. is_visible: whether a call is running, which sees the passages.
-    """
-
-    def __init__(self, mask: Tensor) -> None:
-        self.begin(mask)
-
-    def begin(self, mask: Tensor) -> None:
-        """Stand before a text of which nothing has passed."""
-        self.dropped, self.is_visible, self.has_text = 0, False, False
-        self.tokens: Tensor | None = None
-        self.exchange(mask, mask.sum(dim=1))
-
-    def exchange(self, mask: Tensor, starts: Tensor) -> None:
-        """Other passages, (B, P) of which are no padding."""
-        self.mask, self.starts, self.is_full, self.passed = mask, starts, bool(mask.all()), 0
-
-    @property
-    def size(self) -> int:
-        return self.mask.shape[1]
-
-    @property
-    def shift(self) -> int:
-        """What the length of the cache differs from that of the text."""
-        return 0 if self.is_visible else self.size - self.dropped
-
-    def note(self, tokens: Tensor, most: int) -> None:
-        """Tokens (B, T) of the text have passed; the last ones are kept."""
-        tokens = tokens.to(self.mask.device)
-        self.tokens = (tokens if self.tokens is None else torch.cat((self.tokens, tokens), dim=1))[:, -most:]
-        self.passed, self.has_text = self.passed + tokens.shape[1], True
-
-    def take(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order."""
-        rows = rows.to(self.mask.device)
-        self.mask, self.starts = self.mask[rows], self.starts[rows]
-        self.tokens = None if self.tokens is None else self.tokens[rows]
-
-    def drop_last(self, count: int) -> None:
-        """So many tokens of the text were taken back."""
-        self.passed = max(self.passed - count, 0)
-        self.tokens = None if self.tokens is None else self.tokens[:, : max(self.tokens.shape[1] - count, 0)]
-
-
-class DynamicWithPassages(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A layer of a growing cache. It keeps all of the text, also where the layer attends to a window of it: the masks
-    of the model hide what lies before that. leads: whether it tells the prefix of changes: the first layer does."""
-
-    keys: Any
-    values: Any
-
-    def __init__(self, prefix: Prefix, leads: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.prefix, self._leads = prefix, leads
-
-    def get_seq_length(self) -> int:
-        length: int = super().get_seq_length()
-        return max(length - self.prefix.shift, 0) if length else 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return super().get_seq_length() + query_length, 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.keys is not None:
-            self.keys, self.values = self.keys[indices.to(self.keys.device)], self.values[indices.to(self.keys.device)]
-        if self._leads:
-            self.prefix.take(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(len(self.prefix.mask)).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        length = self.get_seq_length()
-        gone = min(-tokens_to_remove, length) if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
-        if gone:
-            self.keys, self.values = self.keys[:, :, :-gone], self.values[:, :, :-gone]
-        if self._leads:
-            self.prefix.drop_last(gone)
-
-    def put(self, keys: Tensor, values: Tensor, turn: Turn | None) -> None:
-        """Exchange the passages for others, turning the keys of the text."""
-        if not self.is_initialized:
-            if keys.numel():
-                self.update(keys, values)
-            return
-        own_keys, own_values = (part[:, :, self.prefix.size :] for part in (self.keys, self.values))
-        own_keys = own_keys if turn is None else turn(own_keys)
-        self.keys = torch.cat((keys, own_keys), dim=2) if keys.numel() else own_keys
-        self.values = torch.cat((values, own_values), dim=2) if values.numel() else own_values
-
-
-class StaticWithPassages(StaticLayer):  # type: ignore[no-untyped-call]
-    """A layer of a cache of a fixed size, in which passages take the first positions."""
-
-    keys: Any
-    values: Any
-
-    def __init__(self, prefix: Prefix, most: int) -> None:
-        super().__init__(most + prefix.size)
-        self.prefix = prefix
-
-    def get_seq_length(self) -> Any:
-        length = super().get_seq_length()
-        return length - self.prefix.shift if self.is_initialized else 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.max_cache_len - self.prefix.shift, 0
-
-    def put(self, keys: Tensor, values: Tensor, turn: Turn | None) -> None:
-        """Exchange the passages for others, where they lie, turning the keys of the text."""
-        size = self.prefix.size
-        padding = (0, 0, size - keys.shape[2], 0)
-        keys, values = F.pad(keys, padding), F.pad(values, padding)
-        if not self.is_initialized or self.cumulative_length == 0:
-            self.update(keys, values)
-            return
-        self.keys[:, :, :size], self.values[:, :, :size] = keys, values
-        if turn is not None:
-            self.keys[:, :, size:] = turn(self.keys[:, :, size:])
 
 
 WithPassages = DynamicWithPassages | StaticWithPassages
@@ -190,7 +62,7 @@ def check(cache: Any, mask: Any) -> None:
     layers = getattr(cache, "layers", None)
     kinds = {type(layer) for layer in layers or ()} - {*GROWING, *FIXED, DynamicWithPassages, StaticWithPassages}
     if layers is None or kinds:
-        names = sorted(kind.__name__ for kind in kinds) or type(cache).__name__
+        names = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
         raise ValueError(
             f"passages cannot be placed in a cache of {names}: use a DynamicCache or a StaticCache, "
             "or call the model inside memory.enabled(False)"
@@ -238,6 +110,33 @@ def put(cache: Any, prefix: Prefix, pairs: Sequence[Pairs], mask: Tensor, turned
     prefix.exchange(F.pad(mask, (size - mask.shape[1], 0)), starts)
 
 
+def taken(cache: Any, count: int, places: Tensor) -> tuple[list[Pairs], Tensor]:
+    """The keys and values of the first tokens of the text in each layer, and at which positions they stand (B, T).
+
+    places: (B, T), at which places of the text.
+    """
+    prefix = cache.layers[0].prefix
+    some = slice(prefix.size, prefix.size + count)
+    shift = (prefix.starts - prefix.gone)[:, None]
+    return [(layer.keys[:, :, some], layer.values[:, :, some]) for layer in cache.layers], places.to(
+        shift.device
+    ) + shift
+
+
+def drop(cache: Any, count: int, gone: Tensor, turned: Turned) -> None:
+    """Let the first tokens of the text leave a cache; what is left moves to the positions at which they stood.
+
+    gone: (B,), how many positions have left in all.
+    """
+    prefix = cache.layers[0].prefix
+    by = prefix.gone - gone.to(prefix.gone.device)
+    for i, layer in enumerate(cache.layers):
+        keys = turned(i, layer.keys[:, :, prefix.size + count :], by=by)
+        layer.keys = torch.cat((layer.keys[:, :, : prefix.size], keys), dim=2)
+        layer.values = torch.cat((layer.values[:, :, : prefix.size], layer.values[:, :, prefix.size + count :]), dim=2)
+    prefix.dropped, prefix.gone, prefix.is_due = prefix.dropped + count, prefix.gone - by, True
+
+
 def new_cache() -> Any:
     """An empty cache that grows, and keeps all of the text in every layer."""
     return DynamicCache()
@@ -255,7 +154,7 @@ def extend(
         places = given.get("position_ids")
         if places is None:
             places = torch.arange(before, before + count, device=prefix.starts.device)[None].expand(batch, count)
-        shift = (prefix.starts - prefix.dropped).to(places.device)
+        shift = (prefix.starts - prefix.gone).to(places.device)
         given["position_ids"] = places + (shift[:, None] if places.ndim == 2 else shift[None, :, None])
     if isinstance(given.get("cache_position"), Tensor):
         given["cache_position"] = given["cache_position"] + prefix.size - prefix.dropped

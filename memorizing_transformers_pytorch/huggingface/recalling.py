@@ -12,8 +12,9 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from transformers import GenerationConfig
 
-from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat, Passage
+from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat, Excerpt
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
+from memorizing_transformers_pytorch.huggingface.contents import Titles
 from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.searching import Query, Recalled
 from memorizing_transformers_pytorch.huggingface.texts import tokens_of
@@ -30,6 +31,12 @@ class RecallMemory(AttachedMemory):
         options = f"content={self.options.content!r}, finder={self.options.finder!r}"
         return f"RecallMemory({options}, tokens={entries}, bytes={self.num_bytes:,})"
 
+    @contextlib.contextmanager
+    def writing(self, document: Titles = None) -> Iterator[None]:
+        """Raises ValueError: passages are not trained. Use `read`, or a memory with retrieve="tokens"."""
+        raise ValueError("passages are not trained: use read() instead of writing(), or retrieve='tokens'")
+        yield
+
     @property
     def finder(self) -> Any:
         """Which head finds passages: its layer, its number, and its induction score; None where words alone do."""
@@ -42,7 +49,7 @@ class RecallMemory(AttachedMemory):
         assert recall is not None
         return recall
 
-    def recall(self, question: str | Tensor, *, passages: int | None = None, row: int = 0) -> list[Passage]:
+    def recall(self, question: str | Tensor, *, passages: int | None = None, row: int = 0) -> list[Excerpt]:
         """The passages of a row that fit a question best, the best first.
 
         question: text, if the memory has a tokenizer, or token ids (N,). passages: how many; as the memory places
@@ -111,12 +118,12 @@ class RecallMemory(AttachedMemory):
         return Chat(self.model, self.tokenizer, self._asking, system, row)
 
     @contextlib.contextmanager
-    def _asking(self, question: Tensor, row: int) -> Iterator[Callable[[], list[Passage]]]:
+    def _asking(self, question: Tensor, row: int) -> Iterator[Callable[[], list[Excerpt]]]:
         """Inside, calls of the model find passages of a row by a question -> those that were found, the best first."""
         self._expect_row(row)
         noted = list[Recalled]()
 
-        def found() -> list[Passage]:
+        def found() -> list[Excerpt]:
             passages = [each for recalled in noted[:1] for each in self._passages(_runs(recalled)) if each.score > 0]
             return sorted(passages, key=lambda each: -each.score)
 
@@ -129,19 +136,19 @@ class RecallMemory(AttachedMemory):
             raise ValueError(f"the memory has rows 0 to {self.num_rows - 1}, got {row}")
 
     @property
-    def last_recalled(self) -> list[list[Passage]]:
+    def last_recalled(self) -> list[list[Excerpt]]:
         """For each row of the last call of the model that chose passages: which ones, in the order in which they stand
         before the text."""
         return [self._passages(_runs(each)) for each in self._at_work.last_recalled]
 
-    def _passages(self, found: list[tuple[Tensor, float]]) -> list[Passage]:
+    def _passages(self, found: list[tuple[Tensor, float]]) -> list[Excerpt]:
         made = []
         for origins, score in found:
             number, tokens = int(origins[0, 0]), origins[:, 2].clone()
             known = self.ledger[number] if number in self.ledger else None  # noqa: SIM401 (a ledger is no dictionary)
             text = None if self.tokenizer is None else self.tokenizer.decode(tokens)
             position = int(self.ledger.in_documents(origins)[0, POSITION])
-            made.append(Passage(number, "" if known is None else known.title, position, text, score, tokens))
+            made.append(Excerpt(number, "" if known is None else known.title, position, text, score, tokens))
         return made
 
 

@@ -22,7 +22,7 @@ from memorizing_transformers_pytorch.huggingface.finder import Finder
 from memorizing_transformers_pytorch.huggingface.models import evaluating, run
 from memorizing_transformers_pytorch.huggingface.prefix import Pairs
 from memorizing_transformers_pytorch.huggingface.probe import Layer
-from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions, finder_keys
+from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions, finder_keys, in_halves
 from memorizing_transformers_pytorch.huggingface.spans import (
     SMOOTHED,
     Hit,
@@ -62,7 +62,7 @@ class Recalled:
     slots: Tensor
 
 
-class _Row(NamedTuple):
+class _Held(NamedTuple):
     """Entries of a row in the order in which they were read: their slots (N,), origins (N, 3), and where the document
     of each begins (N,)."""
 
@@ -94,6 +94,28 @@ class Search:
     def kept(self) -> int:
         """By which number of a layer the finder's keys lie."""
         return next(iter(self._shared.state.memories)) if self.finder is None else self.finder.head.layer
+
+    @property
+    def can_turn(self) -> bool:
+        """Whether a text can be moved to other positions."""
+        return all(layer is not None and not layer.embedded for layer in self.layers.values())
+
+    def turned(self, i: int, keys: Tensor, by: Tensor) -> Tensor:
+        """Keys (B, G, T, D) of the i-th layer, turned on by so many positions (B,) or (B, T)."""
+        rotary = self.known(i).rotary
+        return keys if rotary is None else rotary.turned(keys, by if by.ndim == 2 else by[:, None]).to(keys.dtype)
+
+    def kept_of(self, taken: tuple[list[Pairs], Tensor], tokens: Tensor, mask: Tensor) -> dict[int, Pairs]:
+        """What is kept of tokens (B, T), by layer, with their keys and values at positions (B, T)."""
+        pairs, places = taken
+        if self._options.content == "kv":
+            return {
+                number: (self.turned(i, keys, -places), values)
+                for i, (number, (keys, values)) in enumerate(zip(self.layers, pairs, strict=True))
+            }
+        nothing = torch.zeros(*tokens.shape, 2)
+        keys = nothing if self.finder is None else self.finder.vectors(self._model, tokens, mask.long())[1]
+        return {self.kept: in_halves(keys)}
 
     def known(self, i: int) -> Layer:
         """The i-th layer. (Where nothing is known of a layer, nothing is turned.)"""
@@ -152,7 +174,7 @@ class Search:
                 for hit in itertools.islice(found, count)
             ]
 
-    def _row(self, store: Store, query: Query) -> _Row | None:
+    def _row(self, store: Store, query: Query) -> _Held | None:
         """What a row holds that may be recalled; None if that is nothing, or there is nothing to find it by."""
         slots = store.places_in_order(query.row)
         origins = store.origins[query.row][slots]
@@ -161,7 +183,7 @@ class Search:
             slots, origins = slots[:count], origins[:count]
         if len(slots) == 0 or len(query.tokens) == 0:
             return None
-        return _Row(slots, origins, starts_of(origins[:, 0]))
+        return _Held(slots, origins, starts_of(origins[:, 0]))
 
     def _found(self, store: Store, query: Query, vectors: Tensor | None, budget: int) -> Recalled:
         row = self._row(store, query)
@@ -172,7 +194,7 @@ class Search:
         places = chosen.places.to(row.slots.device)
         return Recalled(query.row, row.origins[places].cpu(), chosen.hits, row.slots[places])
 
-    def _scores(self, store: Store, query: Query, vectors: Tensor | None, row: _Row) -> Tensor:
+    def _scores(self, store: Store, query: Query, vectors: Tensor | None, row: _Held) -> Tensor:
         """(N,) how well each entry, in order, fits the query."""
         found = []
         if vectors is not None and self.finder is not None:

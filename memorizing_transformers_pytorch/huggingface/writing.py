@@ -68,7 +68,7 @@ class TrainingSegment:
             list(range(rows)),
             {index: Entries(*pair, mask, origins) for index, pair in call.pairs.items()},
             dict(zip(numbers, call.mask.sum(dim=1).tolist(), strict=True)),
-            dict(enumerate((offsets + _next_places(call)).tolist())),
+            dict(enumerate((offsets + next_places(call)).tolist())),
             begun,
         )
         contents.store(rows, passed)
@@ -135,18 +135,48 @@ class Conversation:
     numbers: list[int]
 
 
+class Ends:
+    """Which rows of a conversation have ended: by tokens after which nothing comes, and what `generate` writes then."""
+
+    def __init__(self, model: Any) -> None:
+        config = getattr(model, "generation_config", None)
+        self._ends = _tokens(getattr(config, "eos_token_id", None))
+        self._pads = torch.cat((self._ends, _tokens(getattr(config, "pad_token_id", None))))
+
+    def padding(self, ended: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """(B,) bool, rows that have ended -> (B,) those with which `generate` goes on, token by token, until all have;
+        and which have ended now."""
+        if call.shape[1] > 1 or runs_inside("_prefill"):  # a text that was given, not written
+            nothing = torch.zeros_like(ended)
+            return nothing, nothing
+        tokens = call.tokens[:, 0]
+        written = torch.isin(tokens, self._pads) | (bool(ended.any()) and runs_inside("_sample"))
+        padding = ended & written & ~ended.all()
+        return padding, padding | torch.isin(tokens, self._ends)
+
+
+def check_conversation(call: Call, current: Any) -> None:
+    """Raises ValueError for a call of which nothing can be stored. current: the cache of the conversation."""
+    if call.before and current is not call.cache:
+        expected = "expected the cache of the last conversation, or an empty one to begin another"
+        raise ValueError(f"{expected} (past_key_values=DynamicCache()), got another one")
+    if not call.before:
+        if runs_inside("_beam_search"):
+            raise ValueError(NO_BEAMS)
+        if runs_inside("_assisted_decoding"):
+            raise ValueError(NO_ASSISTANT)
+    call.check_order()
+
+
 class Window:
     """A conversation at a time, whose cache keeps the last `window` tokens; what leaves it is stored.
 
-    A cache that holds nothing yet begins another one; what the one before still kept is stored then. ends: tokens after
-    which nothing comes. pads: what `generate` writes instead.
+    A cache that holds nothing yet begins another one; what the one before still kept is stored then.
     """
 
     def __init__(self, contents: Contents, window: int, model: Any, lock: Lock) -> None:
         self._contents, self._window, self._lock = contents, window, lock
-        config = getattr(model, "generation_config", None)
-        self._ends = _tokens(getattr(config, "eos_token_id", None))
-        self._pads = torch.cat((self._ends, _tokens(getattr(config, "pad_token_id", None))))
+        self._ends = Ends(model)
         self._current: Conversation | None = None
 
     def before(self, call: Call) -> None:
@@ -163,18 +193,10 @@ class Window:
 
     def _prepare(self, call: Call) -> None:
         current = self._current
-        if call.before and (current is None or current.cache is not call.cache):
-            expected = "expected the cache of the last conversation, or an empty one to begin another"
-            raise ValueError(f"{expected} (past_key_values=DynamicCache()), got another one")
         rows, starts = self._contents.places_of(call.shape[0])
+        check_conversation(call, None if current is None else current.cache)
         if not call.before:
             check_cache(call.cache, list(self._contents.layers))
-            if runs_inside("_beam_search"):
-                raise ValueError(NO_BEAMS)
-            if runs_inside("_assisted_decoding"):
-                raise ValueError(NO_ASSISTANT)
-        call.check_order()
-        if not call.before:
             self.end()
             let_old_tokens_leave(call.cache, self._window)
             current = self._current = self._begun(call, starts)
@@ -220,28 +242,18 @@ class Window:
         if not now.numbers:
             first = self._contents.ledger.next_number
             now.numbers, begun = [first + row for row in range(rows)], dict.fromkeys(range(rows))
-        mask = call.mask & ~self._padding(now, call)
+        padding, now.ended = self._ends.padding(now.ended, call)
+        mask = call.mask & ~padding[:, None]
         places = torch.tensor(now.starts)[:, None] + call.places
         now.mask = torch.cat((now.mask, mask), dim=1)
         now.origins = torch.cat((now.origins, origins_of(now.numbers, places, call.tokens)), dim=1)
-        now.passed = torch.maximum(now.passed, _next_places(call, mask))
+        now.passed = torch.maximum(now.passed, next_places(call, mask))
         for index, new in call.pairs.items():
             now.kept[index] = _joined(now.kept.get(index), new)
         counts = {index: now.cache.layers[index].sliding_window - 1 for index in now.kept}
         tokens = dict(zip(now.numbers, mask.sum(dim=1).tolist(), strict=True))
         self._store(now, counts, tokens, begun)
         return now
-
-    def _padding(self, now: Conversation, call: Call) -> Tensor:
-        """(B, 1) bool: rows that have ended, with which `generate` goes on, token by token, until all have."""
-        if call.shape[1] > 1 or runs_inside("_prefill"):  # a text that was given, not written
-            now.ended = torch.zeros_like(now.ended)
-            return now.ended[:, None]
-        tokens = call.tokens[:, 0]
-        written = torch.isin(tokens, self._pads) | (bool(now.ended.any()) and runs_inside("_sample"))
-        padding = now.ended & written & ~now.ended.all()
-        now.ended = padding | torch.isin(tokens, self._ends)
-        return padding[:, None]
 
     def end(self) -> None:
         """Store what the cache still keeps. The conversation cannot be gone on with."""
@@ -273,7 +285,7 @@ class Window:
         now.origins = now.origins[:, now.origins.shape[1] - longest :]
 
 
-def _next_places(call: Call, mask: Tensor | None = None) -> Tensor:
+def next_places(call: Call, mask: Tensor | None = None) -> Tensor:
     """(B,): what comes after the last token that is no padding; 0 where all are."""
     return ((call.places + 1) * (call.mask if mask is None else mask)).amax(dim=1)
 

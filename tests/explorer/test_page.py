@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memorizing_transformers_pytorch.explorer.charts import drawn
-from memorizing_transformers_pytorch.explorer.explanation import Explanation, LookedUpPassage
+from memorizing_transformers_pytorch.explorer.explanation import Explanation, Passage
 from memorizing_transformers_pytorch.explorer.markup import ENVIRONMENT, visible
 from memorizing_transformers_pytorch.explorer.page import page, write_page
 from memorizing_transformers_pytorch.explorer.run_page import run_page, write_run_page
@@ -92,7 +92,7 @@ def explanation(texts: list[str], title: str, source: str, heads: int = 3, retri
     }  # fmt: skip
     losses = np.full(count, 1.5)
     losses[0] = np.nan
-    passages = [LookedUpPassage(0, title, 0, 63, source, 0.5, 0.25), LookedUpPassage(1, title, 0, 63, source, 0.2)]
+    passages = [Passage(0, title, 0, 63, source, 0.5, 0.25), Passage(1, title, 0, 63, source, 0.2)]
     return Explanation(
         texts, losses, losses + 1, [2, 5], mass, {0: title, 1: title}, columns, passages, Told(source), {}
     )

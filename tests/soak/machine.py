@@ -28,7 +28,7 @@ INDICES = ("exact", "exact", "auto", "IVF2,Flat")
 OPERATIONS = (
     ("add",) * 8 + ("search",) * 6 + ("clear", "forget", "resize", "save", "save", "load", "break off", "merge")
 )
-STEPS_OF_SAVING = ("disk.save.write_tensors", "disk.save.write_manifest", "disk.save.sync", "disk.folder.read_manifest")
+STEPS_OF_SAVING = ("disk.save.write_tensors", "disk.save.write_manifest", "disk.save.sync", "disk.save.read_manifest")
 
 
 class Difference(AssertionError):
