@@ -229,3 +229,18 @@ def test_an_answer_prints_its_sources(memory: RecallMemory) -> None:
     assert all(line.startswith(f"[{i}] ") and ", token " in line for i, line in enumerate(sources, 1))
     assert sources
     assert text is not None
+
+
+def test_a_chat_goes_on_beyond_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What leaves the cache enters the memory, and is among the sources."""
+    name = "memorizing_transformers_pytorch.huggingface.attach_spans.best_head"
+    monkeypatch.setattr(name, lambda *_: Head(0, 0, 1.0))
+    options = {"chunk": 64, "overlap": 16, "span": 24, "passages": 2, "write": "window", "window": 60}
+    tokenizer: Any = for_transformers(ByteTokenizer())
+    tokenizer.chat_template = TEMPLATE
+    memory = attach_memory(tiny("llama", vocab_size=256), retrieve="spans", tokenizer=tokenizer, **options)
+    chat = memory.chat()  # type: ignore[attr-defined]
+    for _ in range(5):
+        answer = chat.say("The whale was white, was it not?", max_new_tokens=4)
+    assert {each.title for each in answer.sources} == {"document 0"}
+    assert memory.documents()[0].tokens > 60
