@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import parse_arguments
-from memorizing_transformers_pytorch.cli.chat import Conversation, answer, begin
+from memorizing_transformers_pytorch.cli.chat import Talk, answer, begin
 from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question(Conversation):
+class Question(Talk):
     """Ask a model about what it has read, and see the passages on which the answer stands."""
 
     question: tyro.conf.Positional[str]

@@ -16,7 +16,7 @@ QUIT = "/quit"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversation:
+class Talk:
     """Talk with a model about what it has read: each line of standard input is a message. /quit ends."""
 
     model: str
@@ -41,7 +41,7 @@ class Conversation:
 
 def main(arguments: Sequence[str], program: str) -> None:
     """Run `chat` with these arguments. Raises ValueError for bad input."""
-    options = parse_arguments(Conversation, arguments, program)
+    options = parse_arguments(Talk, arguments, program)
     chat = begin(options)
     while text := _next_message():
         answer(chat, text, options)
@@ -60,7 +60,7 @@ def _next_message() -> str | None:
             return line.strip()
 
 
-def begin(options: Conversation) -> Any:
+def begin(options: Talk) -> Any:
     """A chat of the model with what it remembers, or reads now. Raises ValueError for bad input."""
     if (options.memory is None) == (options.read is None):
         raise ValueError("give either --memory, a folder, or --read, a file or folder of text")
@@ -79,7 +79,7 @@ def begin(options: Conversation) -> Any:
     return memory.chat(system=options.system)
 
 
-def _checked(options: Conversation, saved: dict[str, Any] | None) -> dict[str, Any]:
+def _checked(options: Talk, saved: dict[str, Any] | None) -> dict[str, Any]:
     """How the memory in a folder was made. Raises ValueError for one of tokens, and for options that it cannot have."""
     if saved is None:
         raise ValueError(
@@ -93,7 +93,7 @@ def _checked(options: Conversation, saved: dict[str, Any] | None) -> dict[str, A
     return saved
 
 
-def answer(chat: Any, text: str, options: Conversation) -> None:
+def answer(chat: Any, text: str, options: Talk) -> None:
     """Print the answer while it is written, then its sources."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a question mark
@@ -102,4 +102,4 @@ def answer(chat: Any, text: str, options: Conversation) -> None:
         print(piece, end="", flush=True)
     print()
     for number, source in enumerate(stream.sources, 1):
-        print(f"[{number}] {source}")
+        print(f"[{number}] {source.title}, token {source.position:,}: {' '.join(source.text.split())}")

@@ -16,7 +16,7 @@ import tyro
 from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, parse_arguments
 from memorizing_transformers_pytorch.data.texts import files_below
 from memorizing_transformers_pytorch.library.build import Builder, check_different
-from memorizing_transformers_pytorch.library.readers import open_reader, spans_in
+from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader, spans_in
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.load import How, load, state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
@@ -128,22 +128,7 @@ class Merge:
 def build(options: Build) -> dict[str, Any]:
     exists = (options.memory / NAME).exists()
     files = files_below(options.files, options.pattern, may_be_none=options.prune and exists)
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    for_new = ("retrieve", "content", "max_memories", "dtype")
-    if exists and (given := [f"--{name.replace('_', '-')}" for name in for_new if getattr(options, name) is not None]):
-        raise ValueError(f"{str(options.memory)!r} exists: {', '.join(given)} is for a new memory only")
-    if options.content is not None and options.retrieve != "spans":
-        raise ValueError("--content is for a memory of spans: add --retrieve spans")
-    refuse_others(options.memory)
-    wanted = {"content": options.content} if options.retrieve == "spans" else None
-    reader = open_reader(
-        options.model,
-        chosen_device(options.device),
-        max_memories=options.max_memories,
-        dtype=dtype,
-        index=options.index,
-        spans=spans_in(options.memory) if exists else wanted,
-    )
+    reader = _reader(options, exists=exists)
     folder = options.memory.resolve()
     state = state_of(folder).state if exists else None
     if exists:
@@ -166,6 +151,27 @@ def build(options: Build) -> dict[str, Any]:
         print(line, file=sys.stderr)
     counts = {name: len(each) for name, each in asdict(outcome).items()}
     return counts | {"documents": len(reader.memory.ledger.documents())}
+
+
+def _reader(options: Build, *, exists: bool) -> DocumentReader:
+    """The model that reads. Raises ValueError for options that do not fit together."""
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    for_new = (options.retrieve, options.content, options.max_memories, dtype)
+    if exists and any(each is not None for each in for_new):
+        names = "--retrieve, --content, --max-memories and --dtype"
+        raise ValueError(f"{str(options.memory)!r} exists: {names} are for a new memory only")
+    if options.content is not None and options.retrieve != "spans":
+        raise ValueError("--content is for a memory of spans: add --retrieve spans")
+    refuse_others(options.memory)
+    wanted = {"content": options.content} if options.retrieve == "spans" else None
+    return open_reader(
+        options.model,
+        chosen_device(options.device),
+        max_memories=options.max_memories,
+        dtype=dtype,
+        index=options.index,
+        spans=spans_in(options.memory) if exists else wanted,
+    )
 
 
 def info(options: Info) -> dict[str, Any]:

@@ -21,7 +21,7 @@ Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Comparison:
     """A prompt, its continuations with the memory and without it, and what was looked up for prompt and the first."""
 
     prompt: str
@@ -114,7 +114,7 @@ class Service:
             space.answer = None
             return len(numbers)
 
-    def ask(self, session: str, prompt: str, sampling: Sampling, *, measure: bool = False) -> Answer:
+    def ask(self, session: str, prompt: str, sampling: Sampling, *, measure: bool = False) -> Comparison:
         """Continue a prompt with the memory and without, and see where it looks; it is not remembered.
 
         measure: also by how much each passage lowers the loss. Raises ValueError for a prompt that is empty or too
@@ -132,7 +132,7 @@ class Service:
             new = space.continued(tokens, sampling, with_memory=True)
             alone = space.continued(tokens, sampling, with_memory=False)
             space.answer = space.explained(tokens + new, measure=measure)
-            return Answer(prompt, _added(space, tokens, new), _added(space, tokens, alone), space.answer)
+            return Comparison(prompt, _added(space, tokens, new), _added(space, tokens, alone), space.answer)
 
     def answer(self, session: str, layer: int | None = None, head: int | None = None) -> Explanation | None:
         """What was looked up for the last prompt, or by one layer or head; None before the first."""

@@ -1,6 +1,6 @@
 """Asking a model that has a memory of passages: answers with their sources, at once or piece by piece, and chats.
 
-Shapes: N tokens of a prompt, P of a passage.
+Shapes: N tokens of a prompt or question, P of a passage.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from memorizing_transformers_pytorch.huggingface.models import evaluating
-from memorizing_transformers_pytorch.huggingface.texts import document_tokens
+from memorizing_transformers_pytorch.huggingface.texts import document_tokens, tokens_of
 from memorizing_transformers_pytorch.model.generation import until
 
 MAX_NEW_TOKENS = 256
@@ -122,8 +122,8 @@ def _into(done: Future[Answer], write: Callable[..., Answer], streamer: Any, sto
         streamer.text_queue.put(streamer.stop_signal)
 
 
-Asking = Callable[[str, int], AbstractContextManager[Callable[[], list[Excerpt]]]]
-"""Inside, calls of the model find passages of a row by a question -> which ones they have found."""
+Asking = Callable[[Tensor, int], AbstractContextManager[Callable[[], list[Excerpt]]]]
+"""Inside, calls of the model find passages of a row by a question (N,) -> which ones they have found."""
 
 
 class Chat:
@@ -173,11 +173,11 @@ class Chat:
         if self._last is not None and not self._last.done():
             raise ValueError("the answer before is still being written: iterate to its end, or close() it")
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._prompt(messages)
+        question, prompt = tokens_of(text, self._tokenizer, self._model), self._prompt(messages)
         config = _config(self._model, generation_config, max_new_tokens)
 
         def write(streamer: Any, stopped: threading.Event) -> Answer:
-            with self._asking(text, self._row) as found, evaluating(self._model):
+            with self._asking(question, self._row) as found, evaluating(self._model):
                 written = self._write(prompt, config, streamer, stopped)
                 answer = Answer(written, found())
             self.messages = [*messages, {"role": "assistant", "content": written}]

@@ -118,16 +118,16 @@ class RecallMemory(AttachedMemory):
         return Chat(self.model, self.tokenizer, self._asking, system, row)
 
     @contextlib.contextmanager
-    def _asking(self, question: str, row: int) -> Iterator[Callable[[], list[Excerpt]]]:
+    def _asking(self, question: Tensor, row: int) -> Iterator[Callable[[], list[Excerpt]]]:
         """Inside, calls of the model find passages of a row by a question -> those that were found, the best first."""
         self._expect_row(row)
-        query, noted = Query(row, tokens_of(question, self.tokenizer, self.model)), list[Recalled]()
+        noted = list[Recalled]()
 
         def found() -> list[Excerpt]:
             passages = [each for recalled in noted[:1] for each in self._passages(_runs(recalled)) if each.score > 0]
             return sorted(passages, key=lambda each: -each.score)
 
-        with self.watched_row(row), self._recall.asked.at([query]), self._at_work.noted.at(noted):
+        with self.watched_row(row), self._recall.asked.at([Query(row, question)]), self._at_work.noted.at(noted):
             yield found
 
     def _expect_row(self, row: int) -> None:

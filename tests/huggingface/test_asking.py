@@ -16,6 +16,7 @@ from memorizing_transformers_pytorch.huggingface import Answer, RecallMemory, at
 from memorizing_transformers_pytorch.huggingface.asking import THREAD
 from memorizing_transformers_pytorch.huggingface.attach_spans import Head
 from memorizing_transformers_pytorch.huggingface.export import for_transformers
+from memorizing_transformers_pytorch.huggingface.texts import tokens_of
 from tests.huggingface.families import tiny
 
 BOOK = "The whale was white. Ahab hunted the whale over all the seas. " * 8
@@ -47,7 +48,7 @@ def writing() -> bool:
 def plain(memory: RecallMemory, prompt: str, question: str, count: int) -> str:
     """The same by hand."""
     tokens = torch.tensor(list(prompt.encode()))[None]
-    with memory._asking(question, 0):
+    with memory._asking(tokens_of(question, memory.tokenizer, memory.model), 0):
         done = memory.model.generate(tokens, max_new_tokens=count, do_sample=False, attention_mask=tokens * 0 + 1)
     return str(memory.tokenizer.decode(done[0, tokens.shape[1] :])).strip()
 
@@ -138,6 +139,13 @@ def test_a_stream_sees_the_scopes_of_the_thread_that_asked(memory: RecallMemory)
         assert memory.ask("Who?", max_new_tokens=3).text == stream.text
 
 
+def test_streams_of_several_questions_keep_their_sources_apart(memory: RecallMemory) -> None:
+    questions = ["Who hunted the whale?", "What is the password of the vault?", "seven green apples"]
+    expected = [str(memory.ask(question, max_new_tokens=8)) for question in questions]
+    streams = [memory.ask(question, max_new_tokens=8, stream=True) for question in questions]
+    assert [str(stream) for stream in streams] == expected
+
+
 def test_sampling_and_beams_go_through_the_generation_config(memory: RecallMemory) -> None:
     for config in (GenerationConfig(num_beams=2, max_new_tokens=4), GenerationConfig(do_sample=True, max_new_tokens=4)):
         chat = memory.chat()
@@ -205,8 +213,9 @@ def test_rows_are_asked_one_at_a_time(memory: RecallMemory) -> None:
 
 def test_questions_that_cannot_be_asked_are_refused(memory: RecallMemory) -> None:
     for options, message in (({"question": ""}, "no tokens"), ({"question": "Who?", "row": 2}, "rows 0 to 0")):
-        with pytest.raises(ValueError, match=message):
-            memory.ask(**options)  # type: ignore[call-overload]
+        for stream in (False, True):
+            with pytest.raises(ValueError, match=message):
+                memory.ask(**options, stream=stream)  # type: ignore[call-overload]
     memory.tokenizer = None
     with pytest.raises(ValueError, match="the memory needs a tokenizer"):
         memory.ask("Who?")
@@ -220,3 +229,18 @@ def test_an_answer_prints_its_sources(memory: RecallMemory) -> None:
     assert all(line.startswith(f"[{i}] ") and ", token " in line for i, line in enumerate(sources, 1))
     assert sources
     assert text is not None
+
+
+def test_a_chat_goes_on_beyond_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What leaves the cache enters the memory, and is among the sources."""
+    name = "memorizing_transformers_pytorch.huggingface.attach_spans.best_head"
+    monkeypatch.setattr(name, lambda *_: Head(0, 0, 1.0))
+    options = {"chunk": 64, "overlap": 16, "span": 24, "passages": 2, "write": "window", "window": 60}
+    tokenizer: Any = for_transformers(ByteTokenizer())
+    tokenizer.chat_template = TEMPLATE
+    memory = attach_memory(tiny("llama", vocab_size=256), retrieve="spans", tokenizer=tokenizer, **options)
+    chat = memory.chat()  # type: ignore[attr-defined]
+    for _ in range(5):
+        answer = chat.say("The whale was white, was it not?", max_new_tokens=4)
+    assert {each.title for each in answer.sources} == {"document 0"}
+    assert memory.documents()[0].tokens > 60
