@@ -149,7 +149,8 @@ def _shown(call: Call, start: int) -> Tensor | None:
         return None
     if mask.ndim == 4:  # what the last query sees
         mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] >= 0
-    return mask[:, start : start + count].bool().to(call.given["input_ids"].device)
+    shown: Tensor = mask[:, start : start + count].bool().to(call.given["input_ids"].device)
+    return shown
 
 
 def _parameters(module: nn.Module) -> Any:

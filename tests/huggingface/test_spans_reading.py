@@ -105,7 +105,7 @@ def test_scores_are_causal(content: str) -> None:
     memory = read(attached(model, content=content, chunk=32, every=8), tokens(1, 100, seed=1))
     with memory.read_only():
         (before,) = memory.score(base, progress=False)
-        for place in (1, 15, 31, 40, 41, 69):
+        for place in (1, 31, 41):
             changed = base.clone()
             changed[0, place:] = 7
             (after,) = memory.score(changed, progress=False)
