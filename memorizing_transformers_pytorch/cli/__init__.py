@@ -1,4 +1,4 @@
-"""The command line: `memorizing-transformers train | evaluate | generate | explain | memory | explore | export`.
+"""The command line: `memorizing-transformers train | evaluate | generate | ask | chat | explain | memory | ...`.
 
 Bad input prints one line and exits with code 2. torch is imported only for a command that needs it.
 """
@@ -21,6 +21,8 @@ COMMANDS = {
     "train": "train a model with a memory on your own text, or continue a run",
     "evaluate": "measure what the memory of a run is worth on held-out documents",
     "generate": "read texts of any length, then continue them",
+    "ask": "answer a question about what a Hugging Face model has read, with sources",
+    "chat": "talk with a Hugging Face model about what it has read, with sources",
     "explain": "show what a model retrieves from its memory, as a page",
     "memory": "build a memory on disk from files; inspect, forget, verify, compact, merge",
     "explore": "read files, ask questions and see what is retrieved, in a browser",

@@ -20,15 +20,10 @@ from memorizing_transformers_pytorch.cli.arguments import (
     parse_arguments,
 )
 from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
+from memorizing_transformers_pytorch.data.texts import files_below, text_of
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import ENTRIES, write_page
-from memorizing_transformers_pytorch.library.build import (
-    evicted_since,
-    files_below,
-    held_titles,
-    room_messages,
-    text_of,
-)
+from memorizing_transformers_pytorch.library.build import evicted_since, held_titles, room_messages
 from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader
 from memorizing_transformers_pytorch.utils.progress import bar
 

@@ -19,7 +19,7 @@ from memorizing_transformers_pytorch.data.document import decode
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.library.readers import load_memories
 from memorizing_transformers_pytorch.memory import KNNMemoryList
-from memorizing_transformers_pytorch.model.generation import stream
+from memorizing_transformers_pytorch.model.generation import stream, until
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.model.session import Session
 from memorizing_transformers_pytorch.model.state import XLMemories
@@ -159,20 +159,3 @@ def pieces(written: Iterator[int | None], before: Sequence[int], tokenizer: Toke
             context, pending, piece = pending, [], ""
     if piece:
         yield piece
-
-
-def until(stop: str | None, texts: Iterator[str]) -> Iterator[str]:
-    """The texts up to where `stop` begins. An end that may be the beginning of `stop` is held back."""
-    if not stop:
-        yield from texts
-        return
-    held = ""
-    for text in texts:
-        held += text
-        if stop in held:
-            yield held[: held.index(stop)]
-            return
-        begun = next((n for n in range(min(len(stop) - 1, len(held)), 0, -1) if stop.startswith(held[-n:])), 0)
-        yield held[: len(held) - begun]
-        held = held[len(held) - begun :]
-    yield held

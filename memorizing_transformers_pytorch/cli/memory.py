@@ -14,8 +14,9 @@ import torch
 import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, parse_arguments
-from memorizing_transformers_pytorch.library.build import Builder, files_below
-from memorizing_transformers_pytorch.library.readers import open_reader
+from memorizing_transformers_pytorch.data.texts import files_below
+from memorizing_transformers_pytorch.library.build import Builder, check_different
+from memorizing_transformers_pytorch.library.readers import open_reader, spans_in
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.load import How, load, state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
@@ -40,6 +41,11 @@ class Build:
     """Folder of a run, or name or folder of a causal language model of transformers."""
     pattern: str = "*"
     """Which files of folders to read, such as *.py."""
+    retrieve: Literal["tokens", "spans"] | None = None
+    """How a new memory of a model of transformers is used: tokens, which its attention looks up (the default), or
+    spans, passages that stand before a prompt, as `ask` and `chat` need it."""
+    content: Literal["kv", "tokens"] | None = None
+    """What a new memory of spans keeps: keys and values, or token ids alone; by default kv if the model can."""
     max_memories: int | None = None
     """Capacity of each layer, in entries, of a new memory; by default 262,144."""
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
@@ -123,11 +129,21 @@ def build(options: Build) -> dict[str, Any]:
     exists = (options.memory / NAME).exists()
     files = files_below(options.files, options.pattern, may_be_none=options.prune and exists)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    if exists and (options.max_memories is not None or dtype is not None):
-        raise ValueError(f"{str(options.memory)!r} exists: --max-memories and --dtype are for a new memory only")
+    for_new = ("retrieve", "content", "max_memories", "dtype")
+    if exists and (given := [f"--{name.replace('_', '-')}" for name in for_new if getattr(options, name) is not None]):
+        raise ValueError(f"{str(options.memory)!r} exists: {', '.join(given)} is for a new memory only")
+    if options.content is not None and options.retrieve != "spans":
+        raise ValueError("--content is for a memory of spans: add --retrieve spans")
     refuse_others(options.memory)
-    device = chosen_device(options.device)
-    reader = open_reader(options.model, device, max_memories=options.max_memories, dtype=dtype, index=options.index)
+    wanted = {"content": options.content} if options.retrieve == "spans" else None
+    reader = open_reader(
+        options.model,
+        chosen_device(options.device),
+        max_memories=options.max_memories,
+        dtype=dtype,
+        index=options.index,
+        spans=spans_in(options.memory) if exists else wanted,
+    )
     folder = options.memory.resolve()
     state = state_of(folder).state if exists else None
     if exists:
@@ -217,7 +233,8 @@ def merge(options: Merge) -> dict[str, Any]:
     check_different(options.output, options.memories)
     refuse_others(options.output)
     if options.model is not None:
-        reader = open_reader(options.model, "cpu", max_memories=None, dtype=None, index=None)
+        spans = spans_in(options.memories[0])
+        reader = open_reader(options.model, "cpu", max_memories=None, dtype=None, index=None, spans=spans)
         reader.load(options.memories[0])
         for folder in options.memories[1:]:
             reader.merge(folder)
@@ -231,22 +248,6 @@ def merge(options: Merge) -> dict[str, Any]:
     merged.save(options.output)
     table = merged.documents()
     return {"documents": len(table), "entries": [sum(each) for each in zip(*(d.entries for d in table), strict=True)]}
-
-
-def check_different(output: Path, memories: Sequence[Path]) -> None:
-    """Raises ValueError for fewer than two memories, for one that is given twice, as another folder or a copy, and for
-    an output that holds a memory."""
-    if len(memories) < 2:
-        raise ValueError(f"merge needs two or more memories, got {len(memories)}")
-    given: dict[str, Path] = {}
-    for path in memories:
-        if path.resolve() == output.resolve():
-            raise ValueError(f"{str(path)!r} is both a memory to merge and the folder to write")
-        first = given.setdefault(state_of(path).state, path)
-        if first is not path:
-            raise ValueError(f"{str(first)!r} and {str(path)!r} hold the same saved state: name it once")
-    if (output / NAME).exists():
-        raise ValueError(f"{str(output)!r} holds a memory: write to a new folder")
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from memorizing_transformers_pytorch.data.texts import text_of
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
 from memorizing_transformers_pytorch.explorer.workspace import PASSAGE, Sampling, Workspace
-from memorizing_transformers_pytorch.library.build import DIGEST, evicted_since, held_titles, room_messages, text_of
+from memorizing_transformers_pytorch.library.build import DIGEST, evicted_since, held_titles, room_messages
 from memorizing_transformers_pytorch.library.readers import DocumentReader
 from memorizing_transformers_pytorch.memory.ledger import DocumentTable
 

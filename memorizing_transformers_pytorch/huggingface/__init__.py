@@ -7,22 +7,29 @@
 from __future__ import annotations
 
 from memorizing_transformers_pytorch.huggingface.added import Added
-from memorizing_transformers_pytorch.huggingface.attach import attach_memory
-from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory, memory_of
+from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat, Excerpt
+from memorizing_transformers_pytorch.huggingface.attach import attach_memory, memory_of
+from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.causal_lm import (
     MemorizingTransformerConfig,
     MemorizingTransformerForCausalLM,
 )
 from memorizing_transformers_pytorch.huggingface.export import export_run
 from memorizing_transformers_pytorch.huggingface.layers import suggest_layers
+from memorizing_transformers_pytorch.huggingface.recalling import RecallMemory
 from memorizing_transformers_pytorch.memory.ledger import Document
 
 __all__ = [
     "Added",
+    "Answer",
+    "AnswerStream",
     "AttachedMemory",
+    "Chat",
     "Document",
+    "Excerpt",
     "MemorizingTransformerConfig",
     "MemorizingTransformerForCausalLM",
+    "RecallMemory",
     "attach_memory",
     "export_run",
     "memory_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from memorizing_transformers_pytorch.huggingface.added import Added, AddedLayer
 from memorizing_transformers_pytorch.huggingface.attach_spans import attach_spans
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State
+from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
 from memorizing_transformers_pytorch.huggingface.layers import chosen_layers, induction_scores
 from memorizing_transformers_pytorch.huggingface.memory_layer import MemoryLayer
@@ -20,6 +22,13 @@ from memorizing_transformers_pytorch.huggingface.models import positions_of
 from memorizing_transformers_pytorch.huggingface.probe import Layer, probe
 from memorizing_transformers_pytorch.memory.ledger import Ledger
 from memorizing_transformers_pytorch.memory.policy import OLDEST
+
+OPTIONS = {
+    "spans": ("content", "finder", "passages", "span", "first", "every", "overlap"),
+    "tokens": ("layers", "added", "topk", "combine", "positions", "distance", "recent", "skip_first"),
+}
+"""Those that one kind of memory has alone."""
+COMMON = ("max_memories", "chunk", "write", "window", "dtype", "device", "index", "policy", "directory")
 
 
 def attach_memory(
@@ -41,9 +50,9 @@ def attach_memory(
     positions: str = "true",
     distance: int = 1_024,
     recent: int | None = None,
+    skip_first: int = 4,
     max_memories: int = 262_144,
     chunk: int = 512,
-    skip_first: int = 4,
     write: str = "read",
     window: int | None = None,
     dtype: torch.dtype | None = None,
@@ -52,9 +61,37 @@ def attach_memory(
     policy: str = OLDEST,
     directory: str | Path | None = None,
 ) -> AttachedMemory:
-    """Give some layers of a causal language model of transformers a memory, which they read with their own attention.
+    """Give a causal language model of transformers a memory of what it reads.
 
-    model: any that attends through the attention interface, with attn_implementation "sdpa" or "eager".
+    With nothing read the model gives bit for bit what it gave before.
+
+    retrieve: "spans", passages of what was read stand before a text, in its cache; or "tokens", as in the paper, some
+        layers attend to single remembered tokens, which can be trained.
+    tokenizer: for a memory that takes and gives text.
+    max_memories: how many tokens each row remembers; when it is full, the newest replaces the oldest.
+    chunk: how many tokens `read` gives the model at once.
+    write: "read", only what is given to `read` is remembered; or "window", also what leaves the cache while the model
+        writes, which then keeps the last `window` tokens: so that a chat can go on for ever. A chat keeps its cache
+        (`past_key_values`) from call to call.
+    dtype, device, index, directory: of the memory, as for `KNNMemory`. dtype is that of the model unless given;
+        torch.int8 takes little more than a quarter of float32. device is that of the model for tokens, and the CPU for
+        spans. Spans are found by comparing all, whatever the index.
+    policy: what makes room when the memory is full, as for `KNNMemory`; of tokens, among those older than `recent`.
+
+    With retrieve="spans":
+
+    content: what is kept of each token. "kv", the keys and values of all layers; or "tokens", the key of the finder
+        alone, and passages are read again when they are recalled. "kv" unless given, where keys can be moved.
+    finder: what finds passages by the last tokens of a text. "head", the best induction head of the model; "bm25", the
+        words (needs the library bm25s); or "both". "head" unless given, where there is one.
+    passages, span: how many tokens stand before a text: so many passages of so many tokens, around the places that
+        were found. first: so many tokens of the beginning of the best passage's document come before them.
+    every: after how many tokens passages are chosen anew.
+    overlap: how many tokens at the beginning of each chunk are read again, so that no token is read without any before
+        it.
+
+    With retrieve="tokens", for a model that attends through the attention interface, with "sdpa" or "eager":
+
     layers: numbers of layers, "all" that can, or "auto": those with induction heads (see `suggest_layers`).
     added: instead of giving the layers themselves a memory, add a layer of attention with a memory after each of them,
         which must be trained (see `Added` for its sizes). "auto" adds one, after the best layer.
@@ -62,57 +99,43 @@ def attach_memory(
     combine: "softmax", one softmax over local keys and retrieved ones, with a bias per head that starts at 0; or
         "gate", the paper's learned gate per head.
     positions: "true", remembered tokens are as far away as they are, the last `recent` of them (half of the longest
-        context that the model was made for, unless given), and older ones, for which it knows no distances, all
-        `distance` away; or "constant", all of them. Only for rotary position embeddings; other keys are kept as they
-        are.
-        Of more entries than that longest context, each weighs less: by the logarithm of how many times more there are.
-    max_memories: entries of each row and layer; when full, the newest replaces the oldest.
-    chunk: how many tokens `read` gives the model at once, and so its local context while reading.
+        context that the model was made for, unless given), and older ones all `distance` away; or "constant", all of
+        them. Of more entries than that longest context, each weighs less: by the logarithm of how many times more
+        there are.
     skip_first: how many tokens at the beginning of each chunk are not remembered, as they attract attention whatever
         they are; chunks overlap by as many.
-    write: "read", only what is given to `read` (and `writing`) is remembered; or "window", also what leaves the cache
-        while the model writes, which then keeps the last `window` tokens in every layer: so that a chat can go on for
-        ever. A chat keeps its cache (`past_key_values`) from call to call.
-    policy: what makes room when the memory is full (of entries older than `recent`), as for `KNNMemory`.
-    dtype, device, index, directory: of the memory, as for `KNNMemory`; dtype and device are those of the model unless
-        said otherwise. dtype=torch.int8 takes little more than a quarter of float32. (Keys that grow old are turned as
-        the numbers that they stand for, and become codes once more.)
 
-    Nothing else changes: with nothing read the model gives bit for bit what it gave before.
-
-    Raises ValueError, with the model untouched, for a model or layers that cannot have a memory, and says why.
+    Raises ValueError, with the model untouched, for a model that cannot have such a memory, and says why; and for
+    options of the other kind of memory.
     """
-    kept: dict[str, Any] = {
-        "max_memories": max_memories,
-        "chunk": chunk,
-        "write": write,
-        "window": window,
-        "dtype": dtype,
-        "device": device,
-        "index": index,
-        "policy": policy,
-        "directory": directory,
-    }
-    if retrieve == "spans":
-        chosen = {"content": content, "finder": finder, "passages": passages, "span": span, "first": first}
-        with torch.inference_mode(False):
-            return attach_spans(model, kept | chosen | {"every": every, "overlap": overlap}, tokenizer)
-    options = Options(
-        topk=topk,
-        combine=combine,
-        positions=positions,
-        distance=distance,
-        recent=recent,
-        skip_first=skip_first,
-        **kept,
-    )
-    if not isinstance(added, bool | Added):
-        raise ValueError(f"expected added to be True, False or an Added, got {added!r}")
+    given = dict(locals())
+    del given["model"]
+    if retrieve not in OPTIONS:
+        raise ValueError(f"retrieve must be one of {tuple(OPTIONS)}, got {retrieve!r}")
+    _refuse_others(retrieve, given)
+    common = {name: given[name] for name in COMMON}
+    own = {name: given[name] for name in OPTIONS[retrieve]}
     with torch.inference_mode(False):  # what is made here outlives it
-        return _attach(model, layers, added, options)
+        if retrieve == "spans":
+            return attach_spans(model, common | own, tokenizer)
+        if not isinstance(added, bool | Added):
+            raise ValueError(f"expected added to be True, False or an Added, got {added!r}")
+        del own["layers"], own["added"]
+        return _attach(model, layers, added, Options(**common, **own), tokenizer)
 
 
-def _attach(model: Any, layers: str | Iterable[int], added: bool | Added, options: Options) -> AttachedMemory:
+def _refuse_others(retrieve: str, given: dict[str, Any]) -> None:
+    """Raises ValueError for options that mean nothing to this kind of memory."""
+    usual = {name: each.default for name, each in inspect.signature(attach_memory).parameters.items()}
+    for kind, names in OPTIONS.items():
+        others = [name for name in names if kind != retrieve and given[name] != usual[name]]
+        if others:
+            raise ValueError(f"{', '.join(others)}: only for retrieve={kind!r}, got retrieve={retrieve!r}")
+
+
+def _attach(
+    model: Any, layers: str | Iterable[int], added: bool | Added, options: Options, tokenizer: Any
+) -> AttachedMemory:
     served, refused = probe(model)
     _check_chunk(model, served, options.chunk)
     numbers = _numbers(model, layers, served, refused)
@@ -127,7 +150,7 @@ def _attach(model: Any, layers: str | Iterable[int], added: bool | Added, option
         made = _added(model, [served[number] for number in numbers], added, options, shared)
     else:
         made = [MemoryLayer(served[number], options, shared, positions_of(model)) for number in numbers]
-    return AttachedMemory(model, made, shared, options)
+    return AttachedMemory(model, made, shared, options, tokenizer=tokenizer)
 
 
 def _check_chunk(model: Any, served: dict[int, Layer], chunk: int) -> None:
@@ -163,3 +186,15 @@ def _numbers(model: Any, layers: str | Iterable[int], served: dict[int, Layer], 
     if not numbers:
         raise ValueError("expected at least one layer, got none")
     return numbers
+
+
+def memory_of(model: Any) -> AttachedMemory:
+    """The memory that is attached to a model: of a copy, say, or of a model that `torch.load` has read.
+
+    Raises ValueError for a model without one.
+    """
+    for hook in model._forward_pre_hooks.values():
+        hooks = getattr(hook, "__self__", None)
+        if isinstance(hooks, Hooks):
+            return hooks.begin.__self__.handle  # type: ignore[attr-defined,no-any-return]
+    raise ValueError(f"no memory is attached to this {type(model).__name__}: use attach_memory()")

@@ -9,16 +9,16 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.huggingface.attachment import Attachment
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State, WatchedRow
 from memorizing_transformers_pytorch.huggingface.contents import Titles
-from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, StoreOptions, load_parameters, save_parameters
 from memorizing_transformers_pytorch.huggingface.recall import Recall
+from memorizing_transformers_pytorch.huggingface.texts import Readable, ToRead, to_read
 from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment
 from memorizing_transformers_pytorch.memory.disk.save import check_folder
 from memorizing_transformers_pytorch.memory.lease import Origin
@@ -57,9 +57,16 @@ class AttachedMemory:
         entries = {index: layer.num_entries for index, layer in self.layers.items()}
         return f"AttachedMemory(layers={list(self.layers)}, entries={entries}, bytes={self.num_bytes:,})"
 
+    def __enter__(self) -> Self:
+        """`with attach_memory(model) as memory:` takes the memory away at the end."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
     def read(
         self,
-        input_ids: Tensor,
+        input_ids: Readable,
         attention_mask: Tensor | None = None,
         document: Titles = None,
         progress: bool = True,
@@ -69,9 +76,10 @@ class AttachedMemory:
 
         input_ids: (N,), (1, N), or (R, N) for a batch of documents, each into its own row. A memory of one row serves
             all rows of a batch later; one of several is for as many prompts, or a multiple. The first read decides on
-            R; `clear()` lets the next one decide again.
+            R; `clear()` lets the next one decide again. Or what a tokenizer gives. Or, if the memory has a tokenizer:
+            text, or a Path to a file or a folder. Each file in a folder is a document; those without text are skipped.
         attention_mask: (R, N), 0 for padding, which may be anywhere and is not stored.
-        document: a title, or one for each row.
+        document: a title, or one for each document; of a file its name, and below a folder its path, unless given.
         look_up: whether each chunk sees what was read before. What is stored then is a little nearer to what the
             model would make of the whole text, but a chunk takes longer the more is remembered.
 
@@ -79,11 +87,12 @@ class AttachedMemory:
         empty texts, other weights than those that have read before, or inside `read_only()`.
         """
         self._at_work.expect_writable()
-        self._at_work.read(input_ids, attention_mask, document, progress, look_up=look_up)
+        given = to_read(input_ids, attention_mask, document, self.tokenizer)
+        self._at_work.read(given, progress, look_up=look_up)
 
     def score(
         self,
-        input_ids: Tensor,
+        input_ids: Readable,
         attention_mask: Tensor | None = None,
         document: Titles = None,
         progress: bool = True,
@@ -95,7 +104,8 @@ class AttachedMemory:
         with skip_first=0, where chunks do not overlap, the first of each chunk. Inside `read_only()` nothing is
         stored, so each chunk sees only what was read before this text.
         """
-        return self._at_work.read(input_ids, attention_mask, document, progress, losses=True)
+        given = to_read(input_ids, attention_mask, document, self.tokenizer)
+        return self._at_work.read(given, progress, losses=True)
 
     def go_on(self, document: int, input_ids: Tensor, progress: bool = True) -> None:
         """Read on in a document that was not read to its end, the last of the only row.
@@ -104,7 +114,7 @@ class AttachedMemory:
         Raises ValueError, with nothing read, for another document, or one that is no longer.
         """
         self._at_work.expect_writable()
-        self._at_work.read(input_ids, None, None, progress, look_up=False, goes_on=document)
+        self._at_work.read([ToRead(input_ids, None, None)], progress, look_up=False, goes_on=document)
 
     @contextlib.contextmanager
     def writing(self, document: Titles = None) -> Iterator[None]:
@@ -212,8 +222,7 @@ class AttachedMemory:
             return self._contents.forget(numbers)
 
     def save(self, path: str | Path, *, overwrite: bool = False, compact: bool = False) -> None:
-        """Write what is remembered to a folder; see `KNNMemoryList.save`. (What was trained: `save_parameters`.) A chat
-        that is going on ends."""
+        """Write what is remembered to a folder; see `KNNMemoryList.save`. A chat that is going on ends."""
         self._at_work.expect_attached()
         with self._at_work.lock:
             check_folder(path, self._contents.state.marks, overwrite=overwrite)
@@ -258,14 +267,7 @@ class AttachedMemory:
         Where the memory has entries at their true distances (`recent`), the added ones are older than those. Oldest
         entries are evicted where not all fit. Raises ValueError as `load`, and if other weights have written.
         """
-        with self._at_work.replacing():
-            if self._contents.ledger:
-                self._at_work.weights.refuse_others()
-            loaded = self._at_work.loaded(path, mmap=True, verify=True, other_weights=False)
-            added = self._contents.parts_to_merge(loaded)
-            self._at_work.end_conversation()
-            self._contents.merge(added)
-            self._at_work.weights.have_written()
+        self._at_work.merge(path)
 
     def clear(self, rows: int | Iterable[int] | None = None) -> None:
         """Forget what was read into these rows, or all. Raises ValueError for rows that do not exist."""
@@ -288,23 +290,10 @@ class AttachedMemory:
         save_parameters(self.layers, path)
 
     def load_parameters(self, path: str | Path) -> None:
-        """Take them from such a file. Raises ValueError, changing nothing, for those of another attachment, and for a
-        file that is missing or damaged."""
+        """Take them from such a file. Raises ValueError, changing nothing, if it does not fit or cannot be read."""
         self._at_work.expect_attached()
         load_parameters(self.layers, path)
 
     def detach(self) -> None:
         """Take the memory away, and forget what it holds. The model is bit for bit what it was."""
         self._at_work.detach()
-
-
-def memory_of(model: Any) -> AttachedMemory:
-    """The memory that is attached to a model: of a copy, say, or of a model that `torch.load` has read.
-
-    Raises ValueError for a model without one.
-    """
-    for hook in model._forward_pre_hooks.values():
-        hooks = getattr(hook, "__self__", None)
-        if isinstance(hooks, Hooks):
-            return hooks.begin.__self__.handle  # type: ignore[attr-defined,no-any-return]
-    raise ValueError(f"no memory is attached to this {type(model).__name__}: use attach_memory()")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from memorizing_transformers_pytorch.huggingface.calls import Call, Found, Lock, Shared, WatchedRow
-from memorizing_transformers_pytorch.huggingface.contents import Contents, Titles, checked_titles
+from memorizing_transformers_pytorch.huggingface.contents import Contents, checked_titles
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, StoreOptions
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
@@ -22,6 +23,7 @@ from memorizing_transformers_pytorch.huggingface.searching import Recalled
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions
 from memorizing_transformers_pytorch.huggingface.span_reading import SpanReader
 from memorizing_transformers_pytorch.huggingface.span_window import SpanWindow
+from memorizing_transformers_pytorch.huggingface.texts import ToRead
 from memorizing_transformers_pytorch.huggingface.writing import TrainingSegment, Window
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.ledger import Document
@@ -33,8 +35,8 @@ class Attachment:
     """What `AttachedMemory` stands on.
 
     lock: whoever changes the memory holds it. enabled, writable, watched, and writer (what stores the calls of the
-    model instead of a conversation): of this thread or task. last: what the last call that is over found in each layer.
-    handle: the `AttachedMemory` that stands on this.
+    model instead of a conversation): of this thread or task; so is noted, where calls write what they have recalled.
+    last: what the last call that is over found in each layer. handle: the `AttachedMemory` that stands on this.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Attachment:
         self.enabled, self.writable = PerContext(True), PerContext(True)
         self.writer: PerContext[Reader | SpanReader | TrainingSegment | None] = PerContext(None)
         self.last_recalled: list[Recalled] = []
+        self.noted: PerContext[list[Recalled] | None] = PerContext(None)
         self.watched: PerContext[WatchedRow | None] = PerContext(None)
         for layer in layers:
             layer.attach()
@@ -130,6 +133,8 @@ class Attachment:
                 call.writer.after(call, failed)
             if call.recalled is not None and not failed:
                 self.last_recalled = call.recalled
+                if self.noted.now is not None:
+                    self.noted.now[:] = call.recalled
             return
         was_empty = not self.contents.ledger
         if call.writer is not None:
@@ -148,9 +153,7 @@ class Attachment:
 
     def read(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        document: Titles,
+        given: Sequence[ToRead],
         progress: bool,
         *,
         losses: bool = False,
@@ -161,20 +164,39 @@ class Attachment:
         self.expect_attached()
         if self.writer.now is not None:
             raise ValueError("expected a call of the model inside writing(), got read() or score()")
-        texts = checked_texts(input_ids, attention_mask, vocabulary_of(self.model))
-        titles, store = checked_titles(document, len(texts)), self.writable.now
-        with self.lock if store else contextlib.nullcontext():
-            known = None if goes_on is None else self._document_to_go_on_with(goes_on, len(texts[0]))
-            if self.contents.ledger:
-                self.weights.refuse_others()
-            reader = self._reader(titles, known, store=store, look_up=look_up)
-            if store:
-                self.end_conversation()
-                self.weights.have_written()
-            self.last = {}
-            with self.writer.at(reader):
-                found: list[Tensor] = reader.read_all(texts, losses=losses, progress=progress)
-                return found
+        size = vocabulary_of(self.model)
+        texts = [checked_texts(each.input_ids, each.attention_mask, size) for each in given]
+        titles = [checked_titles(each.titles, len(rows)) for each, rows in zip(given, texts, strict=True)]
+        with self.lock if self.writable.now else contextlib.nullcontext():
+            is_one = len(given) == 1  # else documents are counted, not their tokens
+            bar = tqdm(texts, unit=" documents", disable=is_one or not progress)
+            how: Any = {"losses": losses, "look_up": look_up, "goes_on": goes_on, "progress": progress and is_one}
+            read = [self._read(rows, names, **how) for rows, names in zip(bar, titles, strict=True)]
+            return [loss for each in read for loss in each]
+
+    def _read(
+        self,
+        texts: list[Tensor],
+        titles: list[str | None],
+        *,
+        losses: bool,
+        look_up: bool,
+        goes_on: int | None,
+        progress: bool,
+    ) -> list[Tensor]:
+        """Read texts side by side."""
+        store = self.writable.now
+        known = None if goes_on is None else self._document_to_go_on_with(goes_on, len(texts[0]))
+        if self.contents.ledger:
+            self.weights.refuse_others()
+        reader = self._reader(titles, known, store=store, look_up=look_up)
+        if store:
+            self.end_conversation()
+            self.weights.have_written()
+        self.last = {}
+        with self.writer.at(reader):
+            found: list[Tensor] = reader.read_all(texts, losses=losses, progress=progress)
+            return found
 
     def _reader(self, titles: list[str | None], known: Document | None, *, store: bool, look_up: bool) -> Any:
         options: Any = self.options
@@ -208,6 +230,16 @@ class Attachment:
         if not other_weights:
             self.weights.check(loaded.fingerprint)
         return loaded
+
+    def merge(self, path: str | Path) -> None:
+        """See `AttachedMemory.merge`."""
+        with self.replacing():
+            if self.contents.ledger:
+                self.weights.refuse_others()
+            added = self.contents.parts_to_merge(self.loaded(path, mmap=True, verify=True, other_weights=False))
+            self.end_conversation()
+            self.contents.merge(added)
+            self.weights.have_written()
 
     def expect_attached(self) -> None:
         if not self.is_attached:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.huggingface import prefix as prefixes
+from memorizing_transformers_pytorch.huggingface.cache_layers import Prefix
 from memorizing_transformers_pytorch.huggingface.calls import Call, runs_inside
-from memorizing_transformers_pytorch.huggingface.prefix import Prefix
 from memorizing_transformers_pytorch.huggingface.searching import Query, Search
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions
 from memorizing_transformers_pytorch.memory import UNKNOWN

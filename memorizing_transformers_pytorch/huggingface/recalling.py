@@ -5,32 +5,20 @@ Shapes: N tokens of a question, P of a passage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, overload
 
 from torch import Tensor
+from transformers import GenerationConfig
 
+from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat, Excerpt
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
+from memorizing_transformers_pytorch.huggingface.contents import Titles
 from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.searching import Query, Recalled
 from memorizing_transformers_pytorch.huggingface.texts import tokens_of
 from memorizing_transformers_pytorch.memory.entries import POSITION
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """A part of a document that was recalled.
-
-    document, title: of the document. position: of its first token in the document. text: None without a tokenizer.
-    score: how well it fits; comparable within one call. tokens: (P,) its token ids.
-    """
-
-    document: int
-    title: str
-    position: int
-    text: str | None
-    score: float
-    tokens: Tensor
 
 
 class RecallMemory(AttachedMemory):
@@ -42,6 +30,12 @@ class RecallMemory(AttachedMemory):
         entries = list(next(iter(self.layers.values())).num_entries)
         options = f"content={self.options.content!r}, finder={self.options.finder!r}"
         return f"RecallMemory({options}, tokens={entries}, bytes={self.num_bytes:,})"
+
+    @contextlib.contextmanager
+    def writing(self, document: Titles = None) -> Iterator[None]:
+        """Raises ValueError: passages are not trained. Use `read`, or a memory with retrieve="tokens"."""
+        raise ValueError("passages are not trained: use read() instead of writing(), or retrieve='tokens'")
+        yield
 
     @property
     def finder(self) -> Any:
@@ -62,12 +56,84 @@ class RecallMemory(AttachedMemory):
         before a prompt unless given.
         Raises ValueError for an empty question, and a row that does not exist.
         """
-        self._at_work.expect_attached()
-        if not 0 <= row < self.num_rows:
-            raise ValueError(f"the memory has rows 0 to {self.num_rows - 1}, got {row}")
+        self._expect_row(row)
         query = Query(row, tokens_of(question, self.tokenizer, self.model))
         count = self.options.passages if passages is None else passages
         return self._passages(self._recall.search.best(query, count))
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        *,
+        stream: Literal[False] = False,
+        max_new_tokens: int | None = None,
+        generation_config: GenerationConfig | None = None,
+        system: str | None = None,
+        row: int = 0,
+    ) -> Answer: ...
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        *,
+        stream: Literal[True],
+        max_new_tokens: int | None = None,
+        generation_config: GenerationConfig | None = None,
+        system: str | None = None,
+        row: int = 0,
+    ) -> AnswerStream: ...
+
+    def ask(
+        self,
+        question: str,
+        *,
+        stream: bool = False,
+        max_new_tokens: int | None = None,
+        generation_config: GenerationConfig | None = None,
+        system: str | None = None,
+        row: int = 0,
+    ) -> Answer | AnswerStream:
+        """What the model answers to a question, with the passages of a row that fit it before the prompt.
+
+        Passages are found by the question alone. The prompt is made by the chat template of the tokenizer, or else is
+        "Question: ... Answer:".
+
+        stream: give the answer while it is being written, as an iterator over pieces of its text.
+        max_new_tokens: 256 unless given, or given by generation_config. generation_config: greedy unless given.
+        system: a message that comes before the question.
+
+        Raises ValueError for an empty question, a row that does not exist, and a memory without a tokenizer.
+        """
+        chat: Any = self.chat(system=system, row=row)
+        answer: Answer | AnswerStream = chat.say(
+            question, stream=stream, max_new_tokens=max_new_tokens, generation_config=generation_config
+        )
+        return answer
+
+    def chat(self, *, system: str | None = None, row: int = 0) -> Chat:
+        """A conversation, in which `say` gives the answer to each message."""
+        self._expect_row(row)
+        return Chat(self.model, self.tokenizer, self._asking, system, row)
+
+    @contextlib.contextmanager
+    def _asking(self, question: str, row: int) -> Iterator[Callable[[], list[Excerpt]]]:
+        """Inside, calls of the model find passages of a row by a question -> those that were found, the best first."""
+        self._expect_row(row)
+        query, noted = Query(row, tokens_of(question, self.tokenizer, self.model)), list[Recalled]()
+
+        def found() -> list[Excerpt]:
+            passages = [each for recalled in noted[:1] for each in self._passages(_runs(recalled)) if each.score > 0]
+            return sorted(passages, key=lambda each: -each.score)
+
+        with self.watched_row(row), self._recall.asked.at([query]), self._at_work.noted.at(noted):
+            yield found
+
+    def _expect_row(self, row: int) -> None:
+        self._at_work.expect_attached()
+        if not 0 <= row < self.num_rows:
+            raise ValueError(f"the memory has rows 0 to {self.num_rows - 1}, got {row}")
 
     @property
     def last_recalled(self) -> list[list[Excerpt]]:

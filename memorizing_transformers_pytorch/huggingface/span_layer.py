@@ -19,6 +19,7 @@ from memorizing_transformers_pytorch.memory.store import Store
 
 CONTENTS = ("kv", "tokens")
 FINDERS = ("head", "bm25", "both")
+PAIRS, KEYS, NOTHING = "spans", "keys of the finder", "token ids"  # how a layer is arranged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +59,26 @@ class SpanLayer(BaseLayer):
 
     @property
     def arrangement(self) -> str:
-        return "spans"
+        return PAIRS
 
 
 class FinderLayer(SpanLayer):
-    """The key of the finder's head, in two halves, where pairs have a key and a value."""
+    """The key of the finder's head, in two halves, where pairs have a key and a value; without a finder, nothing."""
 
     @property
     def arrangement(self) -> str:
-        return "keys of the finder"
+        return KEYS if self._shape.width > 1 else NOTHING
+
+
+def options_for(arranged: object) -> dict[str, str] | None:
+    """With which options of `attach_memory` a memory is made whose layers are arranged like this; None for one that is
+    not of spans."""
+    found = {
+        PAIRS: {"content": "kv"},
+        KEYS: {"content": "tokens", "finder": "head"},
+        NOTHING: {"content": "tokens", "finder": "bm25"},
+    }
+    return found.get(arranged[0]) if isinstance(arranged, list) and arranged else None
 
 
 def span_layers(

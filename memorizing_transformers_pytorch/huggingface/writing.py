@@ -136,8 +136,7 @@ class Conversation:
 
 
 class Ends:
-    """Knows which rows of a conversation have ended. ends: tokens after which nothing comes. pads: what `generate`
-    writes instead."""
+    """Which rows of a conversation have ended: by tokens after which nothing comes, and what `generate` writes then."""
 
     def __init__(self, model: Any) -> None:
         config = getattr(model, "generation_config", None)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memorizing_transformers_pytorch.library.readers import COMPLETE, DocumentReader, NoText
-from memorizing_transformers_pytorch.memory.disk.manifest import files_of_memory
+from memorizing_transformers_pytorch.data.texts import NoText, real_path, text_of
+from memorizing_transformers_pytorch.library.readers import COMPLETE, DocumentReader
+from memorizing_transformers_pytorch.memory.disk.load import state_of
+from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.utils.interrupts import Interrupted, StopRequest
 
@@ -65,55 +67,6 @@ def evicted_since(before: Mapping[int, str], memory: Any) -> list[str]:
     """The titles of those documents that have no entries left."""
     held = held_titles(memory)
     return [title for number, title in before.items() if number not in held]
-
-
-def files_below(sources: Sequence[str], pattern: str, *, may_be_none: bool = False) -> list[Path]:
-    """The given files, and those below the given folders that match the pattern, each once. Hidden files and files of
-    a memory are left out; a folder that cannot be opened is listed itself.
-
-    Raises ValueError for sources that do not exist, and if there are no files, unless there may be none.
-    """
-    found: dict[str, Path] = {}
-    for source in map(Path, sources):
-        if not source.is_dir() and not source.is_file():
-            raise ValueError(f"there is no file or folder {str(source)!r} to read")
-        for path in _below(source, pattern) if source.is_dir() else [source]:
-            found.setdefault(real_path(path), path)
-    if not found and not may_be_none:
-        raise ValueError(f"no files match {pattern!r} in {', '.join(sources)}")
-    return list(found.values())
-
-
-def real_path(file: Path | str) -> str:
-    """Where a file is, the same for every spelling of its name."""
-    try:
-        return os.path.realpath(file)
-    except (OSError, ValueError):  # the name of a document that is no file
-        return str(file)
-
-
-def _below(root: Path, pattern: str) -> Iterator[Path]:
-    closed: list[Path] = []
-    for place, folders, names in os.walk(root, onerror=lambda error: closed.append(Path(error.filename))):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
-        for name in sorted(set(names) - files_of_memory(Path(place), names)):
-            path = Path(place, name)
-            if not name.startswith(".") and path.match(pattern) and path.is_file():
-                yield path
-    yield from closed
-
-
-def text_of(data: bytes, name: str) -> str:
-    """The text of a file. Raises NoText if it is binary, empty or not UTF-8."""
-    if b"\0" in data:
-        raise NoText(f"{name}: binary file")
-    try:
-        text = data.decode("utf-8").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
-    except UnicodeDecodeError as error:
-        raise NoText(f"{name}: not UTF-8, byte 0x{data[error.start]:02x} at offset {error.start:,}") from error
-    if not text.strip():
-        raise NoText(f"{name}: empty file")
-    return text
 
 
 class Builder:
@@ -230,3 +183,19 @@ def by_file(documents: Sequence[Document], files: Sequence[Path]) -> dict[str, l
                 place = given.get(each.about.get(LINK, ""), place)
             found.setdefault(place, []).append(each)
     return found
+
+
+def check_different(output: Path, memories: Sequence[Path]) -> None:
+    """Raises ValueError for fewer than two memories, for one that is given twice, as another folder or a copy, and for
+    an output that holds a memory."""
+    if len(memories) < 2:
+        raise ValueError(f"merge needs two or more memories, got {len(memories)}")
+    given: dict[str, Path] = {}
+    for path in memories:
+        if path.resolve() == output.resolve():
+            raise ValueError(f"{str(path)!r} is both a memory to merge and the folder to write")
+        first = given.setdefault(state_of(path).state, path)
+        if first is not path:
+            raise ValueError(f"{str(first)!r} and {str(path)!r} hold the same saved state: name it once")
+    if (output / NAME).exists():
+        raise ValueError(f"{str(output)!r} holds a memory: write to a new folder")

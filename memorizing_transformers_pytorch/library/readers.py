@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from memorizing_transformers_pytorch.data.texts import NoText
 from memorizing_transformers_pytorch.memory import KNNMemoryList
+from memorizing_transformers_pytorch.memory.disk.load import state_of
 from memorizing_transformers_pytorch.memory.ledger import Document
 from memorizing_transformers_pytorch.model.session import Session
 from memorizing_transformers_pytorch.training.run import CONFIG, LoadedRun, load_run, run_named
@@ -19,10 +21,6 @@ PIECES = 4  # of a document, read between two chances to save
 OF_RUN = "of a run"
 MAX_MEMORIES = 262_144  # as of an attached memory
 CHUNK = 512  # tokens of a text, for models of transformers that take as many
-
-
-class NoText(ValueError):
-    """A file without any text to read: binary, empty, not UTF-8, or without tokens."""
 
 
 class RunReader:
@@ -115,7 +113,12 @@ class HubReader:
         self.model.requires_grad_(False).train(False).to(device)
         self._index: str | None = options.get("index")
         self.longest: int | None = positions_of(self.model)
-        self.memory = attach_memory(self.model, **{"chunk": min(CHUNK, self.longest or CHUNK), **options})
+        most = self.longest or CHUNK
+        if options.get("retrieve") == "spans":
+            most //= 2  # passages stand before what is read
+        self.memory = attach_memory(
+            self.model, tokenizer=self.tokenizer, **{"chunk": min(CHUNK, max(most, 1)), **options}
+        )
 
     def load(self, folder: Path, *, mmap: bool = False) -> None:
         self.memory.load(folder, mmap=mmap)
@@ -126,22 +129,33 @@ class HubReader:
         self.memory.merge(folder)
 
     def remembers(self, tokens: int) -> bool:
-        least: int = self.memory.options.skip_first
-        return tokens > least
+        return tokens > (0 if self._is_of_spans else self._overlap)
+
+    @property
+    def _is_of_spans(self) -> bool:
+        return hasattr(self.memory.options, "span")
+
+    @property
+    def _overlap(self) -> int:
+        """By how many tokens chunks overlap."""
+        options: Any = self.memory.options
+        return int(options.overlap if self._is_of_spans else options.skip_first)
 
     def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
         from memorizing_transformers_pytorch.huggingface.reading import stops_of
+        from memorizing_transformers_pytorch.huggingface.texts import document_tokens
 
-        ids: torch.Tensor = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        if not len(ids):
-            raise NoText(f"{title}: no tokens")
+        try:
+            ids = document_tokens(text, self.tokenizer)
+        except NoText:
+            raise NoText(f"{title}: no tokens") from None
         memory, read = self.memory, 0
         last = memory.last_document
         if known is not None and last is not None and last.number == known.number:
             read = last.tokens
         elif known is not None:
             memory.forget(known.number)
-        for stop in stops_of(len(ids), memory.options.chunk, memory.options.skip_first, PIECES):
+        for stop in stops_of(len(ids), memory.options.chunk, self._overlap, PIECES):
             if stop <= read:
                 continue
             if read:
@@ -157,16 +171,39 @@ DocumentReader = RunReader | HubReader
 
 
 def open_reader(
-    model: str, device: str, *, max_memories: int | None, dtype: torch.dtype | None, index: str | None
+    model: str,
+    device: str,
+    *,
+    max_memories: int | None,
+    dtype: torch.dtype | None,
+    index: str | None,
+    spans: Mapping[str, Any] | None = None,
 ) -> DocumentReader:
-    """The model of a run's folder, or "shipped", or else one of transformers. Raises ValueError if it is neither."""
+    """The model of a run's folder, or "shipped", or else one of transformers. Raises ValueError if it is neither.
+
+    spans: options of a memory of spans, which a run cannot have.
+    """
     run = run_named(model)
     if (run / CONFIG).is_file():
+        if spans is not None:
+            raise ValueError(f"passages (retrieve spans) need a model of transformers, got the run {str(run)!r}")
         if dtype is not None:
             raise ValueError("--dtype is only for models of transformers: a run keeps the dtype of its own memory")
         return RunReader(load_run(run, device=device, index=index), max_memories, index)
     options = {"max_memories": max_memories, "dtype": dtype, "index": index}
+    if spans is not None:
+        options |= {"retrieve": "spans", **spans}
     try:
         return HubReader(model, device, {name: each for name, each in options.items() if each is not None})
     except ImportError as error:
         raise ValueError(f"{model} is not a run; other models need the extra 'huggingface' ({error})") from error
+
+
+def spans_in(folder: Path) -> dict[str, Any] | None:
+    """Options of the memory of spans in a folder; None for any other memory. Raises ValueError where there is none."""
+    extra = state_of(folder).extra
+    if extra.get("arranged") is None:
+        return None
+    from memorizing_transformers_pytorch.huggingface.span_layer import options_for
+
+    return options_for(extra["arranged"])

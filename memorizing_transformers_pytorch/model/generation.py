@@ -6,7 +6,7 @@ Shapes: B rows, V tokens of the vocabulary.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -161,3 +161,20 @@ def sample(
         probabilities = probabilities.masked_fill(beyond.gather(-1, order.argsort(dim=-1)), 0)
     device = probabilities.device if generator is None else generator.device
     return torch.multinomial(probabilities.to(device), 1, generator=generator).squeeze(-1).to(logits.device)
+
+
+def until(stop: str | None, texts: Iterator[str]) -> Iterator[str]:
+    """The texts up to where `stop` begins. An end that may be the beginning of `stop` is held back."""
+    if not stop:
+        yield from texts
+        return
+    held = ""
+    for text in texts:
+        held += text
+        if stop in held:
+            yield held[: held.index(stop)]
+            return
+        begun = next((n for n in range(min(len(stop) - 1, len(held)), 0, -1) if stop.startswith(held[-n:])), 0)
+        yield held[: len(held) - begun]
+        held = held[len(held) - begun :]
+    yield held

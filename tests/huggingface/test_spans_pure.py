@@ -15,9 +15,9 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from memorizing_transformers_pytorch.huggingface import spans
+from memorizing_transformers_pytorch.huggingface.cache_layers import Prefix
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State
 from memorizing_transformers_pytorch.huggingface.finder import Finder, Head
-from memorizing_transformers_pytorch.huggingface.prefix import Prefix
 from memorizing_transformers_pytorch.huggingface.probe import Layer, probe
 from memorizing_transformers_pytorch.memory.ledger import Ledger
 from tests.huggingface.families import FEW, LEARNED_POSITIONS, tiny

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from memorizing_transformers_pytorch.library.build import Builder, Outcome, files_below
+from memorizing_transformers_pytorch.data.texts import files_below
+from memorizing_transformers_pytorch.library.build import Builder, Outcome
 from memorizing_transformers_pytorch.library.readers import RunReader, open_reader
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.utils.interrupts import StopRequest

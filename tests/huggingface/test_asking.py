@@ -1,0 +1,222 @@
+"""Questions, answers with their sources, and chats."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
+from memorizing_transformers_pytorch.huggingface import Answer, RecallMemory, attach_memory
+from memorizing_transformers_pytorch.huggingface.asking import THREAD
+from memorizing_transformers_pytorch.huggingface.attach_spans import Head
+from memorizing_transformers_pytorch.huggingface.export import for_transformers
+from tests.huggingface.families import tiny
+
+BOOK = "The whale was white. Ahab hunted the whale over all the seas. " * 8
+FACT = "The password of the vault is seven green apples."
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>"
+    "{% endif %}"
+)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    name = "memorizing_transformers_pytorch.huggingface.attach_spans.best_head"
+    monkeypatch.setattr(name, lambda *_: Head(0, 0, 1.0))
+    tokenizer: Any = for_transformers(ByteTokenizer())
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    options = {"chunk": 64, "overlap": 16, "span": 24, "passages": 2, "every": 8}
+    made = attach_memory(tiny(request.param, vocab_size=256), retrieve="spans", tokenizer=tokenizer, **options)
+    made.read(BOOK, document="book", progress=False)
+    made.read(FACT, document="vault", progress=False)
+    return made
+
+
+def writing() -> bool:
+    return any(each.name == THREAD for each in threading.enumerate())
+
+
+def plain(memory: RecallMemory, prompt: str, question: str, count: int) -> str:
+    """The same by hand."""
+    tokens = torch.tensor(list(prompt.encode()))[None]
+    with memory._asking(question, 0):
+        done = memory.model.generate(tokens, max_new_tokens=count, do_sample=False, attention_mask=tokens * 0 + 1)
+    return str(memory.tokenizer.decode(done[0, tokens.shape[1] :])).strip()
+
+
+def test_an_answer_is_that_of_the_template_with_the_passages_of_the_question(memory: RecallMemory) -> None:
+    question = "What is the password of the vault?"
+    answer = memory.ask(question, max_new_tokens=12)
+    assert isinstance(answer, Answer)
+    assert answer.text == plain(memory, f"<user>{question}</><assistant>", question, 12)
+    best, recalled = memory.recall(question, passages=1)[0], memory.last_recalled[0]
+    source = answer.sources[0]
+    assert (source.title, source.score) == (best.title, best.score)
+    assert {each.position for each in answer.sources} <= {each.position for each in recalled}
+    assert [each.score for each in answer.sources] == sorted((each.score for each in answer.sources), reverse=True)
+
+
+def test_a_system_message_comes_first_and_models_without_template_get_a_plain_prompt(memory: RecallMemory) -> None:
+    answer = memory.ask("Who?", system="Be short.", max_new_tokens=5)
+    assert answer.text == plain(memory, "<system>Be short.</><user>Who?</><assistant>", "Who?", 5)
+    memory.tokenizer.chat_template = None
+    answer = memory.ask("Who?", system="Be short.", max_new_tokens=5)
+    assert answer.text == plain(memory, "Be short.\nQuestion: Who?\nAnswer:", "Who?", 5)
+
+
+def test_without_a_template_the_answer_ends_before_another_question(
+    memory: RecallMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.tokenizer.chat_template = None
+    written = iter([*b" A whale.\nQuestion: And?"])
+
+    def forced(_tokens: Any, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([next(written)]), 0.0)
+
+    monkeypatch.setattr(memory.model, "_get_logits_processor", lambda *_, **__: forced)
+    stream = memory.ask("Who?", stream=True)
+    assert ("".join(stream).strip(), stream.text) == ("A whale.", "A whale.")
+    assert bytes(written) == b" And?"
+
+
+def test_a_stream_gives_the_same_answer_piece_by_piece(memory: RecallMemory) -> None:
+    expected = memory.ask("Who hunted?", max_new_tokens=30)
+    stream = memory.ask("Who hunted?", max_new_tokens=30, stream=True)
+    pieces = list(stream)
+    assert "".join(pieces).strip() == stream.text == expected.text
+    assert str(stream) == str(expected)
+    assert not writing()
+
+
+def test_sources_wait_for_the_end_of_a_stream_that_nobody_has_iterated(memory: RecallMemory) -> None:
+    assert memory.ask("Who?", max_new_tokens=4, stream=True).sources[0].title in ("book", "vault")
+
+
+def test_a_generation_that_fails_raises_in_the_caller(memory: RecallMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise FloatingPointError("no more")
+
+    monkeypatch.setattr(memory.model.get_output_embeddings(), "forward", broken)
+    for use in (list, lambda stream: stream.sources, lambda stream: stream.text):
+        stream = memory.ask("Who?", stream=True)
+        with pytest.raises(FloatingPointError, match="no more"):
+            use(stream)
+        assert not writing()
+    with pytest.raises(FloatingPointError, match="no more"):
+        memory.ask("Who?")
+
+
+def test_a_stream_that_is_closed_or_forgotten_stops_writing(memory: RecallMemory) -> None:
+    config = GenerationConfig(max_new_tokens=400, eos_token_id=None)
+    stream = memory.ask("Who?", stream=True, generation_config=config)
+    stream.close()
+    assert not writing()
+    assert len(stream.text) < 400
+    stream = memory.ask("Who?", stream=True, generation_config=config)
+    next(stream)
+    del stream
+    gc.collect()
+    before = time.monotonic()
+    while writing():
+        assert time.monotonic() - before < 5
+        time.sleep(0.01)
+
+
+def test_a_stream_sees_the_scopes_of_the_thread_that_asked(memory: RecallMemory) -> None:
+    with memory.enabled(False):
+        stream = memory.ask("Who?", stream=True, max_new_tokens=3)
+    assert stream.sources == []
+    with memory.enabled(False):
+        assert memory.ask("Who?", max_new_tokens=3).text == stream.text
+
+
+def test_sampling_and_beams_go_through_the_generation_config(memory: RecallMemory) -> None:
+    for config in (GenerationConfig(num_beams=2, max_new_tokens=4), GenerationConfig(do_sample=True, max_new_tokens=4)):
+        chat = memory.chat()
+        for _ in range(2):
+            assert len(chat.say("Who?", generation_config=config).text) <= 4
+        assert config.return_dict_in_generate is not True
+    with pytest.raises(ValueError, match="beam"):
+        memory.ask("Who?", stream=True, generation_config=GenerationConfig(num_beams=2, max_new_tokens=4)).text  # noqa: B018
+
+
+def test_a_chat_goes_on_with_its_cache_and_finds_by_each_message(
+    memory: RecallMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, calls = memory.chat(system="Be kind."), []
+    inner = memory.model.get_input_embeddings()
+    inner.register_forward_hook(lambda _module, inputs, _out: calls.append(inputs[0].shape[-1]))
+    first = chat.say("Who hunted the whale?", max_new_tokens=6)
+    calls.clear()
+    second = chat.say("What is the password of the vault?", max_new_tokens=6)
+    new = len("</><user>What is the password of the vault?</><assistant>")
+    assert new <= max(calls) <= new + 20  # what was said before was not read again
+    assert [each["role"] for each in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [each["content"] for each in chat.messages[2::2]] == [first.text, second.text]
+    found = memory.recall("What is the password of the vault?", passages=1)[0]
+    assert second.sources[0].score == found.score
+
+
+def test_with_nothing_read_a_chat_is_that_of_the_plain_model(memory: RecallMemory) -> None:
+    memory.clear()
+    chat = memory.chat()
+    answers = [chat.say(text, max_new_tokens=6) for text in ("Who?", "Why?", "When?")]
+    assert [each.sources for each in answers] == [[], [], []]
+    prompt = "".join(f"<user>{q}</><assistant>{a.text}</>" for q, a in zip(("Who?", "Why?"), answers, strict=False))
+    assert answers[-1].text == plain(memory, f"{prompt}<user>When?</><assistant>", "When?", 6)
+
+
+def test_a_message_that_fails_counts_as_not_said(memory: RecallMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, other = memory.chat(), memory.chat()
+    for each in (chat, other):
+        each.say("Who?", max_new_tokens=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.model.get_output_embeddings(), "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            chat.say("Why?", max_new_tokens=4)
+    assert len(chat.messages) == 2
+    assert chat.say("When?", max_new_tokens=4).text == other.say("When?", max_new_tokens=4).text
+
+
+def test_a_chat_is_not_asked_while_it_writes(memory: RecallMemory) -> None:
+    chat = memory.chat()
+    stream = chat.say("Who?", stream=True, generation_config=GenerationConfig(max_new_tokens=300, eos_token_id=None))
+    with pytest.raises(ValueError, match="still being written"):
+        chat.say("Why?")
+    stream.close()
+    assert chat.say("Why?", max_new_tokens=2).sources
+
+
+def test_rows_are_asked_one_at_a_time(memory: RecallMemory) -> None:
+    memory.clear()
+    padded = memory.tokenizer([BOOK[:60], FACT[:60] + " " * 12])
+    memory.read(padded, document=["book", "vault"], progress=False)
+    for row, title in enumerate(("book", "vault")):
+        assert {each.title for each in memory.ask("Who?", row=row, max_new_tokens=2).sources} == {title}
+
+
+def test_questions_that_cannot_be_asked_are_refused(memory: RecallMemory) -> None:
+    for options, message in (({"question": ""}, "no tokens"), ({"question": "Who?", "row": 2}, "rows 0 to 0")):
+        with pytest.raises(ValueError, match=message):
+            memory.ask(**options)  # type: ignore[call-overload]
+    memory.tokenizer = None
+    with pytest.raises(ValueError, match="the memory needs a tokenizer"):
+        memory.ask("Who?")
+    memory.detach()
+    with pytest.raises(ValueError, match="detach"):
+        memory.ask("Who?")
+
+
+def test_an_answer_prints_its_sources(memory: RecallMemory) -> None:
+    text, *sources = str(memory.ask("Who hunted?", max_new_tokens=3)).splitlines()
+    assert all(line.startswith(f"[{i}] ") and ", token " in line for i, line in enumerate(sources, 1))
+    assert sources
+    assert text is not None
