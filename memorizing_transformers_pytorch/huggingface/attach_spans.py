@@ -97,7 +97,7 @@ def _finder_name(wanted: str | None, head: Head | None) -> str:
     name = wanted or ("bm25" if head is None else "head")
     if wanted is None and head is None:
         warnings.warn("this model has no induction head that could find passages: finder='bm25' is used", stacklevel=4)
-    if name != "head" and importlib.util.find_spec("bm25s") is None:
+    if name in ("bm25", "both") and importlib.util.find_spec("bm25s") is None:
         raise ValueError("finder='bm25' needs the library bm25s: pip install bm25s")
     return name
 

@@ -195,6 +195,32 @@ def test_threads_write_what_each_would_alone() -> None:
 
 
 @pytest.mark.parametrize("content", ["kv", "tokens"])
+def test_a_document_is_forgotten_before_or_after_a_search_never_meanwhile(
+    content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny("llama", "sdpa"), tokens(1, 6)
+    memory = read(attached(model, content=content), tokens(1, 60, seed=1), tokens(1, 60, seed=2))
+    expected = logits(model, ids)
+    search, threads = memory._recall.search, list[threading.Thread]()
+    found = search._found
+
+    def while_another_forgets(*inputs: Any) -> Any:
+        one = found(*inputs)
+        threads.append(threading.Thread(target=memory.forget, args=([0, 1],)))
+        threads[0].start()
+        threads[0].join(0.3)
+        assert threads[0].is_alive()
+        return one
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search, "_found", while_another_forgets)
+        assert torch.equal(logits(model, ids), expected)
+    threads[0].join(60)
+    assert not torch.equal(logits(model, ids), expected)
+    assert memory.recall(ids[0]) == []
+
+
+@pytest.mark.parametrize("content", ["kv", "tokens"])
 def test_readers_go_on_while_a_writer_reads_and_forgets(content: str) -> None:
     model = tiny("llama", "sdpa")
     memory = read(attached(model, content=content, every=2, max_memories=150), tokens(1, 100))

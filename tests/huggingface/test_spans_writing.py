@@ -204,6 +204,7 @@ def test_a_cache_can_be_copied_cropped_repeated_and_reordered() -> None:
     assert torch.equal(found[::2], found[1::2])
     cache.crop(9)
     assert cache.get_seq_length() == 9
+    assert torch.equal(prefix_of(cache).tokens, ids)  # by which passages are found, with those that come
     assert close(logits(model, more, past_key_values=cache), expected)
     cache.crop(-3)
     assert cache.get_seq_length() == 9
