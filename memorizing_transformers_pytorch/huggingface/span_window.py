@@ -25,7 +25,7 @@ NO_CACHE = "write='window' needs a DynamicCache (the default of generate), got"
 
 
 @dataclass(eq=False)
-class _Held:
+class _Chat:
     """The conversation that goes on. starts: how many tokens each row had read before. mask, tokens, places (B, W): of
     what the cache holds. ended: (B,) rows that have ended. numbers: of the documents, none before anything is stored.
     """
@@ -56,7 +56,7 @@ class SpanWindow:
             weights,
         )
         self._ends = Ends(model)
-        self._current: _Held | None = None
+        self._current: _Chat | None = None
 
     @property
     def _window(self) -> int:
@@ -115,7 +115,7 @@ class SpanWindow:
         """Forget what the cache still keeps. The conversation cannot be gone on with."""
         self._current = None
 
-    def _store(self, now: _Held, count: int) -> None:
+    def _store(self, now: _Chat, count: int) -> None:
         """Move the first `count` tokens of the text from the cache into the memory."""
         rows, begun = list(range(len(now.mask))), {}
         if not now.numbers:
@@ -136,7 +136,7 @@ class SpanWindow:
             prefixes.drop(now.cache, count, now.places[:, 0], self._search.turned)
 
 
-def _begun(call: Call, starts: list[int]) -> _Held:
+def _begun(call: Call, starts: list[int]) -> _Chat:
     nothing = torch.zeros(call.shape[0], 0, dtype=torch.int64)
     ended = torch.zeros(call.shape[0], dtype=torch.bool)
-    return _Held(call.cache, starts, ended, nothing.bool(), nothing, nothing, [])
+    return _Chat(call.cache, starts, ended, nothing.bool(), nothing, nothing, [])
