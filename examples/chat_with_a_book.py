@@ -54,7 +54,9 @@ class Chat:
 
 def main(model: Positional[str], book: Positional[Path], window: int = 1024) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
-    memory = attach_memory(AutoModelForCausalLM.from_pretrained(model), write="window", window=window)
+    memory = attach_memory(
+        AutoModelForCausalLM.from_pretrained(model), retrieve="tokens", write="window", window=window
+    )
     tokens = tokenizer(book.read_text(), return_tensors="pt").input_ids
     memory.read(tokens, document=book.name)
     chat = Chat(memory, tokenizer)

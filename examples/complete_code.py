@@ -42,7 +42,7 @@ def complete(memory: AttachedMemory, tokenizer: Any, prompt: str, max_new_tokens
 
 def main(model: Positional[str], folder: Positional[Path], prompt: str, pattern: str = "**/*.py") -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
-    memory = attach_memory(AutoModelForCausalLM.from_pretrained(model))
+    memory = attach_memory(AutoModelForCausalLM.from_pretrained(model), retrieve="tokens")
     read_code(memory, tokenizer, folder, pattern)
     print(memory)
     text, files = complete(memory, tokenizer, prompt)

@@ -45,7 +45,7 @@ def follow(
 def main(model: Positional[str], remembered: int = 65_536) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    memory = attach_memory(AutoModelForCausalLM.from_pretrained(model), max_memories=remembered)
+    memory = attach_memory(AutoModelForCausalLM.from_pretrained(model), retrieve="tokens", max_memories=remembered)
     for read, loss in follow(memory, tokenizer, sys.stdin):
         print(f"{read:>10,} tokens  {loss:.3f} nats per token", flush=True)
 

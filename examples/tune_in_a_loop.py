@@ -21,7 +21,7 @@ from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_m
 
 def tune(model: Any, documents: list[Tensor], segment: int = 512, rate: float = 0.05, **options: Any) -> AttachedMemory:
     """Read documents (1, N) in order, segment by segment, learning how much to trust the memory."""
-    memory = attach_memory(model.requires_grad_(False), **options)
+    memory = attach_memory(model.requires_grad_(False), retrieve="tokens", **options)
     optimizer = torch.optim.AdamW(memory.parameters(), lr=rate, weight_decay=0.0)
     for document in documents:
         memory.clear()

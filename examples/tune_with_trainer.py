@@ -48,7 +48,7 @@ class MemoryTrainer(Trainer):
 
 def tune(model: Any, documents: list[list[int]], output: Path, steps: int, rows: int = 1, segment: int = 512) -> Any:
     """Tune the model, save what was learned and return the adapted model."""
-    memory = attach_memory(model)
+    memory = attach_memory(model, retrieve="tokens")
     lora = LoraConfig(
         target_modules=["q_proj"], layers_to_transform=list(memory.layers), modules_to_save=["memory_bias"]
     )

@@ -110,7 +110,9 @@ def pretrained(options: Options) -> dict[str, Any]:
     text = tokenizer(options.text.read_text(), return_tensors="pt").input_ids[0]
     places, shares, found = starts(len(text), options.passages, HALF), {}, {}
     for way in WAYS:
-        memory = attach_memory(model, topk=BEST, max_memories=131_072, dtype=way.torch_dtype, index="exact")
+        memory = attach_memory(
+            model, retrieve="tokens", topk=BEST, max_memories=131_072, dtype=way.torch_dtype, index="exact"
+        )
         parts = [part for layer in memory.layers.values() for part in layer.memories]
         for part in parts:  # the recent part too, which is exact unless told
             part.searcher = make_index(way.index, part.dim) if way != WAYS[0] else Comparing(part.dim, shares)

@@ -115,7 +115,9 @@ def contestants(model: Any, memory: AttachedMemory, chunk: Tensor, size: int, op
 def main(options: Options) -> None:
     model, tokenizer = load(options.model, options.device, options.dtype)
     text = tokenizer(options.text.read_text(), return_tensors="pt").input_ids
-    memory = attach_memory(model, max_memories=max(options.sizes), positions="constant", dtype=torch.bfloat16)
+    memory = attach_memory(
+        model, retrieve="tokens", max_memories=max(options.sizes), positions="constant", dtype=torch.bfloat16
+    )
     chunk, results = text[:, SEED_TOKENS : SEED_TOKENS + CHUNK].to(model.device), []
     for size in options.sizes:
         fill(memory, text, size)

@@ -53,8 +53,10 @@ class Options:
 def attached(model: Any, how: str, topk: int) -> AttachedMemory:
     """The memory that is tuned in each case."""
     if how == "added":
-        return attach_memory(model, layers="auto", added=True, topk=topk, index="exact", max_memories=131_072)
-    return attach_memory(model, layers="auto", topk=topk, index="exact", max_memories=131_072)
+        return attach_memory(
+            model, retrieve="tokens", layers="auto", added=True, topk=topk, index="exact", max_memories=131_072
+        )
+    return attach_memory(model, retrieve="tokens", layers="auto", topk=topk, index="exact", max_memories=131_072)
 
 
 def with_adapter(model: Any, memory: AttachedMemory, rank: int) -> Any:

@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicCache
 
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
 from memorizing_transformers_pytorch.huggingface import attach_memory
+from memorizing_transformers_pytorch.huggingface.asking import ANSWER_FROM_TEXT
 from memorizing_transformers_pytorch.huggingface.searching import Query
 
 QUESTIONS = {
@@ -81,6 +82,11 @@ def planted() -> list[Planted]:
     return [Planted(*each, depth) for each, depth in zip(order, depths, strict=True)]
 
 
+def asked(each: Planted) -> str:
+    """As `memory.ask` asks."""
+    return f"Question: {QUESTIONS[each.question]}\n{ANSWER_FROM_TEXT}"
+
+
 class Asking:
     """A model that is asked, and how the answers are counted."""
 
@@ -91,7 +97,7 @@ class Asking:
         return self.before + self.tokens(f"\n{each.question}")
 
     def in_words(self, each: Planted, passages: str = "") -> list[int]:
-        content = f"{passages}\n\n{QUESTIONS[each.question]}" if passages else QUESTIONS[each.question]
+        content = f"Text:\n{passages}\n\n{asked(each)}" if passages else asked(each)
         return self.tokens(self.template(content))
 
     def template(self, content: str) -> str:
@@ -150,7 +156,7 @@ def in_prompt(asking: Asking, memory: Any, count: int) -> dict[str, Callable[[Pl
 def with_all(asking: Asking, text: list[int]) -> dict[str, Callable[[Planted], bool]]:
     """The whole text as context, which goes through the model once for each way of asking."""
     mark = "TEXT"
-    head, _ = asking.template(mark).split(mark)
+    head, _ = asking.template(f"Text:\n{mark}").split(mark)
     known = {"again": text, "words": asking.tokens(head) + text}
     caches: dict[str, Any] = {}
 
@@ -163,7 +169,7 @@ def with_all(asking: Asking, text: list[int]) -> dict[str, Callable[[Planted], b
         return asking.holds(each, known[kind] + question, most, past_key_values=copy.deepcopy(caches[kind]))
 
     def words(each: Planted) -> bool:
-        _, tail = asking.template(f"{mark}\n\n{QUESTIONS[each.question]}").split(mark)
+        _, tail = asking.template(f"Text:\n{mark}\n\n{asked(each)}").split(mark)
         return holds("words", each, asking.tokens(tail), 24)
 
     return {"again": lambda each: holds("again", each, asking.begun_again(each), 8), "words": words}

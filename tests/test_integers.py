@@ -69,7 +69,7 @@ def llama() -> Any:
 def attached(ids: Tensor) -> Any:
     from memorizing_transformers_pytorch.huggingface import attach_memory
 
-    memory = attach_memory(llama(), layers=[0], skip_first=0)
+    memory = attach_memory(llama(), retrieve="tokens", layers=[0], skip_first=0)
     memory.read(ids, progress=False)
     (losses,) = memory.score(ids, progress=False)
     return [losses[1:], list(memory.entries(0, 0))]

@@ -24,7 +24,8 @@ from memorizing_transformers_pytorch.huggingface.texts import document_tokens, t
 from memorizing_transformers_pytorch.model.generation import until
 
 MAX_NEW_TOKENS = 256
-QUESTION, ANSWER = "Question:", "Answer:"  # without a chat template
+QUESTION, ANSWER = "Question:", "Answer:"
+ANSWER_FROM_TEXT = "Answer from the text, in a few words."  # SmolLM2-135M answers twice as many questions with it
 FIRST_WORDS = 10
 THREAD = "writing an answer"
 
@@ -129,14 +130,16 @@ Asking = Callable[[Tensor, int], AbstractContextManager[Callable[[], list[Excerp
 class Chat:
     """A conversation with a model that has a memory, from `RecallMemory.chat`. Each message finds its own passages.
 
-    messages: what was said, as chat templates take it. The cache of keys and values goes on from turn to turn.
+    messages: what was said, as chat templates take it. asks: whether each message is a question that the text answers,
+    and the model shall be told so. The cache of keys and values goes on from turn to turn.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, asking: Asking, system: str | None, row: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, asking: Asking, system: str | None, row: int, *, asks: bool) -> None:
         if tokenizer is None:
             raise ValueError("to ask, the memory needs a tokenizer: attach_memory(model, tokenizer=tokenizer)")
         self._model, self._tokenizer, self._asking, self._row = model, tokenizer, asking, row
         self._stop = None if getattr(tokenizer, "chat_template", None) else f"\n{QUESTION}"
+        self._asks = asks and self._stop is None
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self._tokens, self._cache = torch.zeros(1, 0, dtype=torch.int64), None
         self._last: Future[Answer] | None = None  # not the stream itself: one that nobody holds ends
@@ -172,7 +175,8 @@ class Chat:
         """The answer to the next message; see `RecallMemory.ask`. After an error the message counts as not said."""
         if self._last is not None and not self._last.done():
             raise ValueError("the answer before is still being written: iterate to its end, or close() it")
-        messages = [*self.messages, {"role": "user", "content": text}]
+        content = f"{QUESTION} {text}\n{ANSWER_FROM_TEXT}" if self._asks else text
+        messages = [*self.messages, {"role": "user", "content": content}]
         question, prompt = tokens_of(text, self._tokenizer, self._model), self._prompt(messages)
         config = _config(self._model, generation_config, max_new_tokens)
 

@@ -34,7 +34,7 @@ COMMON = ("max_memories", "chunk", "write", "window", "dtype", "device", "index"
 def attach_memory(
     model: Any,
     *,
-    retrieve: str = "tokens",
+    retrieve: str = "spans",
     tokenizer: Any = None,
     content: str | None = None,
     finder: str | None = None,

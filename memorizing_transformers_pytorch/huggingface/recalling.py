@@ -97,8 +97,9 @@ class RecallMemory(AttachedMemory):
     ) -> Answer | AnswerStream:
         """What the model answers to a question, with the passages of a row that fit it before the prompt.
 
-        Passages are found by the question alone. The prompt is made by the chat template of the tokenizer, or else is
-        "Question: ... Answer:".
+        Passages are found by the question alone. The prompt is made by the chat template of the tokenizer, with the
+        request to answer from the text in a few words, or else is "Question: ... Answer:". (Say it in your own words
+        with `chat().say`.)
 
         stream: give the answer while it is being written, as an iterator over pieces of its text.
         max_new_tokens: 256 unless given, or given by generation_config. generation_config: greedy unless given.
@@ -106,7 +107,8 @@ class RecallMemory(AttachedMemory):
 
         Raises ValueError for an empty question, a row that does not exist, and a memory without a tokenizer.
         """
-        chat: Any = self.chat(system=system, row=row)
+        self._expect_row(row)
+        chat: Any = Chat(self.model, self.tokenizer, self._asking, system, row, asks=True)
         answer: Answer | AnswerStream = chat.say(
             question, stream=stream, max_new_tokens=max_new_tokens, generation_config=generation_config
         )
@@ -115,7 +117,7 @@ class RecallMemory(AttachedMemory):
     def chat(self, *, system: str | None = None, row: int = 0) -> Chat:
         """A conversation, in which `say` gives the answer to each message."""
         self._expect_row(row)
-        return Chat(self.model, self.tokenizer, self._asking, system, row)
+        return Chat(self.model, self.tokenizer, self._asking, system, row, asks=False)
 
     @contextlib.contextmanager
     def _asking(self, question: Tensor, row: int) -> Iterator[Callable[[], list[Excerpt]]]:

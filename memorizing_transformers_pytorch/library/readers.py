@@ -117,7 +117,9 @@ class HubReader:
         if options.get("retrieve") == "spans":
             most //= 2  # passages stand before what is read
         self.memory = attach_memory(
-            self.model, tokenizer=self.tokenizer, **{"chunk": min(CHUNK, max(most, 1)), **options}
+            self.model,
+            tokenizer=self.tokenizer,
+            **{"retrieve": "tokens", "chunk": min(CHUNK, max(most, 1)), **options},
         )
 
     def load(self, folder: Path, *, mmap: bool = False) -> None:

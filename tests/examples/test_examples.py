@@ -81,7 +81,7 @@ def test_an_example_runs_as_it_prints(
 def test_a_chat_goes_on_and_shows_where_it_looked(model: Any, tokenizer: Any) -> None:
     from examples import chat_with_a_book
 
-    memory = attach_memory(model, layers="all", write="window", window=40, chunk=64)
+    memory = attach_memory(model, retrieve="tokens", layers="all", write="window", window=40, chunk=64)
     tokens = tokenizer(BOOK, return_tensors="pt").input_ids
     memory.read(tokens, progress=False)
     chat = chat_with_a_book.Chat(memory, tokenizer, max_new_tokens=5)
@@ -97,7 +97,7 @@ def test_code_is_completed_with_the_files_that_were_read(model: Any, tokenizer: 
     (tmp_path / "one.py").write_text("def one():\n    return 1\n")
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "two.py").write_text("def two():\n    return 2\n")
-    memory = attach_memory(model, layers="all")
+    memory = attach_memory(model, retrieve="tokens", layers="all")
     complete_code.read_code(memory, tokenizer, tmp_path)
     assert [document.title for document in memory.documents()] == ["one.py", "two.py"]
     text, files = complete_code.complete(memory, tokenizer, "def three", max_new_tokens=5)
@@ -133,7 +133,7 @@ def test_a_loop_tunes_the_biases(model: Any, tmp_path: Path) -> None:
     memory.save_parameters(tmp_path / "biases.safetensors")
     values = [parameter.tolist() for parameter in memory.parameters()]
     memory.detach()
-    again = attach_memory(model, layers="all")
+    again = attach_memory(model, retrieve="tokens", layers="all")
     again.load_parameters(tmp_path / "biases.safetensors")
     assert [parameter.tolist() for parameter in again.parameters()] == values
 
@@ -141,7 +141,7 @@ def test_a_loop_tunes_the_biases(model: Any, tmp_path: Path) -> None:
 def test_a_stream_is_followed_in_bounded_space(model: Any, tokenizer: Any) -> None:
     from examples import endless_stream
 
-    memory = attach_memory(model, layers="all", max_memories=100)
+    memory = attach_memory(model, retrieve="tokens", layers="all", max_memories=100)
     lines = [BOOK[:61] + "\n"] * 20
     found = list(endless_stream.follow(memory, tokenizer, lines, size=64))
     assert [read for read, _ in found][-1] == 20 * 62

@@ -48,7 +48,9 @@ def attached(family: str = "llama", **options: Any) -> tuple[Any, Any]:
 
     model = tiny(family)
     model.resize_token_embeddings(256)
-    memory = attach_memory(model, **{"layers": "all", "topk": 5, "skip_first": 0, "index": "exact", **options})
+    memory = attach_memory(
+        model, retrieve="tokens", **{"layers": "all", "topk": 5, "skip_first": 0, "index": "exact", **options}
+    )
     for title, text in TEXTS.items():
         memory.read(torch.tensor(ByteTokenizer().encode(text)), document=title, progress=False)
     return model, memory

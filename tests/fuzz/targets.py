@@ -71,7 +71,7 @@ def attached(folder: Path) -> Read:
     from tests.huggingface.families import tiny
 
     sizes = Added(heads=2, dim_head=8)
-    memory = attach_memory(tiny("llama"), layers=(0, 1), added=sizes, topk=8, index="exact")
+    memory = attach_memory(tiny("llama"), retrieve="tokens", layers=(0, 1), added=sizes, topk=8, index="exact")
     memory.save_parameters(folder / "added.safetensors")
     return lambda: memory.load_parameters(folder / "added.safetensors")
 

@@ -19,7 +19,7 @@ WRITING: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_token
 def added(family: str = "llama", *, layers: Any = (0, 1), sizes: Any = True, opened: bool = True) -> AttachedMemory:
     """A tiny model with added layers, whose gates are open unless told otherwise."""
     sizes = Added(heads=2, dim_head=8) if sizes is True else sizes
-    memory = attach_memory(tiny(family), layers=layers, added=sizes, topk=8, index="exact")
+    memory = attach_memory(tiny(family), retrieve="tokens", layers=layers, added=sizes, topk=8, index="exact")
     if opened:
         with torch.no_grad():
             for module in memory.model.modules():
@@ -88,14 +88,14 @@ def test_it_finds_again_what_it_has_read() -> None:
 
 
 def test_auto_adds_one_layer() -> None:
-    memory = attach_memory(tiny("llama"), added=True)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", added=True)
     assert len(memory.layers) == 1
     assert "entries={" in repr(memory)
     with pytest.raises(ValueError, match="expected a DynamicCache"):
         memory.model.generate(tokens(1, 3), cache_implementation="static", max_new_tokens=2)
     memory.detach()
     with pytest.raises(ValueError, match="expected write='read' with an added layer"):
-        attach_memory(memory.model, added=True, write="window", window=9)
+        attach_memory(memory.model, retrieve="tokens", added=True, write="window", window=9)
 
 
 def test_a_cache_without_a_place_for_it_is_refused() -> None:
@@ -107,7 +107,7 @@ def test_a_cache_without_a_place_for_it_is_refused() -> None:
         with pytest.raises(ValueError, match=r"expected past_key_values=DynamicCache\(config=model.config\)"):
             logits(memory.model, ids, past_key_values=bad)
     with pytest.raises(ValueError, match="which has one: detach"):
-        attach_memory(memory.model, added=True)
+        attach_memory(memory.model, retrieve="tokens", added=True)
 
 
 def test_an_adapter_has_a_copy_that_learns(tmp_path: Any) -> None:

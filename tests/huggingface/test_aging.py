@@ -47,7 +47,7 @@ def test_the_first_layer_attends_as_a_plain_softmax_over_keys_at_two_kinds_of_di
     first = FirstLayer(model)
     now, here = first(ids, 33), first(book, 0)
     far, old = first.each(ids, distance), first.each(book, 0)
-    memory = attach_memory(model, **ONE, recent=recent, distance=distance, chunk=9)
+    memory = attach_memory(model, retrieve="tokens", **ONE, recent=recent, distance=distance, chunk=9)
     memory.read(book, progress=False)
     outs: list[Tensor] = []
     out = memory.layers[0].layer.module.o_proj
@@ -70,7 +70,7 @@ def test_no_entry_is_lost_but_the_oldest_of_all(recent: int, capacity: int) -> N
     model, ids = tiny("llama"), tokens(2, 61)
     mask = torch.ones_like(ids)
     mask[1, 31:] = 0
-    memory = attach_memory(model, **ONE, recent=recent, max_memories=capacity, chunk=11)
+    memory = attach_memory(model, retrieve="tokens", **ONE, recent=recent, max_memories=capacity, chunk=11)
     memory.read(ids, mask, progress=False)
     for row, length in enumerate((61, 31)):
         kept = []
@@ -84,7 +84,7 @@ def test_old_keys_are_those_of_constant_positions() -> None:
     model, ids = tiny("phi", "sdpa"), tokens(1, 40)
     stores = []
     for options in ({"recent": 4}, {"positions": "constant"}):
-        memory = attach_memory(model, **ONE, **options, chunk=40)
+        memory = attach_memory(model, retrieve="tokens", **ONE, **options, chunk=40)
         memory.read(ids, progress=False)
         stores.append(memory.layers[0].memories[-1].store.keys[0, :, :36].floats().clone())
         memory.detach()
@@ -95,7 +95,7 @@ def test_codes_that_grow_old_stay_close_to_the_keys() -> None:
     """They are turned as the numbers they stand for, and become codes once more: an error of twice half a scale."""
     stores = []
     for dtype in (torch.float32, torch.int8):
-        memory = attach_memory(tiny("llama"), **{**ONE, "dtype": dtype}, recent=4, chunk=9)
+        memory = attach_memory(tiny("llama"), retrieve="tokens", **{**ONE, "dtype": dtype}, recent=4, chunk=9)
         memory.read(tokens(1, 40), progress=False)
         recent, older = memory.layers[0].memories
         assert (recent.num_entries, older.num_entries, older.dtype) == ((4,), (36,), dtype)
@@ -109,7 +109,7 @@ def test_more_than_the_recent_part_holds_may_come_at_once() -> None:
     model, ids = tiny("llama"), tokens(1, 40)
     found = []
     for chunk in (40, 3):
-        memory = attach_memory(model, **ONE, recent=3, chunk=chunk)
+        memory = attach_memory(model, retrieve="tokens", **ONE, recent=3, chunk=chunk)
         with memory.enabled(False):
             memory.read(ids, progress=False)
         found.append([part.store.origins[0, : part.num_entries[0], 1].tolist() for part in memory.layers[0].memories])
@@ -119,15 +119,19 @@ def test_more_than_the_recent_part_holds_may_come_at_once() -> None:
 
 
 def test_half_of_the_context_is_recent_unless_told() -> None:
-    assert attach_memory(tiny("llama", max_position_embeddings=100), layers=[0]).layers[0].recent == 50
-    assert attach_memory(tiny("smollm3"), layers=[1]).layers[1].recent is None  # no rotary embeddings there
-    assert attach_memory(tiny("llama"), layers=[0], positions="constant").layers[0].recent is None
+    assert (
+        attach_memory(tiny("llama", max_position_embeddings=100), retrieve="tokens", layers=[0]).layers[0].recent == 50
+    )
+    assert (
+        attach_memory(tiny("smollm3"), retrieve="tokens", layers=[1]).layers[1].recent is None
+    )  # no rotary embeddings there
+    assert attach_memory(tiny("llama"), retrieve="tokens", layers=[0], positions="constant").layers[0].recent is None
     with pytest.raises(ValueError, match="expected recent to be at least 1, got 0"):
-        attach_memory(tiny("llama"), layers=[0], recent=0)
+        attach_memory(tiny("llama"), retrieve="tokens", layers=[0], recent=0)
 
 
 def test_positions_of_what_was_looked_up_are_those_in_its_document() -> None:
-    memory = attach_memory(tiny("llama"), **ONE, recent=5)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **ONE, recent=5)
     memory.read(tokens(1, 12), document="one", progress=False)
     memory.read(tokens(1, 9, seed=1), document="two", progress=False)
     logits(memory.model, tokens(1, 3, seed=2))
@@ -145,7 +149,7 @@ def test_half_precision_knows_where_late_tokens_stand(dtype: torch.dtype) -> Non
         model = tiny("llama", max_position_embeddings=8192)
         frequencies = model.model.rotary_emb.inv_freq
         model.to(each).model.rotary_emb.inv_freq = frequencies  # as from_pretrained leaves them
-        memory = attach_memory(model, **ONE)
+        memory = attach_memory(model, retrieve="tokens", **ONE)
         memory.read(ids, progress=False)
         found.append(memory.layers[0].memories[0].store.keys[0, :, 2_500:3_000].floats(torch.float32))
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
@@ -154,7 +158,10 @@ def test_half_precision_knows_where_late_tokens_stand(dtype: torch.dtype) -> Non
 def test_more_entries_than_the_longest_context_weigh_as_much_as_those_of_one_context() -> None:
     """Three times the same is the same, and not three times as much."""
     model = tiny("llama", max_position_embeddings=32)
-    memory, query = attach_memory(model, **{**EVERYTHING, "positions": "constant", "topk": 96}), tokens(1, 9)
+    memory, query = (
+        attach_memory(model, retrieve="tokens", **{**EVERYTHING, "positions": "constant", "topk": 96}),
+        tokens(1, 9),
+    )
     memory.read(tokens(1, 32), progress=False)
     once = logits(model, query)
     for site in memory.layers.values():
@@ -170,7 +177,7 @@ def test_what_is_far_behind_is_old_however_few_entries_are_there(how: str, tmp_p
     """Then all of it is, and the memory is that of one which knows no other distance."""
     found = []
     for options in ({"recent": 64}, {"positions": "constant"}):
-        memory = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": 4}, **options)
+        memory = attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "skip_first": 4}, **options)
         if how == "merge":
             memory.read(tokens(1, 300, seed=3), document="long", progress=False)
             memory.save(tmp_path / memory.options.positions)
@@ -193,14 +200,14 @@ def test_what_is_far_behind_is_old_however_few_entries_are_there(how: str, tmp_p
 
 def test_documents_tell_the_entries_of_each_layer_where_some_have_no_positions() -> None:
     model = tiny("smollm3", num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0], layer_types=["full_attention"] * 4)
-    memory = attach_memory(model, layers="all", skip_first=4, recent=64)
+    memory = attach_memory(model, retrieve="tokens", layers="all", skip_first=4, recent=64)
     memory.read(tokens(1, 300), document="a book", progress=False)
     (document,) = memory.documents()
     assert document.entries == (296,) * 4
 
 
 def test_just_as_far_behind_as_the_recent_part_reaches_is_recent() -> None:
-    memory = attach_memory(tiny("llama"), **{**ONE, "skip_first": 3}, recent=20, chunk=9)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **{**ONE, "skip_first": 3}, recent=20, chunk=9)
     for seed in range(7):  # the first three of nine are not remembered
         with memory.writing():
             logits(memory.model, tokens(1, 9, seed=seed))
@@ -211,7 +218,7 @@ def test_just_as_far_behind_as_the_recent_part_reaches_is_recent() -> None:
 
 
 def test_what_stands_before_a_forgotten_document_is_demoted_as_the_next_one_grows() -> None:
-    memory = attach_memory(tiny("llama"), **{**ONE, "skip_first": 0}, recent=20, chunk=5)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **{**ONE, "skip_first": 0}, recent=20, chunk=5)
     for title, seed in (("first", 0), ("second", 1)):
         memory.read(tokens(1, 10, seed=seed), document=title, progress=False)
     memory.forget("second")

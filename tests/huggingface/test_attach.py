@@ -44,7 +44,7 @@ def test_an_empty_memory_changes_no_bit_and_neither_does_one_taken_away(family: 
     for attention in backends(family):
         model, ids = tiny(family, attention), tokens(2, 20)
         before, names = logits(model, ids), list(model.state_dict())
-        memory = attach_memory(model, **EVERYTHING)
+        memory = attach_memory(model, retrieve="tokens", **EVERYTHING)
         assert torch.equal(logits(model, ids), before)
         memory.read(tokens(2, 20, seed=1), progress=False)
         assert not torch.equal(logits(model, ids), before)
@@ -63,7 +63,7 @@ def test_what_was_read_is_as_good_as_seen(family: str) -> None:
     for attention in backends(family):
         model, ids = tiny(family, attention), tokens(3, 40)
         expected = logits(model, ids)[:, 24:]
-        memory = attach_memory(model, **EVERYTHING, chunk=9)
+        memory = attach_memory(model, retrieve="tokens", **EVERYTHING, chunk=9)
         if family in LEARNED_POSITIONS:
             read_at_once(memory, ids[:, :24])
         else:
@@ -87,12 +87,12 @@ def test_uneven_documents_in_a_batch_are_read_as_each_by_itself(attention: str) 
     for row, length in enumerate(lengths):
         mask[row, 30 - length :] = 1 if row % 2 else 0
         mask[row, :length] = 0 if row % 2 else 1
-    memory = attach_memory(model, **EVERYTHING, chunk=8)
+    memory = attach_memory(model, retrieve="tokens", **EVERYTHING, chunk=8)
     memory.read(ids, mask, progress=False)
     together = logits(model, prompts)
     memory.detach()
     for row in range(3):
-        alone = attach_memory(model, **EVERYTHING, chunk=8)
+        alone = attach_memory(model, retrieve="tokens", **EVERYTHING, chunk=8)
         alone.read(ids[row][mask[row].bool()], progress=False)
         torch.testing.assert_close(logits(model, prompts[row : row + 1])[0], together[row], rtol=1e-4, atol=1e-4)
         alone.detach()
@@ -103,14 +103,14 @@ def test_it_writes_as_if_it_had_seen_the_text(options: dict[str, Any]) -> None:
     model, ids = tiny("llama", "sdpa"), tokens(1, 40)
     writing = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options}
     expected = model.generate(ids, **writing)[:, 40:]
-    memory = attach_memory(model, **EVERYTHING, chunk=16)
+    memory = attach_memory(model, retrieve="tokens", **EVERYTHING, chunk=16)
     memory.read(ids[:, :30], progress=False, look_up=True)
     assert torch.equal(model.generate(ids[:, 30:], **writing)[:, 10:], expected)
 
 
 def test_prompts_padded_on_the_left_are_continued_as_without_padding() -> None:
     model, ids = tiny("llama", "sdpa"), tokens(2, 12)
-    memory = attach_memory(model, **EVERYTHING)
+    memory = attach_memory(model, retrieve="tokens", **EVERYTHING)
     memory.read(tokens(1, 30, seed=2), progress=False)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
@@ -123,7 +123,7 @@ def test_prompts_padded_on_the_left_are_continued_as_without_padding() -> None:
 @pytest.mark.parametrize("combine", ["softmax", "gate"])
 def test_the_bias_of_the_heads_learns_and_nothing_else_that_is_frozen(combine: str) -> None:
     model = tiny("qwen2", "sdpa").requires_grad_(False)
-    memory = attach_memory(model, **EVERYTHING, combine=combine)
+    memory = attach_memory(model, retrieve="tokens", **EVERYTHING, combine=combine)
     memory.read(tokens(1, 30), progress=False)
     ids = tokens(2, 10)
     model(input_ids=ids, labels=ids).loss.backward()
@@ -142,7 +142,7 @@ def test_scaled_embeddings_are_as_long_at_constant_positions_as_at_true_ones(fam
     part = {"partial_rotary_factor": 0.5} if family == "phi" else {}
     model, found = tiny(family, rope_parameters={**yarn, **part}), []
     for positions in ("true", "constant"):
-        memory = attach_memory(model, **EVERYTHING, positions=positions, distance=1)
+        memory = attach_memory(model, retrieve="tokens", **EVERYTHING, positions=positions, distance=1)
         assert memory.layers[0].layer.rotary is not None
         assert memory.layers[0].layer.rotary.scale > 1.1
         memory.read(tokens(1, 1), progress=False)
@@ -153,7 +153,7 @@ def test_scaled_embeddings_are_as_long_at_constant_positions_as_at_true_ones(fam
 
 def test_a_reading_that_is_broken_off_is_listed_as_far_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
-    memory = attach_memory(model, layers=[1], chunk=10, skip_first=0)
+    memory = attach_memory(model, retrieve="tokens", layers=[1], chunk=10, skip_first=0)
     forward, calls = model.forward, []
 
     def broken(*arguments: Any, **options: Any) -> Any:
@@ -175,7 +175,7 @@ def test_a_reading_that_is_broken_off_is_listed_as_far_as_it_came(monkeypatch: p
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_batch_that_is_no_multiple_of_the_rows_is_refused(family: str) -> None:
     model = tiny(family)
-    memory = attach_memory(model, layers=[0])
+    memory = attach_memory(model, retrieve="tokens", layers=[0])
     memory.read(tokens(3, 20), progress=False)
     for rows in (1, 2, 4):
         with pytest.raises(ValueError, match=f"a multiple of the 3 rows of the memory, got {rows}"):
@@ -185,7 +185,7 @@ def test_a_batch_that_is_no_multiple_of_the_rows_is_refused(family: str) -> None
 
 def test_what_was_looked_up_is_forgotten_with_what_was_read() -> None:
     model = tiny("llama")
-    memory = attach_memory(model, layers=[0])
+    memory = attach_memory(model, retrieve="tokens", layers=[0])
     memory.read(tokens(3, 20), progress=False)
     logits(model, tokens(3, 5))
     assert set(memory.last_retrieved) == {0}
@@ -214,8 +214,8 @@ def test_a_failure_while_attaching_leaves_the_model_untouched(monkeypatch: pytes
     with monkeypatch.context() as patched:
         patched.setattr(base, "KNNMemory", Failing)
         with pytest.raises(MemoryError):
-            attach_memory(model, layers="all")
-    attach_memory(model, layers="all")
+            attach_memory(model, retrieve="tokens", layers="all")
+    attach_memory(model, retrieve="tokens", layers="all")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -223,7 +223,7 @@ def test_half_precision_is_close_to_float32(dtype: torch.dtype) -> None:
     found = []
     for each in (torch.float32, dtype):
         model = tiny("llama", "sdpa").to(each)
-        memory = attach_memory(model, **{**EVERYTHING, "dtype": None})
+        memory = attach_memory(model, retrieve="tokens", **{**EVERYTHING, "dtype": None})
         memory.read(tokens(1, 30), progress=False)
         assert memory.layers[0].memories[0].dtype == each
         found.append(logits(model, tokens(2, 6, seed=1)))
@@ -236,7 +236,7 @@ def test_half_precision_is_close_to_float32(dtype: torch.dtype) -> None:
 def test_every_layer_of_a_deep_model_is_served_in_half_precision(family: str, dtype: torch.dtype) -> None:
     """Rounding adds up from layer to layer: it must not look as if positions could not be undone."""
     model = tiny(family, "sdpa", num_hidden_layers=24).to(dtype)
-    memory = attach_memory(model, **{**EVERYTHING, "dtype": None})
+    memory = attach_memory(model, retrieve="tokens", **{**EVERYTHING, "dtype": None})
     assert list(memory.layers) == list(range(24))
 
 
@@ -244,7 +244,7 @@ def test_every_layer_of_a_deep_model_is_served_in_half_precision(family: str, dt
 def test_codes_are_close_to_float32_at_little_more_than_a_quarter(family: str) -> None:
     ids, found, sizes = tokens(1, 30), [], []
     for dtype in (torch.float32, torch.int8):
-        memory = attach_memory(tiny(family, "eager"), **{**EVERYTHING, "dtype": dtype})
+        memory = attach_memory(tiny(family, "eager"), retrieve="tokens", **{**EVERYTHING, "dtype": dtype})
         memory.read(ids, progress=False)
         found.append(logits(memory.model, tokens(2, 6, seed=1)))
         layer = next(iter(memory.layers.values()))
@@ -259,7 +259,7 @@ def test_gradients_through_codes_are_close_to_those_through_float32() -> None:
     found = []
     for dtype in (torch.float32, torch.int8):
         model, ids = tiny("llama", "sdpa"), tokens(2, 9, seed=1)
-        memory = attach_memory(model, **{**EVERYTHING, "dtype": dtype})
+        memory = attach_memory(model, retrieve="tokens", **{**EVERYTHING, "dtype": dtype})
         memory.read(tokens(1, 30), progress=False)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         found.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None]))
@@ -268,7 +268,7 @@ def test_gradients_through_codes_are_close_to_those_through_float32() -> None:
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     model, ids = tiny("llama", "sdpa"), tokens(2, 9)
-    memory = attach_memory(model, **EVERYTHING)
+    memory = attach_memory(model, retrieve="tokens", **EVERYTHING)
     memory.read(tokens(1, 30), progress=False)
     model.train()
     found = []
@@ -284,7 +284,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 def test_a_model_with_a_memory_compiles() -> None:
     torch._dynamo.reset()
     model, ids = tiny("llama", "sdpa"), tokens(2, 9)
-    memory = attach_memory(model, **EVERYTHING)
+    memory = attach_memory(model, retrieve="tokens", **EVERYTHING)
     memory.read(tokens(1, 30), progress=False)
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager")(input_ids=ids).logits
@@ -295,7 +295,9 @@ def test_constant_positions_do_not_depend_on_where_it_was_read() -> None:
     model, ids, filler = tiny("llama"), tokens(1, 20), tokens(1, 50, seed=3)
     found = []
     for before in (0, 50):
-        memory = attach_memory(model, layers=[0], topk=20, skip_first=0, positions="constant", index="exact")
+        memory = attach_memory(
+            model, retrieve="tokens", layers=[0], topk=20, skip_first=0, positions="constant", index="exact"
+        )
         if before:
             memory.read(filler[:, :before], progress=False)
             memory.clear()
@@ -308,7 +310,7 @@ def test_constant_positions_do_not_depend_on_where_it_was_read() -> None:
 
 def test_the_first_tokens_of_a_chunk_are_not_remembered_but_all_others_once() -> None:
     model, ids = tiny("llama"), tokens(1, 50)
-    memory = attach_memory(model, layers=[1], chunk=16, skip_first=4)
+    memory = attach_memory(model, retrieve="tokens", layers=[1], chunk=16, skip_first=4)
     memory.read(ids, document="a book", progress=False)
     layer = memory.layers[1].memories[0]
     origins = layer.store.origins[0, : layer.num_entries[0]]
@@ -323,7 +325,7 @@ def test_scores_are_the_losses_of_each_token_after_its_chunk_and_the_memory(chun
     model, ids = tiny("llama"), tokens(2, 40)
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
-    memory = attach_memory(model, **{**EVERYTHING, "skip_first": skip_first}, chunk=chunk)
+    memory = attach_memory(model, retrieve="tokens", **{**EVERYTHING, "skip_first": skip_first}, chunk=chunk)
     first, second = memory.score(ids, mask, progress=False)
     assert [document.tokens for document in memory.documents()] == [40, 33]
     assert first.shape == (40,)
@@ -339,7 +341,7 @@ def test_scores_are_the_losses_of_each_token_after_its_chunk_and_the_memory(chun
 
 def test_weights_that_have_changed_since_they_read_are_noticed() -> None:
     model, ids = tiny("llama"), tokens(1, 30)
-    memory = attach_memory(model, layers=[1])
+    memory = attach_memory(model, retrieve="tokens", layers=[1])
     memory.read(ids, progress=False)
     with torch.no_grad():
         memory.parameters()[0].add_(1)  # of the joining: keys do not depend on it
@@ -361,7 +363,7 @@ def test_weights_that_have_changed_since_they_read_are_noticed() -> None:
 def test_an_adapter_counts_as_other_weights_and_can_be_trained() -> None:
     peft = pytest.importorskip("peft")
     model, ids = tiny("llama", "sdpa"), tokens(1, 30)
-    memory = attach_memory(model, layers=[1], skip_first=0)
+    memory = attach_memory(model, retrieve="tokens", layers=[1], skip_first=0)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=None))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -375,7 +377,7 @@ def test_an_adapter_counts_as_other_weights_and_can_be_trained() -> None:
 
 def test_it_tells_what_was_looked_up_and_what_it_holds() -> None:
     model = tiny("llama")
-    memory = attach_memory(model, layers=[1], topk=3)
+    memory = attach_memory(model, retrieve="tokens", layers=[1], topk=3)
     assert repr(memory) == "AttachedMemory(layers=[1], entries={1: (0,)}, bytes=0)"
     memory.read(tokens(1, 40), progress=False)
     logits(model, tokens(2, 5))
@@ -404,7 +406,7 @@ def test_auto_takes_the_suggested_layers(scores: dict[int, float], cache: Path) 
     (path,) = cache.iterdir()
     path.write_text(json.dumps({layer: [0.0, score, 0.0, 0.0] for layer, score in scores.items()}))  # of each head
     expected = [0, 1] if max(scores.values()) >= 0.2 else [max(scores, key=lambda layer: scores[layer])]  # best first
-    assert list(attach_memory(tiny("llama")).layers) == expected
+    assert list(attach_memory(tiny("llama"), retrieve="tokens").layers) == expected
 
 
 def test_suggestions_are_kept_for_each_checkpoint(cache: Path) -> None:
@@ -451,7 +453,7 @@ def test_bad_options_are_refused_and_the_model_is_untouched(options: dict[str, A
     model = tiny("llama")
     before, configs = list(model.state_dict()), [layer.self_attn.config for layer in model.model.layers]
     with pytest.raises(ValueError, match=message):
-        attach_memory(model, **options)
+        attach_memory(model, retrieve="tokens", **options)
     assert list(model.state_dict()) == before
     assert all(layer.self_attn.config is config for layer, config in zip(model.model.layers, configs, strict=True))
 
@@ -470,14 +472,14 @@ def test_bad_options_are_refused_and_the_model_is_untouched(options: dict[str, A
     ],
 )
 def test_texts_that_cannot_be_read_are_refused(ids: Tensor, mask: Any, message: str) -> None:
-    memory = attach_memory(tiny("llama"), layers=[1])
+    memory = attach_memory(tiny("llama"), retrieve="tokens", layers=[1])
     with pytest.raises(ValueError, match=message):
         memory.read(ids, mask, progress=False)
     assert memory.documents() == []
 
 
 def test_titles_that_are_no_text_are_refused() -> None:
-    memory, titles = attach_memory(tiny("llama"), layers=[1]), [3, [3], {"a": "book"}.values()]
+    memory, titles = attach_memory(tiny("llama"), retrieve="tokens", layers=[1]), [3, [3], {"a": "book"}.values()]
     for title in titles:
         with pytest.raises(ValueError, match="expected titles as text, got"):
             memory.read(tokens(1, 9), document=title, progress=False)
@@ -485,7 +487,7 @@ def test_titles_that_are_no_text_are_refused() -> None:
 
 
 def test_what_was_taken_away_says_so_whatever_it_is_asked(tmp_path: Path) -> None:
-    memory = attach_memory(tiny("llama"), layers=[1])
+    memory = attach_memory(tiny("llama"), retrieve="tokens", layers=[1])
     memory.detach()
     asked = [
         memory.parameters,
@@ -501,7 +503,7 @@ def test_what_was_taken_away_says_so_whatever_it_is_asked(tmp_path: Path) -> Non
 
 
 def test_entries_of_a_layer_come_the_oldest_first_from_all_its_memories() -> None:
-    memory, ids = attach_memory(tiny("llama"), layers=[1], skip_first=0, recent=8), tokens(1, 30)
+    memory, ids = attach_memory(tiny("llama"), retrieve="tokens", layers=[1], skip_first=0, recent=8), tokens(1, 30)
     memory.read(ids, document="a book", progress=False)
     assert [tuple(entry) for entry in memory.entries(0, 1)] == [(0, i, int(ids[0, i])) for i in range(30)]
     with pytest.raises(ValueError, match=r"expected a layer with a memory among \[1\], got 0"):
@@ -514,7 +516,7 @@ def test_families_that_cannot_have_a_memory_are_refused_with_the_reason(family: 
     before, ids = list(model.state_dict()), tokens(1, 9)
     plain = logits(model, ids, use_cache=False)
     with pytest.raises(ValueError, match=REFUSED[family][1]):
-        attach_memory(model, layers="all")
+        attach_memory(model, retrieve="tokens", layers="all")
     assert list(model.state_dict()) == before
     assert torch.equal(logits(model, ids, use_cache=False), plain)
 
@@ -523,19 +525,19 @@ def test_what_is_no_causal_model_is_refused() -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
     with pytest.raises(ValueError, match="expected a causal language model of transformers, got Linear"):
-        attach_memory(torch.nn.Linear(2, 2))
+        attach_memory(torch.nn.Linear(2, 2), retrieve="tokens")
     with pytest.raises(ValueError, match="expected a causal language model"):
-        attach_memory(AutoModel.from_config(tiny("llama").config))
+        attach_memory(AutoModel.from_config(tiny("llama").config), retrieve="tokens")
     t5 = AutoConfig.for_model("t5", vocab_size=99, d_model=32, num_layers=1, num_heads=4, d_kv=8, d_ff=48)
     with pytest.raises(ValueError, match="expected a decoder-only model, got the encoder-decoder"):
-        attach_memory(AutoModelForSeq2SeqLM.from_config(t5))
+        attach_memory(AutoModelForSeq2SeqLM.from_config(t5), retrieve="tokens")
 
 
 def test_a_model_that_has_a_memory_is_refused_another() -> None:
     model = tiny("llama")
-    attach_memory(model, layers=[0])
+    attach_memory(model, retrieve="tokens", layers=[0])
     with pytest.raises(ValueError, match=r"which has one: detach\(\) it first"):
-        attach_memory(model, layers=[1])
+        attach_memory(model, retrieve="tokens", layers=[1])
 
 
 def test_parameters_of_an_adapter_are_its_own_and_all_that_it_saves(tmp_path: Path) -> None:
@@ -543,7 +545,7 @@ def test_parameters_of_an_adapter_are_its_own_and_all_that_it_saves(tmp_path: Pa
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["memory_bias"])
     model, ids = tiny("llama", "sdpa"), tokens(1, 30)
-    memory = attach_memory(model, layers=[1], skip_first=0)
+    memory = attach_memory(model, retrieve="tokens", layers=[1], skip_first=0)
     adapted = peft.get_peft_model(model, config)
     (bias,) = memory.parameters()
     assert bias.requires_grad
@@ -562,7 +564,7 @@ def test_parameters_of_an_adapter_are_its_own_and_all_that_it_saves(tmp_path: Pa
     assert all("memory_bias" in name or "lora_" in name for name in saved)
 
     again = tiny("llama", "sdpa")
-    memory = attach_memory(again, layers=[1], skip_first=0)
+    memory = attach_memory(again, retrieve="tokens", layers=[1], skip_first=0)
     loaded = peft.PeftModel.from_pretrained(again, tmp_path)
     assert memory.parameters()[0].tolist() == [-1.5] * 4
     memory.read(ids, progress=False)
@@ -571,7 +573,7 @@ def test_parameters_of_an_adapter_are_its_own_and_all_that_it_saves(tmp_path: Pa
 
 def test_a_deep_copy_has_biases_of_its_own() -> None:
     model, ids = tiny("llama"), tokens(1, 9)
-    memory = attach_memory(model, layers=[1], skip_first=0)
+    memory = attach_memory(model, retrieve="tokens", layers=[1], skip_first=0)
     memory.read(tokens(1, 30, seed=1), progress=False)
     twin = copy.deepcopy(model)
     before = logits(model, ids)
@@ -583,15 +585,15 @@ def test_a_deep_copy_has_biases_of_its_own() -> None:
 
 
 def test_parameters_are_saved_and_loaded_by_themselves(tmp_path: Path) -> None:
-    memory = attach_memory(tiny("llama"), layers="all")
+    memory = attach_memory(tiny("llama"), retrieve="tokens", layers="all")
     with torch.no_grad():
         for i, parameter in enumerate(memory.parameters()):
             parameter.fill_(i + 0.5)
     memory.save_parameters(tmp_path / "memory.safetensors")
-    other = attach_memory(tiny("llama"), layers="all")
+    other = attach_memory(tiny("llama"), retrieve="tokens", layers="all")
     other.load_parameters(tmp_path / "memory.safetensors")
     assert [parameter.tolist() for parameter in other.parameters()] == [[0.5] * 4, [1.5] * 4]
-    fewer = attach_memory(tiny("llama"), layers=[1])
+    fewer = attach_memory(tiny("llama"), retrieve="tokens", layers=[1])
     with pytest.raises(ValueError, match="expected parameters of the shapes"):
         fewer.load_parameters(tmp_path / "memory.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes((tmp_path / "memory.safetensors").read_bytes()[:-1])
@@ -604,17 +606,19 @@ def test_parameters_are_saved_and_loaded_by_themselves(tmp_path: Path) -> None:
 def test_chunks_fit_the_positions_that_a_model_has_learned() -> None:
     model = tiny("gpt2", n_positions=64, max_position_embeddings=64)
     with pytest.raises(ValueError, match="expected chunk to be at most 64, the positions that the model has, got 512"):
-        attach_memory(model)
-    memory = attach_memory(model, chunk=64)
+        attach_memory(model, retrieve="tokens")
+    memory = attach_memory(model, retrieve="tokens", chunk=64)
     memory.read(tokens(1, 200), progress=False)
-    attach_memory(tiny("llama", max_position_embeddings=64), layers=[0])  # rotary ones go on for ever
+    attach_memory(
+        tiny("llama", max_position_embeddings=64), retrieve="tokens", layers=[0]
+    )  # rotary ones go on for ever
 
 
 def test_a_model_that_is_offloaded_has_a_memory_where_it_computes() -> None:
     model, ids = tiny("llama"), tokens(1, 40)
     expected = logits(model, ids)[:, 24:]
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    memory = attach_memory(model, **EVERYTHING)
+    memory = attach_memory(model, retrieve="tokens", **EVERYTHING)
     memory.read(ids[:, :24], progress=False)
     torch.testing.assert_close(logits(model, ids[:, 24:]), expected, rtol=1e-4, atol=1e-4)
     memory.read(ids[:, :24], progress=False)  # by the same weights
@@ -625,11 +629,11 @@ def test_a_model_that_is_offloaded_has_a_memory_where_it_computes() -> None:
 def test_chunks_see_what_was_read_before_only_if_told() -> None:
     ids, keys = tokens(1, 40), {}
     for look_up in (False, True):
-        memory = attach_memory(tiny("llama"), **EVERYTHING, chunk=20)
+        memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING, chunk=20)
         memory.read(ids, progress=False, look_up=look_up)
         assert memory.last_retrieved == {}  # only calls of the model are told
         keys[look_up] = memory.layers[1].memories[0].store.keys[0, :, :40].floats().clone()
-    alone = attach_memory(tiny("llama"), **EVERYTHING, chunk=20)
+    alone = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING, chunk=20)
     alone.read(ids[:, :20], progress=False)
     alone.read(ids[:, 20:], progress=False)
     torch.testing.assert_close(keys[False], alone.layers[1].memories[0].store.keys[0, :, :40].floats())
@@ -640,7 +644,7 @@ def test_chunks_see_what_was_read_before_only_if_told() -> None:
 @pytest.mark.parametrize("combine", ["softmax", "gate"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_weights_that_are_told_are_those_of_what_was_found(family: str, combine: str) -> None:
-    memory = attach_memory(tiny(family), **{**EVERYTHING, "topk": 8}, combine=combine)
+    memory = attach_memory(tiny(family), retrieve="tokens", **{**EVERYTHING, "topk": 8}, combine=combine)
     ids, outs = tokens(1, 5, seed=1), list[Tensor]()
     memory.layers[0].layer.module.o_proj.register_forward_pre_hook(lambda _, inputs: outs.append(inputs[0][0]))
     with memory.enabled(False):
@@ -660,7 +664,7 @@ def test_the_weights_that_are_told_are_those_of_what_was_found(family: str, comb
 
 
 def test_each_row_of_the_memory_serves_as_many_rows_of_the_batch_one_after_the_other() -> None:
-    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(2, 30)
+    memory, ids = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING), tokens(2, 30)
     mask = torch.ones_like(ids)
     mask[1, 11:] = 0
     memory.read(ids, mask, progress=False)
@@ -672,7 +676,7 @@ def test_each_row_of_the_memory_serves_as_many_rows_of_the_batch_one_after_the_o
 def test_rows_that_have_read_different_numbers_of_tokens_read_on_where_each_stands() -> None:
     ids, mask, more = tokens(2, 30), torch.ones(2, 30, dtype=torch.int64), tokens(2, 12, seed=1)
     mask[1, 11:] = 0
-    both, alone = (attach_memory(tiny("llama"), **EVERYTHING) for _ in range(2))
+    both, alone = (attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING) for _ in range(2))
     both.read(ids, mask, progress=False)
     both.read(more, progress=False)
     alone.read(ids[1:, :11], progress=False)

@@ -58,7 +58,7 @@ def answers(model: Any, prompts: Iterable[Tensor], count: int = 6) -> list[list[
 
 @pytest.mark.parametrize("options", [{}, {"recent": 16}, {"added": Added(heads=2, dim_head=8)}], ids=str)
 def test_threads_that_read_get_the_answers_of_one_after_the_other(options: dict[str, Any]) -> None:
-    memory = attach_memory(tiny("llama"), layers="all", topk=4, index="exact", **options)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", layers="all", topk=4, index="exact", **options)
     memory.read(tokens(1, 100), progress=False)
     prompts = [[tokens(1, 5 + row, seed=10 * row + i) for i in range(4)] for row in range(3)]
     alone = [answers(memory.model, some) for some in prompts]
@@ -68,7 +68,9 @@ def test_threads_that_read_get_the_answers_of_one_after_the_other(options: dict[
 @pytest.mark.parametrize("chunk", [8, 32])
 def test_what_is_read_is_what_is_read_in_silence_while_others_generate(chunk: int) -> None:
     def remembered(busy: bool) -> list[Tensor]:
-        memory = attach_memory(tiny("llama"), layers="all", topk=4, chunk=chunk, index="exact", recent=40)
+        memory = attach_memory(
+            tiny("llama"), retrieve="tokens", layers="all", topk=4, chunk=chunk, index="exact", recent=40
+        )
         done = threading.Event()
 
         def read() -> None:
@@ -92,7 +94,7 @@ def test_what_is_read_is_what_is_read_in_silence_while_others_generate(chunk: in
 def test_threads_that_write_do_so_one_after_the_other() -> None:
     """Keys of the first layer depend on nothing but token and place: no entry has the key of another."""
     options = {**EVERYTHING, "layers": [0], "max_memories": 1_000, "recent": 1_000}
-    memory, text = attach_memory(tiny("llama"), **options, chunk=8), tokens(1, 9, seed=9)
+    memory, text = attach_memory(tiny("llama"), retrieve="tokens", **options, chunk=8), tokens(1, 9, seed=9)
 
     def read(seed: int) -> None:
         for _ in range(3):
@@ -111,13 +113,13 @@ def test_threads_that_write_do_so_one_after_the_other() -> None:
     together(lambda: read(1), lambda: read(2), train, chat)
     found = list(memory.entries(0, 0))
     assert [entry.position for entry in found] == list(range(6 * 24 + 3 * 9))
-    quiet = attach_memory(tiny("llama"), **options)
+    quiet = attach_memory(tiny("llama"), retrieve="tokens", **options)
     quiet.read(torch.tensor([entry.token for entry in found]), progress=False)
     torch.testing.assert_close(keys(memory), keys(quiet), rtol=1e-3, atol=1e-3)
 
 
 def test_switches_are_those_of_the_thread_that_set_them() -> None:
-    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(1, 9)
+    memory, ids = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING), tokens(1, 9)
     plain = logits(memory.model, ids)
     memory.read(tokens(1, 30, seed=1), progress=False)
     with_memory = logits(memory.model, ids)
@@ -139,7 +141,7 @@ def test_a_layer_that_runs_again_in_the_backward_pass_finds_what_it_found(reentr
 
     def gradients(checkpointing: bool | None) -> list[Tensor]:
         model, ids = tiny("llama", num_hidden_layers=3).train(), tokens(2, 9)
-        memory = attach_memory(model, layers=[0, 1], added=added, topk=4, index="exact", recent=16)
+        memory = attach_memory(model, retrieve="tokens", layers=[0, 1], added=added, topk=4, index="exact", recent=16)
         if checkpointing is not None:
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
             model.enable_input_require_grads()
@@ -161,7 +163,7 @@ def test_a_layer_that_runs_again_in_the_backward_pass_finds_what_it_found(reentr
 
 
 def test_a_layer_that_runs_again_for_an_unknown_call_is_refused() -> None:
-    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(1, 9)
+    memory, ids = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING), tokens(1, 9)
     memory.read(tokens(1, 30, seed=1), progress=False)
     embedded = memory.model.get_input_embeddings()(ids)
 
@@ -190,7 +192,7 @@ def test_a_model_can_be_trained_after_inference_mode(inside: str, options: dict[
         return torch.inference_mode(inside in (step, "all"))
 
     with mode("attach"):
-        memory = attach_memory(model, layers=[1], topk=4, chunk=16, **options)
+        memory = attach_memory(model, retrieve="tokens", layers=[1], topk=4, chunk=16, **options)
     with mode("read"):
         memory.read(tokens(2, 40), progress=False)
     with mode("load"):
@@ -273,10 +275,10 @@ def refusals(memory: AttachedMemory, folder: Path) -> list[tuple[str, Callable[[
 @pytest.mark.parametrize("options", [{}, {"write": "window", "window": 5}], ids=["read", "window"])
 @pytest.mark.parametrize("talking", [False, True], ids=["", "talking"])
 def test_a_refused_call_changes_nothing(options: dict[str, Any], talking: bool, tmp_path: Path) -> None:
-    other = attach_memory(tiny("llama"), **EVERYTHING, **options)
+    other = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING, **options)
     other.read(tokens(1, 9), progress=False)
     other.save(tmp_path / "one row")
-    memory = attach_memory(tiny("llama"), **EVERYTHING, **options)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING, **options)
     memory.read(tokens(2, 20), document=["one", "two"], progress=False)
     memory.save(tmp_path / "saved")
     cache = DynamicCache(config=memory.model.config)
@@ -296,7 +298,7 @@ def test_a_refused_call_changes_nothing(options: dict[str, Any], talking: bool, 
 
 @pytest.mark.parametrize("options", [{}, {"write": "window", "window": 5}], ids=["read", "window"])
 def test_a_refused_call_leaves_an_empty_memory_empty(options: dict[str, Any]) -> None:
-    memory = attach_memory(tiny("llama"), **EVERYTHING, **options)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING, **options)
     before, model, ids = picture(memory), memory.model, tokens(2, 9)
     bad: list[Callable[[], Any]] = [lambda: memory.read(ids, document=["one"], progress=False)]
     if options:
@@ -317,7 +319,7 @@ def test_a_refused_call_leaves_an_empty_memory_empty(options: dict[str, Any]) ->
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("options", [{}, {"write": "window", "window": 5}], ids=["read", "window"])
 def test_a_call_that_fails_amidst_changes_nothing(error: type[BaseException], options: dict[str, Any]) -> None:
-    memory, ids = attach_memory(tiny("llama"), **EVERYTHING, **options), tokens(2, 9)
+    memory, ids = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING, **options), tokens(2, 9)
     model = memory.model
 
     def fail(*_: Any) -> None:

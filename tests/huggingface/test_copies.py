@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def attached(options: dict[str, Any]) -> AttachedMemory:
-    memory = attach_memory(tiny("llama", "sdpa"), skip_first=0, **options)
+    memory = attach_memory(tiny("llama", "sdpa"), retrieve="tokens", skip_first=0, **options)
     memory.read(IDS, progress=False)
     return memory
 

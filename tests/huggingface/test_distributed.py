@@ -29,7 +29,7 @@ WAYS = ("ddp", "fsdp")
 
 def with_memory() -> tuple[Any, AttachedMemory]:
     model = tiny("llama", "sdpa").requires_grad_(False)
-    return model, attach_memory(model, **EVERYTHING)
+    return model, attach_memory(model, retrieve="tokens", **EVERYTHING)
 
 
 def step(model: Any, memory: AttachedMemory, rank: int, reads: bool) -> list[Tensor]:

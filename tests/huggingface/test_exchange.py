@@ -24,7 +24,7 @@ def logits(model: Any) -> torch.Tensor:
 @torch.no_grad()
 def test_what_is_kept_comes_back_as_it_was(options: dict[str, Any]) -> None:
     model = tiny("llama")
-    memory = attach_memory(model, layers="all", index="exact", **options)
+    memory = attach_memory(model, retrieve="tokens", layers="all", index="exact", **options)
     alone = logits(model)
     memory.read(ONE, document="one", progress=False)
     with_one, entries = logits(model), memory.layers[0].num_entries
@@ -45,7 +45,7 @@ def test_what_is_kept_comes_back_as_it_was(options: dict[str, Any]) -> None:
 
 def test_other_weights_are_noticed_after_an_exchange() -> None:
     model = tiny("llama")
-    memory = attach_memory(model, layers="all", index="exact")
+    memory = attach_memory(model, retrieve="tokens", layers="all", index="exact")
     memory.read(ONE, progress=False)
     kept = memory.exchange(None)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_other_weights_are_noticed_after_an_exchange() -> None:
 
 
 def test_nothing_is_exchanged_while_it_may_not_change() -> None:
-    memory = attach_memory(tiny("llama"), layers="all", index="exact")
+    memory = attach_memory(tiny("llama"), retrieve="tokens", layers="all", index="exact")
     with memory.read_only(), pytest.raises(ValueError, match="read_only"):
         memory.exchange(None)
     with pytest.raises(ValueError, match="writing"), memory.writing():

@@ -34,7 +34,7 @@ def close(one: Tensor, other: Tensor) -> None:
 def test_logits_and_gradients_of_the_biases_are_those_of_a_cpu(family: str, place: str | None) -> None:
     found, ids = [], tokens(2, 9, seed=1)
     for device in DEVICES:
-        memory = attach_memory(on(device, family), **EVERYTHING, device=place)
+        memory = attach_memory(on(device, family), retrieve="tokens", **EVERYTHING, device=place)
         memory.read(tokens(2, 40), progress=False)
         result = memory.model(input_ids=ids.to(device), labels=ids.to(device))
         result.loss.backward()
@@ -47,7 +47,7 @@ def test_logits_and_gradients_of_the_biases_are_those_of_a_cpu(family: str, plac
 def test_losses_of_a_long_text_are_those_of_a_cpu(options: dict[str, Any]) -> None:
     found = []
     for device in DEVICES:
-        memory = attach_memory(on(device), **{**AGING, "layers": [1], "topk": 9, **options})
+        memory = attach_memory(on(device), retrieve="tokens", **{**AGING, "layers": [1], "topk": 9, **options})
         (losses,) = memory.score(tokens(1, 70), progress=False)
         found.append(losses[1:])
     torch.testing.assert_close(found[1].cpu(), found[0], atol=0.05, rtol=0.05, equal_nan=True)
@@ -57,7 +57,7 @@ def test_losses_of_a_long_text_are_those_of_a_cpu(options: dict[str, Any]) -> No
 def test_what_is_written_is_what_a_cpu_writes(writing: dict[str, Any]) -> None:
     texts = []
     for device in DEVICES:
-        memory = attach_memory(on(device), **EVERYTHING)
+        memory = attach_memory(on(device), retrieve="tokens", **EVERYTHING)
         memory.read(tokens(1, 40), progress=False)
         ids = tokens(2, 6, seed=1).to(device)
         options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **writing}
@@ -68,7 +68,9 @@ def test_what_is_written_is_what_a_cpu_writes(writing: dict[str, Any]) -> None:
 def test_a_chat_whose_window_leaves_into_the_memory_is_that_of_a_cpu() -> None:
     texts = []
     for device in DEVICES:
-        memory = attach_memory(on(device), **{**EVERYTHING, "layers": [1]}, write="window", window=16)
+        memory = attach_memory(
+            on(device), retrieve="tokens", **{**EVERYTHING, "layers": [1]}, write="window", window=16
+        )
         ids = tokens(1, 30).to(device)
         texts.append(memory.model.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0).cpu())
         assert sum(part.num_entries[0] for part in memory.layers[1].memories) > 30
@@ -77,11 +79,11 @@ def test_a_chat_whose_window_leaves_into_the_memory_is_that_of_a_cpu() -> None:
 
 @pytest.mark.parametrize(("writer", "reader"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
 def test_a_folder_written_on_one_device_is_read_on_another(writer: str, reader: str, tmp_path: Path) -> None:
-    query, one = tokens(2, 9, seed=1), attach_memory(on(writer), **AGING)
+    query, one = tokens(2, 9, seed=1), attach_memory(on(writer), retrieve="tokens", **AGING)
     one.read(tokens(1, 40), document="first", progress=False)
     one.read(tokens(1, 20, seed=2), document="second", progress=False)
     one.save(tmp_path / "memory")
-    other = attach_memory(on(reader), **AGING)
+    other = attach_memory(on(reader), retrieve="tokens", **AGING)
     other.load(tmp_path / "memory", mmap=True)
     close(logits(other.model, query.to(reader)), logits(one.model, query.to(writer)))
     for each in (one, other):
@@ -94,7 +96,7 @@ def test_a_folder_written_on_one_device_is_read_on_another(writer: str, reader: 
 def test_an_explanation_is_that_of_a_cpu(contribution: str | None) -> None:
     found = []
     for device in DEVICES:
-        memory = attach_memory(on(device), **{**EVERYTHING, "topk": 5})
+        memory = attach_memory(on(device), retrieve="tokens", **{**EVERYTHING, "topk": 5})
         memory.read(tokens(1, 40), document="a book", progress=False)
         found.append(explain(memory.model, tokens(1, 12, seed=1)[0], memory, contribution=contribution))
     one, other = found

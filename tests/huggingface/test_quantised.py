@@ -94,7 +94,7 @@ def test_a_quantised_model_reads_scores_generates_saves_and_loads(
 ) -> None:
     model = quantised(way)
     bare = generated(model)
-    memory = attach_memory(model, layers=[1], added=added, skip_first=0)
+    memory = attach_memory(model, retrieve="tokens", layers=[1], added=added, skip_first=0)
     assert generated(model) == bare
     memory.read(IDS, progress=False)
     held = memory._at_work.contents.memories()
@@ -107,7 +107,7 @@ def test_a_quantised_model_reads_scores_generates_saves_and_loads(
     memory.detach()
     assert generated(model) == bare
 
-    again = attach_memory(quantised(way), layers=[1], added=added, skip_first=0)
+    again = attach_memory(quantised(way), retrieve="tokens", layers=[1], added=added, skip_first=0)
     again.load(tmp_path / "memory")
     assert generated(again.model) == expected
 
@@ -115,7 +115,7 @@ def test_a_quantised_model_reads_scores_generates_saves_and_loads(
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_that_are_quantised_later_are_noticed(way: Callable[[nn.Module], None]) -> None:
     model = quantised(lambda _: None)
-    memory = attach_memory(model, layers=[1])
+    memory = attach_memory(model, retrieve="tokens", layers=[1])
     memory.read(IDS, progress=False)
     way(model)
     with pytest.raises(ValueError, match="model weights changed after this memory was written"):
@@ -123,6 +123,6 @@ def test_weights_that_are_quantised_later_are_noticed(way: Callable[[nn.Module],
 
 
 def test_a_memory_has_the_dtype_that_flows() -> None:
-    memory = attach_memory(quantised(with_torchao, torch.bfloat16), layers="auto")
+    memory = attach_memory(quantised(with_torchao, torch.bfloat16), retrieve="tokens", layers="auto")
     memory.read(IDS, progress=False)
     assert {each.dtype for each in memory._at_work.contents.memories()} == {torch.bfloat16}

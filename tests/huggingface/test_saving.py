@@ -20,7 +20,7 @@ AGING = {**EVERYTHING, "recent": 16, "chunk": 8}
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("options", [EVERYTHING, AGING, {**EVERYTHING, "positions": "constant"}])
 def test_a_loaded_memory_is_the_one_that_was_saved(tmp_path: Path, options: dict, mmap: bool) -> None:
-    memory, query = attach_memory(tiny("llama"), **options), tokens(2, 9)
+    memory, query = attach_memory(tiny("llama"), retrieve="tokens", **options), tokens(2, 9)
     memory.read(tokens(2, 40), document=["one", "two"], progress=False)
     memory.save(tmp_path / "memory")
     expected, described = logits(memory.model, query), memory.documents()
@@ -32,14 +32,14 @@ def test_a_loaded_memory_is_the_one_that_was_saved(tmp_path: Path, options: dict
 
 @pytest.mark.parametrize("mmap", [False, True])
 def test_reading_goes_on_after_loading_as_if_nothing_had_been(tmp_path: Path, mmap: bool) -> None:
-    whole, query = attach_memory(tiny("llama"), **AGING), tokens(1, 9)
+    whole, query = attach_memory(tiny("llama"), retrieve="tokens", **AGING), tokens(1, 9)
     ids = tokens(1, 96)
     for part in ids.split(32, dim=1):
         whole.read(part, progress=False)
-    broken = attach_memory(tiny("llama"), **AGING)
+    broken = attach_memory(tiny("llama"), retrieve="tokens", **AGING)
     for part in ids.split(32, dim=1):
         if broken.documents():
-            broken = attach_memory(tiny("llama"), **AGING)
+            broken = attach_memory(tiny("llama"), retrieve="tokens", **AGING)
             broken.load(tmp_path / "memory", mmap=mmap)
         broken.read(part, progress=False)
         broken.save(tmp_path / "memory")
@@ -47,7 +47,7 @@ def test_reading_goes_on_after_loading_as_if_nothing_had_been(tmp_path: Path, mm
 
 
 def test_other_weights_are_refused_unless_they_are_wanted(tmp_path: Path) -> None:
-    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING)
     memory.read(tokens(1, 20), progress=False)
     memory.save(tmp_path / "memory")
     with torch.no_grad():
@@ -60,17 +60,20 @@ def test_other_weights_are_refused_unless_they_are_wanted(tmp_path: Path) -> Non
 
 
 def test_a_memory_of_other_layers_is_refused(tmp_path: Path) -> None:
-    memory = attach_memory(tiny("llama"), **{**EVERYTHING, "layers": [0]})
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "layers": [0]})
     memory.read(tokens(1, 20), progress=False)
     memory.save(tmp_path / "memory")
     memory.detach()
-    other = attach_memory(memory.model, **{**EVERYTHING, "layers": [1]})
+    other = attach_memory(memory.model, retrieve="tokens", **{**EVERYTHING, "layers": [1]})
     with pytest.raises(ValueError, match=r"expected a memory of .*layers.*\[1\].*got one of .*\[0\]"):
         other.load(tmp_path / "memory")
 
 
 def test_a_forgotten_document_is_gone_from_every_layer_and_from_disk(tmp_path: Path) -> None:
-    memory, other = attach_memory(tiny("llama"), **AGING), attach_memory(tiny("llama"), **AGING)
+    memory, other = (
+        attach_memory(tiny("llama"), retrieve="tokens", **AGING),
+        attach_memory(tiny("llama"), retrieve="tokens", **AGING),
+    )
     memory.read(tokens(1, 40), document="secret", progress=False)
     memory.read(tokens(1, 24), document="open", progress=False)
     memory.save(tmp_path / "memory")
@@ -86,7 +89,7 @@ def test_a_forgotten_document_is_gone_from_every_layer_and_from_disk(tmp_path: P
 
 
 def test_a_title_that_there_is_not_is_refused() -> None:
-    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING)
     memory.read(tokens(1, 20), document="one", progress=False)
     with pytest.raises(ValueError, match="no document is titled 'two'"):
         memory.forget("two")
@@ -96,7 +99,10 @@ def test_a_title_that_there_is_not_is_refused() -> None:
 @pytest.mark.parametrize("skip_first", [0, 3])
 def test_a_document_that_was_broken_off_can_be_read_to_its_end(skip_first: int) -> None:
     options = {**AGING, "skip_first": skip_first}
-    whole, broken = attach_memory(tiny("llama"), **options), attach_memory(tiny("llama"), **options)
+    whole, broken = (
+        attach_memory(tiny("llama"), retrieve="tokens", **options),
+        attach_memory(tiny("llama"), retrieve="tokens", **options),
+    )
     before, ids, query = tokens(1, 13), tokens(1, 61), tokens(1, 9)
     for memory in (whole, broken):
         memory.read(before, progress=False)
@@ -113,7 +119,7 @@ def test_a_document_that_was_broken_off_can_be_read_to_its_end(skip_first: int) 
 
 
 def test_only_the_last_document_can_go_on() -> None:
-    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING)
     for _ in range(2):
         memory.read(tokens(1, 20), progress=False)
     with pytest.raises(ValueError, match=r"expected more of the last document in the only row, .*got document 0"):
@@ -124,7 +130,7 @@ def test_only_the_last_document_can_go_on() -> None:
 @pytest.mark.parametrize("options", [{**EVERYTHING, "recent": 10**6}, AGING, {**EVERYTHING, "positions": "constant"}])
 def test_memories_that_were_built_apart_can_be_merged(tmp_path: Path, options: dict) -> None:
     """Keys are where they would be if one text had been read after the other, or have grown old a little earlier."""
-    one, other, both = (attach_memory(tiny("llama"), **options) for _ in range(3))
+    one, other, both = (attach_memory(tiny("llama"), retrieve="tokens", **options) for _ in range(3))
     first, second, query = tokens(1, 40), tokens(1, 24), tokens(1, 9)
     other.read(second, document="second", progress=False)
     other.save(tmp_path / "second")
@@ -151,7 +157,10 @@ def test_memories_that_were_built_apart_can_be_merged(tmp_path: Path, options: d
 
 
 def test_reading_that_stopped_amidst_a_piece_remembers_nothing_twice() -> None:
-    memory, ids = attach_memory(tiny("llama"), **{**EVERYTHING, "chunk": 16, "skip_first": 4}), tokens(1, 60)[0]
+    memory, ids = (
+        attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "chunk": 16, "skip_first": 4}),
+        tokens(1, 60)[0],
+    )
     memory.read(ids[:10], progress=False)
     memory.go_on(0, ids[:30], progress=False)
     memory.go_on(0, ids, progress=False)
@@ -159,7 +168,7 @@ def test_reading_that_stopped_amidst_a_piece_remembers_nothing_twice() -> None:
 
 
 def test_documents_that_are_held_stay_in_the_ledger_after_a_merge(tmp_path: Path) -> None:
-    memory = attach_memory(tiny("llama"), **{**EVERYTHING, "recent": 60})
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "recent": 60})
     memory.read(tokens(1, 40), document="b", progress=False)
     memory.save(tmp_path / "b")
     memory.clear()
@@ -170,10 +179,10 @@ def test_documents_that_are_held_stay_in_the_ledger_after_a_merge(tmp_path: Path
 
 
 def test_rows_can_be_made_anew_after_loading_a_memory_of_other_sizes(tmp_path: Path) -> None:
-    saved = attach_memory(tiny("llama"), **{**EVERYTHING, "recent": 60, "max_memories": 200})
+    saved = attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "recent": 60, "max_memories": 200})
     saved.read(tokens(1, 40), progress=False)
     saved.save(tmp_path / "memory")
-    memory = attach_memory(tiny("llama"), **{**EVERYTHING, "recent": 20, "max_memories": 50})
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "recent": 20, "max_memories": 50})
     memory.load(tmp_path / "memory")
     memory.clear()
     memory.read(tokens(2, 40), progress=False)
@@ -181,11 +190,11 @@ def test_rows_can_be_made_anew_after_loading_a_memory_of_other_sizes(tmp_path: P
 
 
 def test_a_merge_with_what_other_weights_have_read_is_refused(tmp_path: Path) -> None:
-    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING)
     memory.read(tokens(1, 20), progress=False)
     with torch.no_grad():
         memory.model.model.embed_tokens.weight.mul_(2)
-    new = attach_memory(tiny("llama"), **EVERYTHING)
+    new = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING)
     with torch.no_grad():
         new.model.model.embed_tokens.weight.mul_(2)
     new.read(tokens(1, 20), progress=False)
@@ -195,7 +204,7 @@ def test_a_merge_with_what_other_weights_have_read_is_refused(tmp_path: Path) ->
 
 
 def test_what_is_written_after_the_last_document_was_forgotten_is_another_one() -> None:
-    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING)
     for title in ("a", "b"):
         memory.read(tokens(1, 20), document=title, progress=False)
     memory.forget("b")
@@ -205,12 +214,12 @@ def test_what_is_written_after_the_last_document_was_forgotten_is_another_one() 
 
 
 def test_what_is_written_after_loading_is_another_document_than_those_before_the_forgotten_one(tmp_path: Path) -> None:
-    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING)
     for title in ("a", "b"):
         memory.read(tokens(1, 20), document=title, progress=False)
     memory.forget("b")
     memory.save(tmp_path / "memory")
-    again = attach_memory(tiny("llama"), **EVERYTHING)
+    again = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING)
     again.load(tmp_path / "memory")
     assert again.last_document is None
     with again.writing("c"):
@@ -221,7 +230,7 @@ def test_what_is_written_after_loading_is_another_document_than_those_before_the
 
 
 def test_a_memory_is_not_merged_with_the_state_that_it_holds(tmp_path: Path) -> None:
-    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING)
     memory.read(tokens(1, 20), document="a", progress=False)
     memory.save(tmp_path / "memory")
     before, expected = memory.documents(), logits(memory.model, tokens(1, 9))
@@ -235,10 +244,10 @@ def test_a_memory_is_not_merged_with_the_state_that_it_holds(tmp_path: Path) -> 
 
 
 def test_a_merge_with_entries_of_another_dtype_is_refused(tmp_path: Path) -> None:
-    other = attach_memory(tiny("llama"), **{**EVERYTHING, "dtype": torch.bfloat16})
+    other = attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "dtype": torch.bfloat16})
     other.read(tokens(1, 20), progress=False)
     other.save(tmp_path / "other")
-    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING)
     with pytest.raises(ValueError, match=r"expected 1 rows and torch.float32"):
         memory.merge(tmp_path / "other")
     assert memory.documents() == []

@@ -124,7 +124,7 @@ def test_a_second_memory_is_refused_whichever_is_first() -> None:
 
 
 def token_memory(model: Any) -> Any:
-    return attach_memory(model, layers="all")
+    return attach_memory(model, retrieve="tokens", layers="all")
 
 
 @pytest.fixture

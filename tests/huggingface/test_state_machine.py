@@ -62,7 +62,7 @@ class Attached(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         options: dict[str, Any] = {"skip_first": SKIPPED, "chunk": 8, "recent": RECENT, "index": "exact"}
-        self.memory = attach_memory(tiny("smollm3"), layers="all", **options)
+        self.memory = attach_memory(tiny("smollm3"), retrieve="tokens", layers="all", **options)
         self.plain, self.saved, self.seed = Plain([], 0, 0), Plain([], 0, 0), 0
         self.values: dict[int, dict[tuple[int, int], tuple[Tensor, Tensor]]] = {0: {}, 1: {}}
         modules = {0: self.memory.layers[0].module}
@@ -71,7 +71,7 @@ class Attached(RuleBasedStateMachine):
             run(self.memory.model, torch.arange(99)[:, None])
             assert seen[0].local is not None
             self.keys = seen[0].local.key[:, :, 0]  # (99, G, D): of each token at position 0, in the first layer
-        self.memory = attach_memory(self.memory.model, layers="all", **options)
+        self.memory = attach_memory(self.memory.model, retrieve="tokens", layers="all", **options)
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder)

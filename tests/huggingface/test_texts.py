@@ -31,7 +31,7 @@ def memory(request: pytest.FixtureRequest, tokenizer: Any, monkeypatch: pytest.M
     name = "memorizing_transformers_pytorch.huggingface.attach_spans.best_head"
     monkeypatch.setattr(name, lambda *_: Head(1, 0, 1.0))
     options: dict[str, Any] = SPANS if request.param == "spans" else {"layers": "all"}
-    return attach_memory(tiny("llama", vocab_size=256), tokenizer=tokenizer, **options)
+    return attach_memory(tiny("llama", vocab_size=256), tokenizer=tokenizer, **{"retrieve": "tokens", **options})
 
 
 def ids(text: str) -> torch.Tensor:

@@ -31,9 +31,9 @@ def entries(memory: AttachedMemory, layer: int = 1, row: int = 0) -> tuple[Tenso
 @pytest.mark.parametrize("skip_first", [0, 2])
 def test_segments_in_training_are_remembered_as_they_would_be_read(skip_first: int) -> None:
     ids = tokens(2, 24)
-    read = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": 0}, chunk=8)
+    read = attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "skip_first": 0}, chunk=8)
     read.read(ids, progress=False, look_up=True)
-    written = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": skip_first})
+    written = attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "skip_first": skip_first})
     for segment in ids.split(8, dim=1):
         with written.writing(["one", "two"]):
             written.model(input_ids=segment, labels=segment).loss.backward()
@@ -48,7 +48,7 @@ def test_segments_in_training_are_remembered_as_they_would_be_read(skip_first: i
 
 
 def test_padding_of_a_segment_is_not_remembered() -> None:
-    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(2, 8)
+    memory, ids = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING), tokens(2, 8)
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     with memory.writing():
@@ -62,7 +62,7 @@ def test_padding_of_a_segment_is_not_remembered() -> None:
 
 
 def test_a_segment_that_fails_is_not_remembered() -> None:
-    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(1, 8)
+    memory, ids = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING), tokens(1, 8)
 
     def interrupted() -> None:
         with memory.writing():
@@ -78,7 +78,7 @@ def test_a_segment_that_fails_is_not_remembered() -> None:
 
 
 def test_weights_that_change_between_segments_are_expected() -> None:
-    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(1, 16)
+    memory, ids = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING), tokens(1, 16)
     optimizer = torch.optim.SGD(memory.model.parameters(), lr=0.1)
     for segment in ids.split(8, dim=1):
         with memory.writing():
@@ -93,7 +93,7 @@ def test_what_leaves_the_window_is_as_good_as_seen(family: str) -> None:
     """With everything retrieved in all layers, a small window and the memory write what a cache without end does."""
     model, ids = tiny(family), tokens(2, 11)
     expected = model.generate(ids, max_new_tokens=20, **WRITING)
-    memory = attach_memory(model, **WINDOW, window=7)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=7)
     cache = DynamicCache(config=model.config)
     found = model.generate(ids, max_new_tokens=20, past_key_values=cache, **WRITING)
     assert torch.equal(found, expected)
@@ -109,7 +109,7 @@ def test_a_sliding_window_with_a_memory_is_full_attention() -> None:
     expected = model.generate(ids, max_new_tokens=20, **WRITING)
     sliding = tiny("mistral", sliding_window=8)
     assert not torch.equal(sliding.generate(ids, max_new_tokens=20, **WRITING), expected)
-    attach_memory(sliding, **WINDOW, window=100)
+    attach_memory(sliding, retrieve="tokens", **WINDOW, window=100)
     assert torch.equal(sliding.generate(ids, max_new_tokens=20, **WRITING), expected)
 
 
@@ -118,7 +118,7 @@ def test_padding_on_the_left_is_not_remembered_when_it_leaves_the_window() -> No
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, **WRITING)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=20, **WRITING), expected)
     assert memory.layers[1].num_entries == (23, 19)
     assert entries(memory, row=1)[1][:, 1].tolist() == list(range(19))
@@ -126,14 +126,14 @@ def test_padding_on_the_left_is_not_remembered_when_it_leaves_the_window() -> No
 
 def test_a_chat_goes_on_with_its_cache_and_the_next_one_remembers_it() -> None:
     model, ids = tiny("llama"), tokens(1, 9)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     first = model.generate(ids, max_new_tokens=5, return_dict_in_generate=True, **WRITING)
     more = torch.cat((first.sequences, tokens(1, 4, seed=5)), dim=1)
     second = model.generate(more, past_key_values=first.past_key_values, max_new_tokens=5, **WRITING)
     memory.detach()
     assert torch.equal(second, model.generate(more, max_new_tokens=5, **WRITING))
 
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     model.generate(ids, max_new_tokens=5, **WRITING)
     model.generate(tokens(1, 3, seed=6), max_new_tokens=1, **WRITING)
     assert [each.tokens for each in memory.documents()] == [13, 3]
@@ -145,7 +145,7 @@ def test_a_chat_goes_on_with_its_cache_and_the_next_one_remembers_it() -> None:
 
 def test_what_cannot_be_remembered_in_writing_is_refused() -> None:
     model, ids = tiny("llama"), tokens(1, 9)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     with pytest.raises(ValueError, match="beams change places"):
         model.generate(ids, num_beams=3, max_new_tokens=5, **WRITING)
     memory.clear()
@@ -160,7 +160,7 @@ def test_what_cannot_be_remembered_in_writing_is_refused() -> None:
 
 def test_assisted_decoding_with_a_memory_that_is_only_read_writes_the_same() -> None:
     model, ids = tiny("llama"), tokens(1, 5).repeat(1, 3)
-    memory = attach_memory(model, **EVERYTHING)
+    memory = attach_memory(model, retrieve="tokens", **EVERYTHING)
     memory.read(tokens(1, 30, seed=2), progress=False)
     expected = model.generate(ids, max_new_tokens=9, **WRITING)
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=9, **WRITING), expected)
@@ -168,7 +168,7 @@ def test_assisted_decoding_with_a_memory_that_is_only_read_writes_the_same() -> 
 
 def test_nothing_is_remembered_inside_read_only() -> None:
     model, ids = tiny("llama"), tokens(1, 20)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     memory.read(ids, progress=False)
     before = entries(memory)[0].clone()
     with memory.read_only():
@@ -190,13 +190,13 @@ def test_padding_on_the_left_of_a_segment_takes_no_place() -> None:
     kept = []
     for options in ({}, {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}):
         for recent in (100, 3):
-            memory = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": 4}, recent=recent)
+            memory = attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "skip_first": 4}, recent=recent)
             with memory.writing():
                 logits(memory.model, torch.cat((pads, ids), dim=1), attention_mask=mask, **options)
             places = [part.store.origins[0, : part.num_entries[0], 1] for part in reversed(memory.layers[1].memories)]
             kept.append(torch.cat(places).sort().values.tolist())
             found = logits(memory.model, tokens(1, 5, seed=3))
-            plain = attach_memory(tiny("llama"), **{**EVERYTHING, "skip_first": 4}, recent=recent)
+            plain = attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "skip_first": 4}, recent=recent)
             with plain.writing():
                 logits(plain.model, ids)
             torch.testing.assert_close(found, logits(plain.model, tokens(1, 5, seed=3)), rtol=1e-3, atol=1e-3)
@@ -205,7 +205,7 @@ def test_padding_on_the_left_of_a_segment_takes_no_place() -> None:
 
 def test_a_call_that_fails_ends_the_conversation_but_not_the_memory() -> None:
     model, ids = tiny("llama"), tokens(1, 9)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     cache, calls = DynamicCache(config=model.config), []
 
     def fail(*_: Any) -> None:
@@ -230,7 +230,7 @@ def test_a_call_that_fails_ends_the_conversation_but_not_the_memory() -> None:
 
 def test_clearing_one_row_leaves_the_other_as_if_the_chat_had_ended() -> None:
     model, ids = tiny("llama"), tokens(2, 9)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     model.generate(ids, max_new_tokens=5, **WRITING)
     memory.clear([0])
     assert memory.layers[1].num_entries == (0, 13)
@@ -240,7 +240,7 @@ def test_clearing_one_row_leaves_the_other_as_if_the_chat_had_ended() -> None:
 
 def test_what_generate_adds_to_answers_that_have_ended_is_padding() -> None:
     model, ids = tiny("llama", eos_token_id=7), tokens(2, 9)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     cache = DynamicCache(config=model.config)
     logits(model, ids, past_key_values=cache)  # one row ends after the first token
     logits(model, torch.tensor([[7], [9]]), past_key_values=cache)
@@ -258,7 +258,7 @@ def test_generate_itself_stores_answers_up_to_their_end(pad: int | None) -> None
     plain, ids = tiny("llama"), tokens(2, 9)
     end = int(plain.generate(ids, max_new_tokens=3, **WRITING)[0, -1])
     model = tiny("llama", eos_token_id=end)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     pad = end if pad is None else pad
     options = {**WRITING, "pad_token_id": pad}
     first = model.generate(
@@ -278,7 +278,7 @@ def test_generate_itself_stores_answers_up_to_their_end(pad: int | None) -> None
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_chat_that_goes_on_token_by_token_after_an_end_is_remembered(rows: int) -> None:
     model, text = tiny("llama", eos_token_id=7), tokens(rows, 9)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     cache = DynamicCache(config=model.config)
     logits(model, text, past_key_values=cache)
     for token in (7, 7, 21, 22, 7, 23):
@@ -290,7 +290,7 @@ def test_a_chat_that_goes_on_token_by_token_after_an_end_is_remembered(rows: int
 
 def test_a_row_of_a_chat_that_goes_on_after_its_end_before_others_have_ended_is_remembered() -> None:
     model, text = tiny("llama", eos_token_id=7), tokens(2, 9)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     cache = DynamicCache(config=model.config)
     logits(model, text, past_key_values=cache)
     for one, other in ((7, 30), (0, 31), (20, 32), (0, 33)):
@@ -302,7 +302,7 @@ def test_a_row_of_a_chat_that_goes_on_after_its_end_before_others_have_ended_is_
 @pytest.mark.parametrize("left", [False, True])
 def test_several_documents_in_one_row_are_refused(left: bool) -> None:
     """Positions that begin anew: packed segments. Those of padding do not matter."""
-    memory, ids = attach_memory(tiny("llama"), **EVERYTHING), tokens(1, 8)
+    memory, ids = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING), tokens(1, 8)
     packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
     with pytest.raises(ValueError, match="give each document a row of its own"), memory.writing():
         logits(memory.model, ids, position_ids=packed)
@@ -316,14 +316,14 @@ def test_several_documents_in_one_row_are_refused(left: bool) -> None:
     assert memory.layers[1].num_entries == (3 if left else 5,)
     memory.detach()
     logits(memory.model, ids, position_ids=packed)
-    memory = attach_memory(memory.model, **EVERYTHING)
+    memory = attach_memory(memory.model, retrieve="tokens", **EVERYTHING)
     memory.read(ids, progress=False)
     logits(memory.model, ids, position_ids=packed)  # nothing is stored
 
 
 def test_a_chat_that_is_remembered_does_not_go_on_where_it_cannot() -> None:
     model, ids = tiny("llama"), tokens(1, 9)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     cache = DynamicCache(config=model.config)
     logits(model, ids, past_key_values=cache)
     with memory.read_only(), pytest.raises(ValueError, match=r"expected a new conversation inside read_only\(\)"):
@@ -336,7 +336,7 @@ def test_a_chat_that_is_remembered_does_not_go_on_where_it_cannot() -> None:
 
 def test_only_one_call_fits_inside_writing() -> None:
     model, ids = tiny("llama"), tokens(1, 9)
-    memory = attach_memory(model, **EVERYTHING)
+    memory = attach_memory(model, retrieve="tokens", **EVERYTHING)
     with memory.writing():
         logits(model, ids)
         with pytest.raises(ValueError, match=r"expected one call of the model with a whole segment inside writing\(\)"):
@@ -349,7 +349,7 @@ def test_only_one_call_fits_inside_writing() -> None:
 
 
 def test_documents_that_are_forgotten_are_not_listed() -> None:
-    memory = attach_memory(tiny("llama"), layers=[1], max_memories=30, skip_first=0, chunk=10)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", layers=[1], max_memories=30, skip_first=0, chunk=10)
     for number in range(50):
         memory.read(tokens(1, 10, seed=number), document=str(number), progress=False)
     assert [each.title for each in memory.documents()] == ["46", "47", "48", "49"]
@@ -361,7 +361,7 @@ def test_documents_that_are_forgotten_are_not_listed() -> None:
 
 def test_what_was_looked_up_is_told_as_it_was_then() -> None:
     model, ids = tiny("llama"), tokens(1, 9)
-    memory = attach_memory(model, **{**WINDOW, "topk": 4}, window=6, max_memories=8)
+    memory = attach_memory(model, retrieve="tokens", **{**WINDOW, "topk": 4}, window=6, max_memories=8)
     memory.read(tokens(1, 8, seed=3), progress=False)
     model.generate(ids, max_new_tokens=1, **WRITING)  # 3 tokens more enter than were there
     assert set(memory.last_retrieved[1][..., 0].unique().tolist()) == {0}
@@ -369,7 +369,7 @@ def test_what_was_looked_up_is_told_as_it_was_then() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"recent": 4}], ids=["plain", "aging"])
 def test_what_a_segment_found_in_a_full_row_is_told_after_it_was_stored(options: dict[str, Any]) -> None:
-    memory = attach_memory(tiny("llama"), **{**EVERYTHING, "topk": 4, "max_memories": 8}, **options)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **{**EVERYTHING, "topk": 4, "max_memories": 8}, **options)
     memory.read(tokens(1, 8, seed=3), document="old", progress=False)
     memory.read(tokens(1, 3, seed=4), document="older", progress=False)
     with memory.writing():
@@ -382,7 +382,7 @@ def test_what_a_segment_found_in_a_full_row_is_told_after_it_was_stored(options:
 
 def test_what_leaves_the_window_has_its_own_origins_where_layers_keep_different_numbers_of_tokens() -> None:
     model, ids = tiny("gemma3_text", sliding_window=8), tokens(1, 12)
-    memory = attach_memory(model, **WINDOW, window=12)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=12)
     written = model.generate(ids, max_new_tokens=10, **WRITING)[0]
     for layer, kept in ((0, 7), (1, 11)):  # of 21 tokens that have passed
         _, origins = entries(memory, layer)
@@ -394,7 +394,7 @@ def test_what_leaves_the_window_has_its_own_origins_where_layers_keep_different_
 
 
 def test_a_conversation_that_is_refused_lets_other_threads_write() -> None:
-    memory = attach_memory(tiny("llama"), **WINDOW, window=6)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **WINDOW, window=6)
     with pytest.raises(ValueError, match="beams change places"):
         memory.model.generate(tokens(1, 9), num_beams=2, max_new_tokens=3, **WRITING)
     reading = threading.Thread(target=lambda: memory.read(tokens(1, 9), progress=False), daemon=True)
@@ -405,7 +405,7 @@ def test_a_conversation_that_is_refused_lets_other_threads_write() -> None:
 
 def test_where_a_call_brings_what_cannot_be_stored_all_before_it_is_remembered() -> None:
     model, ids = tiny("llama"), tokens(1, 9)
-    memory = attach_memory(model, **WINDOW, window=6)
+    memory = attach_memory(model, retrieve="tokens", **WINDOW, window=6)
     cache = DynamicCache(config=model.config)
     logits(model, ids, past_key_values=cache)
     with pytest.raises(ValueError, match="finite"):
@@ -415,7 +415,7 @@ def test_where_a_call_brings_what_cannot_be_stored_all_before_it_is_remembered()
 
 
 def test_a_conversation_that_is_remembered_does_not_go_on_inside_read_only() -> None:
-    memory, ids = attach_memory(tiny("llama"), **WINDOW, window=6), tokens(1, 9)
+    memory, ids = attach_memory(tiny("llama"), retrieve="tokens", **WINDOW, window=6), tokens(1, 9)
     cache = DynamicCache(config=memory.model.config)
     logits(memory.model, ids, past_key_values=cache)
     with memory.read_only(), pytest.raises(ValueError, match="expected a new conversation inside read_only"):
@@ -423,7 +423,7 @@ def test_a_conversation_that_is_remembered_does_not_go_on_inside_read_only() -> 
 
 
 def test_weights_that_change_after_a_conversation_are_noticed() -> None:
-    memory, ids = attach_memory(tiny("llama"), **WINDOW, window=6), tokens(1, 9)
+    memory, ids = attach_memory(tiny("llama"), retrieve="tokens", **WINDOW, window=6), tokens(1, 9)
     memory.model.generate(ids, max_new_tokens=3, **WRITING)
     with torch.no_grad():
         memory.model.model.embed_tokens.weight.mul_(2)
@@ -432,7 +432,7 @@ def test_weights_that_change_after_a_conversation_are_noticed() -> None:
 
 
 def test_a_document_of_a_single_token_counts_as_one_of_several_in_a_row() -> None:
-    memory = attach_memory(tiny("llama"), **EVERYTHING)
+    memory = attach_memory(tiny("llama"), retrieve="tokens", **EVERYTHING)
     with pytest.raises(ValueError, match="position_ids begin anew within a row"), memory.writing():
         logits(memory.model, tokens(1, 3), position_ids=torch.tensor([[0, 0, 1]]))
     assert memory.documents() == []
