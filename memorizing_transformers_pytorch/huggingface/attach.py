@@ -80,8 +80,9 @@ def attach_memory(
 
     With retrieve="spans":
 
-    content: what is kept of each token. "kv", the keys and values of all layers; or "tokens", the key of the finder
-        alone, and passages are read again when they are recalled. "kv" unless given, where keys can be moved.
+    content: what is kept of each token. "tokens", the key of the finder alone, and passages are read again when they
+        are recalled; or "kv", the keys and values of all layers, for a model whose keys can be moved. "tokens" unless
+        given.
     finder: what finds passages by the last tokens of a text. "head", the best induction head of the model; "bm25", the
         words (needs the library bm25s); or "both". "head" unless given, where there is one.
     passages, span: how many tokens stand before a text: so many passages of so many tokens, around the places that

@@ -22,12 +22,12 @@ from memorizing_transformers_pytorch.memory.ledger import Ledger
 
 
 def attach_spans(model: Any, options: dict[str, Any], tokenizer: Any) -> RecallMemory:
-    """See `attach_memory`. options: as it is given them; content and finder may be None, to be chosen."""
+    """See `attach_memory`. options: as it is given them; None stands for what is usual."""
     check_model(model)
     served, refused = _served(model)
     layers = _with_cache(model, served)
     reason = _why_not_kv(layers, refused)
-    content = options["content"] or ("kv" if reason is None else "tokens")
+    content = options["content"] or "tokens"
     if content == "kv" and reason is not None:
         raise ValueError(f"keys and values of this model cannot be moved ({reason}): use content='tokens'")
     if options["window"] is not None and any(layer is None or layer.embedded for layer in layers.values()):
