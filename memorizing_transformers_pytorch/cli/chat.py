@@ -29,7 +29,7 @@ class Talk:
     """With --read, what is kept: keys and values, or token ids alone; by default kv if the model can."""
     finder: Literal["head", "bm25", "both"] | None = None
     """What finds passages: a head of the model, words, or both; by default a head if the model has one."""
-    passages: int = 4
+    passages: int = 1
     """Passages that stand before each message."""
     system: str | None = None
     """A message that comes before all others."""

@@ -38,7 +38,7 @@ def attach_memory(
     tokenizer: Any = None,
     content: str | None = None,
     finder: str | None = None,
-    passages: int = 4,
+    passages: int = 1,
     span: int = 80,
     first: int = 4,
     every: int = 64,

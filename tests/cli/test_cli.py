@@ -184,7 +184,8 @@ def test_standard_input_can_be_read(
     [
         (
             ["nonsense"],
-            "expected a command among train, evaluate, generate, explain, memory, explore, export, got 'nonsense'",
+            "expected a command among train, evaluate, generate, ask, chat, explain, memory, explore, export, "
+            "got 'nonsense'",
         ),
         (["train", "--training.steps", "0"], "expected steps to be at least 1, got 0"),
         (["train", "--training.stepz", "1"], "--training.stepz"),

@@ -53,11 +53,15 @@ def plain(memory: RecallMemory, prompt: str, question: str, count: int) -> str:
     return str(memory.tokenizer.decode(done[0, tokens.shape[1] :])).strip()
 
 
+def asked(question: str) -> str:
+    return f"Question: {question}\nAnswer from the text, in a few words."
+
+
 def test_an_answer_is_that_of_the_template_with_the_passages_of_the_question(memory: RecallMemory) -> None:
     question = "What is the password of the vault?"
     answer = memory.ask(question, max_new_tokens=12)
     assert isinstance(answer, Answer)
-    assert answer.text == plain(memory, f"<user>{question}</><assistant>", question, 12)
+    assert answer.text == plain(memory, f"<user>{asked(question)}</><assistant>", question, 12)
     best, recalled = memory.recall(question, passages=1)[0], memory.last_recalled[0]
     source = answer.sources[0]
     assert (source.title, source.score) == (best.title, best.score)
@@ -67,7 +71,7 @@ def test_an_answer_is_that_of_the_template_with_the_passages_of_the_question(mem
 
 def test_a_system_message_comes_first_and_models_without_template_get_a_plain_prompt(memory: RecallMemory) -> None:
     answer = memory.ask("Who?", system="Be short.", max_new_tokens=5)
-    assert answer.text == plain(memory, "<system>Be short.</><user>Who?</><assistant>", "Who?", 5)
+    assert answer.text == plain(memory, f"<system>Be short.</><user>{asked('Who?')}</><assistant>", "Who?", 5)
     memory.tokenizer.chat_template = None
     answer = memory.ask("Who?", system="Be short.", max_new_tokens=5)
     assert answer.text == plain(memory, "Be short.\nQuestion: Who?\nAnswer:", "Who?", 5)
