@@ -72,6 +72,8 @@ def run(
         options["position_ids"] = offset + torch.arange(tokens.shape[1], device=device)[None].expand_as(tokens)
     if attention_mask is not None:
         options["attention_mask"] = attention_mask.to(device)
+        if not bool(attention_mask[:, 0].all()) and "position_ids" in inspect.signature(model.forward).parameters:
+            options["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0).to(device)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = logits_to_keep
     return model(input_ids=tokens, use_cache=cache is not None, past_key_values=cache, **options)

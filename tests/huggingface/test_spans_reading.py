@@ -171,10 +171,10 @@ def test_scores_of_rows_side_by_side_are_those_of_each_alone() -> None:
 def test_reading_with_look_ups_stores_what_full_context_makes() -> None:
     """Values of deeper layers have seen the passages, all of what was read before."""
     model, ids = tiny("llama", "sdpa"), tokens(1, 60)
-    memory = read(attached(model, span=40), ids)
+    memory = read(attached(model, content="kv", span=40), ids)
     expected = stored(memory)
     memory.detach()
-    memory = attached(model, span=40, chunk=20)
+    memory = attached(model, content="kv", span=40, chunk=20)
     memory.read(ids, progress=False, look_up=True)
     assert same(stored(memory), expected)
     memory.clear()

@@ -85,12 +85,13 @@ def test_each_row_of_an_uneven_batch_is_continued_as_alone(attention: str, conte
     assert torch.equal(plain(memory, ids), before)
 
 
-def test_rows_of_different_lengths_have_passages_of_their_own_document() -> None:
+@pytest.mark.parametrize("content", ["kv", "tokens"])
+def test_rows_of_different_lengths_have_passages_of_their_own_document(content: str) -> None:
     """A row of the memory for each of the batch, one of them with less than fits: it is padded."""
     model, texts = tiny("llama", "sdpa"), tokens(2, 40, seed=4)
     mask = torch.ones(2, 40).long()
     mask[1, 10:] = 0
-    memory = attached(model)
+    memory = attached(model, content=content)
     memory.read(texts, mask, progress=False)
     ids = tokens(4, 6, seed=5)
     found, together = logits(model, ids), written(model, ids, max_new_tokens=12)
@@ -98,7 +99,7 @@ def test_rows_of_different_lengths_have_passages_of_their_own_document() -> None
     assert torch.equal(static, together)
     memory.detach()
     for row in range(4):
-        alone = read(attached(model), texts[row // 2][mask[row // 2].bool()])
+        alone = read(attached(model, content=content), texts[row // 2][mask[row // 2].bool()])
         assert close(logits(model, ids[row : row + 1]), found[row : row + 1], 2e-5)
         assert torch.equal(written(model, ids[row : row + 1], max_new_tokens=12)[0], together[row])
         alone.detach()
