@@ -109,7 +109,12 @@ class Attachment:
             self.weights.warn_of_others()
         if call.writer is not None:
             call.writer.before(call)
-        recall.before(call, module)
+        try:
+            recall.before(call, module)
+        except BaseException:
+            if call.writer is not None:  # which may hold the lock
+                call.writer.after(call, failed=True)
+            raise
 
     def _is_kept(self, call: Call) -> bool:
         """Whether what passes in this call is stored when it leaves the cache."""

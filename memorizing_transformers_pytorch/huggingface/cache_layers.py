@@ -3,7 +3,7 @@
 During a call of the model the cache is as long as it is; before and after, its length is that of the text alone.
 
 Shapes: B rows, G key/value heads, P positions of passages, S positions of the text in the cache, T tokens of a call,
-D head width, Q tokens of which passages are chosen.
+D head width, Q tokens by which passages are chosen.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Prefix:
         self.begin(mask)
 
     def begin(self, mask: Tensor) -> None:
-        """Stand before a text of which nothing has passed."""
+        """Start again, before the first token of a text."""
         self.dropped, self.is_visible, self.has_text = 0, False, False
         self.gone = torch.zeros(len(mask), dtype=torch.int64, device=mask.device)
         self.tokens: Tensor | None = None
         self.exchange(mask, mask.sum(dim=1))
 
     def exchange(self, mask: Tensor, starts: Tensor) -> None:
-        """Other passages, (B, P) of which are no padding."""
+        """Note new passages. mask: (B, P), False for padding. starts: (B,), where the text of each row begins."""
         self.mask, self.starts, self.is_full, self.passed, self.is_due = mask, starts, bool(mask.all()), 0, False
 
     @property

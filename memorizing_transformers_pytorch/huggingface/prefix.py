@@ -1,11 +1,12 @@
 """Passages in a cache: they stand before the text, and whoever holds the cache sees only the text.
 
-A cache of transformers has a layer object for each layer of the model. `place` exchanges these for ones that begin with
-the keys and values of passages. During a call of the model the cache is as long as it is; before and after, its length
-is that of the text alone, so that `generate` and its callers count as they do without a memory.
+A cache of transformers has a layer object for each layer of the model. `wrap` replaces these with ones that begin with
+the keys and values of passages, and `put` fills these in. During a call of the model the cache is as long as it is;
+before and after, its length is that of the text alone, so that `generate` and its callers count as they do without a
+memory.
 
 Shapes: B rows, G key/value heads, P positions of passages, S positions of the text in the cache, T tokens of a call,
-D head width, Q tokens of which passages are chosen.
+D head width.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def check(cache: Any, mask: Any) -> None:
 
 
 def wrap(cache: Any, count: int, mask: Tensor, budget: int) -> Prefix:
-    """Let so many layers of a cache stand behind passages, of which there are none yet."""
+    """Replace the layers of a cache with `count` layers that can begin with passages. There are none yet."""
     if not (cache.layers and isinstance(cache.layers[0], StaticLayer)):
         prefix = Prefix(mask[:, :0])
         layers: list[WithPassages] = [DynamicWithPassages(prefix, leads=i == 0) for i in range(count)]
@@ -99,8 +100,8 @@ def _longest(cache: Any) -> int:
 
 
 def put(cache: Any, prefix: Prefix, pairs: Sequence[Pairs], mask: Tensor, turned: Turned | None) -> None:
-    """Exchange the passages in a cache for others, (B, P) of which are no padding. Where they take more or fewer
-    positions than the ones before, the text after them is moved; turned: None if it cannot be."""
+    """Replace the passages in a cache. mask: (B, P), False for padding. If the new ones take more or fewer positions,
+    the text after them moves. turned: None if the text cannot move."""
     starts = mask.sum(dim=1) if turned is not None or not prefix.has_text else prefix.starts
     by = starts - prefix.starts
     moves = prefix.has_text and bool(by.any())
@@ -145,9 +146,9 @@ def new_cache() -> Any:
 def extend(
     given: dict[str, Any], prefix: Prefix, before: int, shape: tuple[int, int], *, takes: bool, hidden: bool
 ) -> None:
-    """Extend the arguments of a call, of which `before` tokens of the text have passed, by the passages.
+    """Add the passages to the positions and the mask of a call. before: how many tokens of the text came earlier.
 
-    takes: whether what is called takes `position_ids`. hidden: whether the passages shall not be seen.
+    takes: whether the module takes `position_ids`. hidden: whether to mask the passages.
     """
     batch, count = shape
     if takes:

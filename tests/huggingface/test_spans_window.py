@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -84,3 +85,17 @@ def test_what_is_refused_stores_nothing() -> None:
     assert not memory.documents()
     with pytest.raises(ValueError, match="use write='read'"):
         attached(tiny("gpt2"), content="tokens", **WINDOW)
+
+
+def test_a_call_that_cannot_find_passages_locks_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    memory = attached(model, content="kv", **WINDOW)
+
+    def broken(*_: Any) -> None:
+        raise FloatingPointError("no passages")
+
+    monkeypatch.setattr(memory._at_work.recall, "before", broken)
+    with pytest.raises(FloatingPointError, match="no passages"):
+        written(model, tokens(1, 9), 2)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(memory._at_work.lock.acquire, False).result()
