@@ -76,9 +76,9 @@ class Explanation:
     columns: the table: token, layer, head, score, weight, document, position, source_token, age (N,). passages: the
     sources, the most important first. around: how many tokens of the source the text of an entry shows on either side.
 
-    Of a memory of passages, blocks: which passages stood before which tokens. Its table has a row for each token, layer,
-    head and passage: weight is the attention on all of the passage, position the place in it that got most, and score
-    that of the passage. The losses of a prompt are NaN, since it has chosen the passages.
+    Of a memory of passages, blocks: which passages stood before which tokens. Its table has a row for each token,
+    layer, head and passage: weight is the attention on all of the passage, position the place in it that got most, and
+    score that of the passage. The losses of a prompt are NaN, since it has chosen the passages.
     """
 
     texts: list[str]
@@ -237,7 +237,8 @@ class Explanation:
         """(N,) bool: which rows of the table are of a passage."""
         positions = self.columns["position"]
         inside: np.ndarray = (passage.first <= positions) & (positions <= passage.last)
-        return inside & (self.columns["document"] == passage.document)
+        inside &= self.columns["document"] == passage.document
+        return inside
 
     def only(self, size: int, layer: int | None = None, head: int | None = None) -> Explanation:
         """What one layer or one head found; heads have the same numbers in every layer. size: tokens of a passage. The

@@ -20,7 +20,6 @@ from memorizing_transformers_pytorch.memory.search import Hidden
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.model.segment import shifted
 
-
 COLUMNS = ("token", "layer", "head", "score", "weight", "document", "position", "source_token", "age")
 
 

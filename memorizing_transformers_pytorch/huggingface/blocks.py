@@ -1,7 +1,7 @@
 """A text with its passages before it, block by block as `generate` writes it: what stood there, and what it got.
 
-Shapes: N tokens of the text, T of a block, V of the vocabulary, L layers, H query heads, S keys, P positions of passages,
-E passages.
+Shapes: N tokens of the text, T of a block, V of the vocabulary, L layers, H query heads, P positions of passages, E
+passages.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Block:
 class BlockReader:
     """Runs the model of a memory on texts, as `generate` would have written them.
 
-    row: of the memory. question: (N,), by which passages are found. Without one they are found as `generate` does: those
-    of the first block by the last tokens of the prompt, and then every `every` tokens anew by those before.
+    row: of the memory. question: (T,), by which passages are found. Without one they are found as by `generate`: those
+    of the first block by the last tokens of the prompt, and then every `every` tokens anew by the tokens before.
     """
 
     def __init__(self, memory: RecallMemory, row: int, question: Tensor | None) -> None:
@@ -121,6 +121,6 @@ class _Attention(Extension):
         weights = torch.stack(seen) if seen else torch.zeros(0, 0, count, sum(len(each.tokens) for each in passages))
         if not passages:
             return weights, weights.long()
-        parts = weights.split([len(each.tokens) for each in passages], dim=-1)
+        parts = torch.split(weights, [len(each.tokens) for each in passages], dim=-1)
         totals = torch.stack([part.sum(dim=-1) for part in parts], dim=-1)
         return totals, torch.stack([part.argmax(dim=-1) for part in parts], dim=-1)

@@ -93,7 +93,8 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function: that of the model's own backend, and what the extension of this layer makes of it."""
-    extension, config = getattr(module, "_memorizing", (None, module.config))  # another thread may just have left
+    used: Any = getattr(module, "_memorizing", (None, module.config))  # another thread may just have left it
+    extension, config = used
     bare = copy.copy(module)
     bare.config = config
     out, weights = backend_of(module, config)(bare, query, key, value, attention_mask, **options)

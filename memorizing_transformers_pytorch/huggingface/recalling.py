@@ -127,8 +127,8 @@ class RecallMemory(AttachedMemory):
 
     @contextlib.contextmanager
     def finding_by(self, question: Tensor, row: int) -> Iterator[Callable[[], list[Excerpt]]]:
-        """Inside, calls of the model find passages of a row by a question (N,) -> those of the last call, in the order in
-        which they stand before the text, and among them the first tokens of a document."""
+        """Inside, calls of the model find passages of a row by a question (N,) -> those of the last call, in the order
+        in which they stand before the text, and among them the first tokens of a document."""
         self._expect_row(row)
         noted = list[Recalled]()
         with self.watched_row(row), self._recall.asked.at([Query(row, question)]), self._at_work.noted.at(noted):
