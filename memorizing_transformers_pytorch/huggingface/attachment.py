@@ -16,7 +16,7 @@ from memorizing_transformers_pytorch.huggingface.contents import Contents, check
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, StoreOptions
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
-from memorizing_transformers_pytorch.huggingface.models import vocabulary_of
+from memorizing_transformers_pytorch.huggingface.models import name_of, vocabulary_of
 from memorizing_transformers_pytorch.huggingface.reading import Reader, checked_texts
 from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.searching import Recalled
@@ -233,7 +233,7 @@ class Attachment:
         mmap, directory = mmap and device.type == "cpu", self.options.directory
         loaded = KNNMemoryList.load(path, mmap=mmap, verify=verify, device=device, directory=directory)
         if not other_weights:
-            self.weights.check(loaded.fingerprint)
+            self.weights.check(loaded.fingerprint, loaded.extra.get("model"), name_of(self.model))
         return loaded
 
     def merge(self, path: str | Path) -> None:

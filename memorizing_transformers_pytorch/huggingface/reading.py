@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Passed, origins_of
 from memorizing_transformers_pytorch.huggingface.layer import Entries, Options
-from memorizing_transformers_pytorch.huggingface.models import evaluating, run
+from memorizing_transformers_pytorch.huggingface.models import check_ids, evaluating, run
 from memorizing_transformers_pytorch.memory.entries import as_int64
 from memorizing_transformers_pytorch.memory.ledger import Document
 
@@ -146,9 +146,7 @@ def checked_texts(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: 
     for row, text in enumerate(texts):
         if len(text) == 0:
             raise ValueError(f"expected at least one token in each document, got none in row {row}")
-        if int(text.min()) < 0 or int(text.max()) >= vocabulary:
-            found = f"{int(text.min())} to {int(text.max())}"
-            raise ValueError(f"expected token ids of the model, 0 to {vocabulary - 1}, got {found} in row {row}")
+        check_ids(text, vocabulary, f"row {row}")
     return texts
 
 

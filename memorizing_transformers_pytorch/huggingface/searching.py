@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from memorizing_transformers_pytorch.huggingface import prefix as prefixes
 from memorizing_transformers_pytorch.huggingface.calls import Call, Shared, State
 from memorizing_transformers_pytorch.huggingface.finder import Finder
-from memorizing_transformers_pytorch.huggingface.models import evaluating, run
+from memorizing_transformers_pytorch.huggingface.models import check_ids, evaluating, run, vocabulary_of
 from memorizing_transformers_pytorch.huggingface.prefix import Pairs
 from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions, finder_keys, in_halves
@@ -231,6 +231,7 @@ class Search:
         """The passages go through the model once more -> the keys and values of each layer."""
         tokens = _left_padded([each.origins[:, 2] for each in found])
         cache = prefixes.new_cache()
+        check_ids(tokens, vocabulary_of(self._model), "the memory")
         if tokens.numel() == 0:
             return [(torch.empty(0), torch.empty(0))] * len(self.layers)
         with evaluating(self._model), self.aside():
