@@ -111,17 +111,19 @@ def put(cache: Any, prefix: Prefix, pairs: Sequence[Pairs], mask: Tensor, turned
     prefix.exchange(F.pad(mask, (size - mask.shape[1], 0)), starts)
 
 
-def taken(cache: Any, count: int, places: Tensor) -> tuple[list[Pairs], Tensor]:
+def taken(cache: Any, count: int, places: Tensor | None) -> tuple[list[Pairs], Tensor]:
     """The keys and values of the first tokens of the text in each layer, and at which positions they stand (B, T).
 
-    places: (B, T), at which places of the text.
+    places: (B, T), at which places of the text; None for its first ones.
     """
-    prefix = cache.layers[0].prefix
-    some = slice(prefix.size, prefix.size + count)
-    shift = (prefix.starts - prefix.gone)[:, None]
-    return [(layer.keys[:, :, some], layer.values[:, :, some]) for layer in cache.layers], places.to(
-        shift.device
-    ) + shift
+    prefix, first = prefix_of(cache), cache.layers[0].keys
+    places = (torch.arange(count)[None].expand(len(first), count) if places is None else places).to(first.device)
+    size = 0 if prefix is None else prefix.size
+    if prefix is not None:
+        places = places + (prefix.starts - prefix.gone).to(first.device)[:, None]
+    return [
+        (layer.keys[:, :, size:][:, :, :count], layer.values[:, :, size:][:, :, :count]) for layer in cache.layers
+    ], places
 
 
 def drop(cache: Any, count: int, gone: Tensor, turned: Turned) -> None:
