@@ -156,7 +156,7 @@ def extend(
     if takes:
         places = given.get("position_ids")
         if places is None:
-            places = torch.arange(before, before + count, device=prefix.starts.device)[None].expand(batch, count)
+            places = _places(given.get("attention_mask"), before, shape).to(prefix.starts.device)
         shift = (prefix.starts - prefix.gone).to(places.device)
         given["position_ids"] = places + (shift[:, None] if places.ndim == 2 else shift[None, :, None])
     if isinstance(given.get("cache_position"), Tensor):
@@ -170,6 +170,15 @@ def extend(
     elif hidden or not prefix.is_full:
         rest = seen.new_ones((batch, before - prefix.dropped + count))
         given["attention_mask"] = torch.cat((seen, rest), dim=1).long()
+
+
+def _places(mask: Any, before: int, shape: tuple[int, int]) -> Tensor:
+    """Of the tokens of a call in the text of each row (B, T), which begins after the padding on the left."""
+    places = torch.arange(before, before + shape[1])[None].expand(shape)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return places
+    padding = (mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+    return (places.to(mask.device) - padding).clamp_min(0)
 
 
 def _extended(mask: Any, seen: Tensor, dropped: int) -> Any:
