@@ -109,6 +109,7 @@ def test_flex_attention_gives_what_another_backend_does(content: str) -> None:
             model = tiny("llama", attention)
             memory = read(attached(model, content=content), tokens(1, 100))
             assert model.config._attn_implementation == attention
+            assert all(layer.self_attn.config is model.config for layer in model.model.layers)
             scores = memory.score(tokens(1, 40), progress=False)[0][1:]
             found.append((logits(model, ids[:1]), scores, written(model, ids, attention_mask=mask)))
     assert close(found[1][0], found[0][0])
