@@ -17,7 +17,7 @@ from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, StoreOptions
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
 from memorizing_transformers_pytorch.huggingface.models import name_of, vocabulary_of
-from memorizing_transformers_pytorch.huggingface.reading import Documents, Reader, checked_texts
+from memorizing_transformers_pytorch.huggingface.reading import Reader, SideBySide, checked_texts
 from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.searching import Recalled
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions
@@ -204,7 +204,7 @@ class Attachment:
             return found
 
     def _reader(self, titles: list[str | None], known: Document | None, *, store: bool, look_up: bool) -> Any:
-        documents, options = Documents(self.contents, titles, known), cast(Any, self.options)
+        documents, options = SideBySide(self.contents, titles, known), cast(Any, self.options)
         if self.recall is None:
             return Reader(self.model, options, documents, store=store, look_up=look_up)
         return SpanReader(self.model, options, self.recall, documents, store=store, look_up=look_up)

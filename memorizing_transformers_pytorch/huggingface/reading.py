@@ -32,7 +32,7 @@ class Piece(NamedTuple):
     new: int
 
 
-class Documents:
+class SideBySide:
     """Texts that are read side by side, one for each row, and what has become of them in the memory.
 
     titles: of the documents that begin. goes_on: instead, the only one, of which some was read before. starts: where
@@ -85,7 +85,7 @@ class Reader:
     store: whether what is read is stored. look_up: whether pieces see what is remembered.
     """
 
-    def __init__(self, model: Any, options: Options, documents: Documents, *, store: bool, look_up: bool) -> None:
+    def __init__(self, model: Any, options: Options, documents: SideBySide, *, store: bool, look_up: bool) -> None:
         self._model, self._options, self._documents = model, options, documents
         self._store, self._look_up = store, look_up
         self._pieces: list[Piece] = []

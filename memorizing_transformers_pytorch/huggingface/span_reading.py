@@ -13,7 +13,7 @@ from torch import Tensor
 from memorizing_transformers_pytorch.huggingface import prefix as prefixes
 from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.models import evaluating, run
-from memorizing_transformers_pytorch.huggingface.reading import Documents, Pair, Piece, fill_in, no_losses, padded
+from memorizing_transformers_pytorch.huggingface.reading import Pair, Piece, SideBySide, fill_in, no_losses, padded
 from memorizing_transformers_pytorch.huggingface.recall import QUERY, Recall
 from memorizing_transformers_pytorch.huggingface.searching import Query
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions
@@ -29,7 +29,7 @@ class SpanReader:
     """
 
     def __init__(
-        self, model: Any, options: SpanOptions, recall: Recall, documents: Documents, *, store: bool, look_up: bool
+        self, model: Any, options: SpanOptions, recall: Recall, documents: SideBySide, *, store: bool, look_up: bool
     ) -> None:
         self._model, self._options, self._recall, self._documents = model, options, recall, documents
         self._store, self._look_up = store, look_up
