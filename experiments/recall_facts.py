@@ -6,7 +6,8 @@ Twenty facts that cannot be guessed and twenty numbered pass keys are planted in
 to its end. Each is asked for in two ways: its sentence is begun again after 60 tokens of other text, and (facts only)
 it is asked for in other words, through the chat template. Counted is how often the greedy answer holds the fact: by
 the memory, with passages found by the model's finder or by BM25, with the passages of BM25 in the prompt (RAG), with
-the whole text as context where the model takes it, and with nothing. Budgets are equal: as many passages, as long.
+the right passage in the prompt (which no way of finding passages can do better than), with the whole text as context
+where the model takes it, and with nothing. Budgets are equal: as many passages, as long.
 Also counted is how often the passage with the answer came first. What OUTPUT.json has already is not measured again.
 """
 
@@ -56,7 +57,7 @@ QUESTIONS = {
 }
 NUMBERS = [str(number) for number in np.random.default_rng(0).integers(10_000, 99_999, 20).tolist()]
 LOCAL = 60
-LONGEST = 8_192
+SPAN = 80
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Options:
     tokens: int = 6_000
     passages: tuple[int, ...] = (1, 2, 4)
     content: tuple[str, ...] = ("kv", "tokens")
+    finder: tuple[str, ...] = ("head",)
     kept: str = "bfloat16"
     """The dtype of the memory."""
     device: str = "cpu"
@@ -99,6 +101,10 @@ class Asking:
     def in_words(self, each: Planted, passages: str = "") -> list[int]:
         content = f"Text:\n{passages}\n\n{asked(each)}" if passages else asked(each)
         return self.tokens(self.template(content))
+
+    @property
+    def chats(self) -> bool:
+        return self.tokenizer.chat_template is not None
 
     def template(self, content: str) -> str:
         turns = [{"role": "user", "content": content}]
@@ -138,19 +144,32 @@ def ways(asking: Asking, memory: Any) -> dict[str, Callable[[Planted], bool]]:
     }
 
 
-def in_prompt(asking: Asking, memory: Any, count: int) -> dict[str, Callable[[Planted], bool]]:
-    """The passages of this memory in the prompt, as text."""
-
-    def passages(question: str) -> str:
-        return "\n...\n".join(each.text for each in reversed(memory.recall(question, passages=count)))
+def in_prompt(asking: Asking, passages: Callable[[Planted, str], str]) -> dict[str, Callable[[Planted], bool]]:
+    """Passages in the prompt, as text: those for a fact, which is asked for by a question."""
 
     def again(each: Planted) -> bool:
-        return asking.holds(each, asking.tokens(passages(each.question)) + asking.begun_again(each), 8)
+        return asking.holds(each, asking.tokens(passages(each, each.question)) + asking.begun_again(each), 8)
 
     def words(each: Planted) -> bool:
-        return asking.holds(each, asking.in_words(each, passages(QUESTIONS[each.question])), 24)
+        return asking.holds(each, asking.in_words(each, passages(each, QUESTIONS[each.question])), 24)
 
     return {"again": again, "words": words}
+
+
+def recalled(memory: Any, count: int) -> Callable[[Planted, str], str]:
+    """Those that a memory finds, the best last."""
+    return lambda _, question: "\n...\n".join(each.text for each in reversed(memory.recall(question, passages=count)))
+
+
+def right(asking: Asking, text: list[int]) -> Callable[[Planted, str], str]:
+    """The one with the fact in its middle."""
+
+    def passage(each: Planted, _: str) -> str:
+        sentence = asking.tokens(each.sentence)
+        place = next(i for i in range(len(text)) if text[i : i + len(sentence)] == sentence) + len(sentence) // 2
+        return asking.tokenizer.decode(text[max(place - SPAN // 2, 0) : place + SPAN // 2])
+
+    return passage
 
 
 def with_all(asking: Asking, text: list[int]) -> dict[str, Callable[[Planted], bool]]:
@@ -178,7 +197,8 @@ def with_all(asking: Asking, text: list[int]) -> dict[str, Callable[[Planted], b
 class Results:
     """What was measured, in a file."""
 
-    def __init__(self, path: Path, options: Options) -> None:
+    def __init__(self, path: Path, options: Options, *, chats: bool) -> None:
+        self._chats = chats  # whether the model can be asked in other words
         self.path, self.found = path, json.loads(path.read_text()) if path.is_file() else {}
         self.found.setdefault("answers", {})
         self._options = options
@@ -189,6 +209,8 @@ class Results:
             for what in ("fact", "pass key"):
                 name = f"{way} | {what} | {kind}"
                 if name in self.found["answers"] or (what == "pass key" and kind.startswith("words")):
+                    continue
+                if kind == "words" and not self._chats:
                     continue
                 start = time.monotonic()
                 some = [each for each in sentences if each.kind == what]
@@ -204,14 +226,17 @@ class Results:
         self.path.write_text(json.dumps(self.found, indent=1))
 
 
-def measure_memory(options: Options, content: str, text: list[int], asking: Asking, results: Results) -> None:
-    """A memory whose passages the model's own head finds."""
+def measure_memory(
+    options: Options, content: str, finder: str, text: list[int], asking: Asking, results: Results
+) -> None:
+    """A memory whose passages are found by the model's own head, or also by their words."""
     kept = getattr(torch, options.kept)
     memory = attach_memory(
         asking.model,
         retrieve="spans",
         tokenizer=asking.tokenizer,
         content=content,
+        finder=finder,
         dtype=kept,
         max_memories=len(text),
     )
@@ -228,7 +253,8 @@ def measure_memory(options: Options, content: str, text: list[int], asking: Aski
         asks = ways(asking, memory)
         if count != options.passages[0] or content != options.content[0]:
             asks = {name: asks[name] for name in ("again", "words")}
-        results.measure(f"memory, {content}, {count} passages", asks, [*planted()])
+        by = "" if finder == "head" else f", {finder}"
+        results.measure(f"memory, {content}{by}, {count} passages", asks, [*planted()])
     memory.detach()
 
 
@@ -238,7 +264,7 @@ def main(options: Options) -> None:
     sentences = planted()
     text = with_sentences(whole[: options.tokens], sentences, tokenizer)
     asking = Asking(model, tokenizer, whole[options.tokens : options.tokens + LOCAL])
-    results = Results(options.output, options)
+    results = Results(options.output, options, chats=asking.chats)
     results.found["tokens"] = len(text)
     nothing = {"again": lambda each: asking.holds(each, asking.begun_again(each), 8)}
     results.measure("nothing", nothing, sentences)
@@ -248,13 +274,18 @@ def main(options: Options) -> None:
     words.read(torch.tensor(text), progress=False)
     for count in options.passages:
         with words.enabled(False):
-            results.measure(f"BM25 in the prompt, {count} passages", in_prompt(asking, words, count), sentences)
+            results.measure(
+                f"BM25 in the prompt, {count} passages", in_prompt(asking, recalled(words, count)), sentences
+            )
+    with words.enabled(False):
+        results.measure("the right passage in the prompt", in_prompt(asking, right(asking, text)), sentences)
     first = {name: ask for name, ask in ways(asking, words).items() if "first" in name}
     results.measure("BM25", first, sentences)
     words.detach()
     for content in options.content:
-        measure_memory(options, content, text, asking, results)
-    if len(text) + 2 * LOCAL < LONGEST:
+        for finder in options.finder:
+            measure_memory(options, content, finder, text, asking, results)
+    if len(text) + 2 * LOCAL < model.config.max_position_embeddings:
         results.measure("full context", with_all(asking, text), sentences)
     print(table(results.found["answers"]))
     print(f"({origin(results.found)}; {len(text):,} tokens of {options.text.name})")

@@ -143,8 +143,8 @@ Asking = Callable[[Tensor, int], AbstractContextManager[Callable[[], list[Excerp
 class Chat:
     """A conversation with a model that has a memory, from `RecallMemory.chat`. Each message finds its own passages.
 
-    messages: what was said, as chat templates take it. asks: whether each message is a question that the text answers,
-    and the model shall be told so. The cache of keys and values goes on from turn to turn.
+    messages: what was said, as chat templates take it. asks: whether each message is a question about what was read;
+    the prompt then asks the model to answer from the text in a few words. The KV cache is kept from turn to turn.
     """
 
     def __init__(self, model: Any, tokenizer: Any, asking: Asking, system: str | None, row: int, *, asks: bool) -> None:

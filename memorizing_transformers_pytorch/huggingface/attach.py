@@ -76,7 +76,8 @@ def attach_memory(
     dtype, device, index, directory: of the memory, as for `KNNMemory`. dtype is that of the model unless given;
         torch.int8 takes little more than a quarter of float32. device is that of the model for tokens, and the CPU for
         spans. Spans are found by comparing all, whatever the index.
-    policy: what makes room when the memory is full, as for `KNNMemory`; of tokens, among those older than `recent`.
+    policy: which entries are evicted when the memory is full, as for `KNNMemory`. With retrieve="tokens",
+        it applies to entries older than `recent`.
 
     With retrieve="spans":
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from memorizing_transformers_pytorch.huggingface import prefix as prefixes
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State
 from memorizing_transformers_pytorch.huggingface.finder import Finder, Head, best_head
+from memorizing_transformers_pytorch.huggingface.interface import BACKENDS
 from memorizing_transformers_pytorch.huggingface.models import check_model, evaluating, positions_of, run, vocabulary_of
 from memorizing_transformers_pytorch.huggingface.probe import TOKENS, Layer, probe
 from memorizing_transformers_pytorch.huggingface.recall import Recall
@@ -24,7 +27,9 @@ from memorizing_transformers_pytorch.memory.ledger import Ledger
 def attach_spans(model: Any, options: dict[str, Any], tokenizer: Any) -> RecallMemory:
     """See `attach_memory`. options: as it is given them; None stands for what is usual."""
     check_model(model)
-    served, refused = _served(model)
+    with _examinable(model):
+        served, refused = _served(model)
+        head = best_head(model, served) if served and options["finder"] != "bm25" else None
     layers = _with_cache(model, served)
     reason = _why_not_kv(layers, refused)
     content = options["content"] or "tokens"
@@ -32,7 +37,6 @@ def attach_spans(model: Any, options: dict[str, Any], tokenizer: Any) -> RecallM
         raise ValueError(f"keys and values of this model cannot be moved ({reason}): use content='tokens'")
     if options["window"] is not None and any(layer is None or layer.embedded for layer in layers.values()):
         raise ValueError("write='window' needs a model whose keys can be moved to other positions: use write='read'")
-    head = best_head(model, served) if served and options["finder"] != "bm25" else None
     name = _finder_name(options["finder"], head)
     checked = SpanOptions(**options | {"content": content, "finder": name})
     _check_positions(model, checked, layers)
@@ -52,8 +56,24 @@ def _first_layer(model: nn.Module) -> nn.Module:
     return lists[0][0]
 
 
+@contextlib.contextmanager
+def _examinable(model: Any) -> Iterator[None]:
+    """Inside, the model attends with a backend whose masks are understood here. (Passages leave attention alone, and so
+    serve any.)"""
+    name = model.config._attn_implementation
+    if name in BACKENDS:
+        yield
+        return
+    model.set_attn_implementation(BACKENDS[0])
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(name)
+
+
 def _served(model: Any) -> tuple[dict[int, Layer], dict[int, str]]:
-    """As `probe`, but a model of which no layer can be examined is no error."""
+    """As `probe`, but without an error if no layer can be examined: then no layer is served, and the reason is that of
+    layer -1."""
     try:
         return probe(model)
     except ValueError as error:

@@ -101,8 +101,9 @@ class AttachedMemory:
         padding, as it was read: (N,) float32.
 
         A token is predicted from the part of its chunk before it, and the memory. The first of a document is NaN, and
-        with skip_first=0, where chunks do not overlap, the first of each chunk. Inside `read_only()` nothing is
-        stored, so each chunk sees only what was read before this text.
+        with skip_first=0, where chunks do not overlap, the first of each chunk. The first `every` tokens of a document
+        have no passages, as no tokens before them could find any. Inside `read_only()` nothing is stored, so each chunk
+        sees only what was read before this text.
         """
         given = to_read(input_ids, attention_mask, document, self.tokenizer)
         return self._at_work.read(given, progress, losses=True)

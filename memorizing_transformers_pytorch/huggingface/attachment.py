@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from memorizing_transformers_pytorch.huggingface.contents import Contents, check
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, StoreOptions
 from memorizing_transformers_pytorch.huggingface.memory_layer import BIAS
-from memorizing_transformers_pytorch.huggingface.models import vocabulary_of
-from memorizing_transformers_pytorch.huggingface.reading import Reader, checked_texts
+from memorizing_transformers_pytorch.huggingface.models import name_of, vocabulary_of
+from memorizing_transformers_pytorch.huggingface.reading import Reader, SideBySide, checked_texts
 from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.searching import Recalled
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions
@@ -204,11 +204,10 @@ class Attachment:
             return found
 
     def _reader(self, titles: list[str | None], known: Document | None, *, store: bool, look_up: bool) -> Any:
-        options: Any = self.options
-        how: Any = {"titles": titles, "goes_on": known, "store": store, "look_up": look_up}
+        documents, options = SideBySide(self.contents, titles, known), cast(Any, self.options)
         if self.recall is None:
-            return Reader(self.model, self.contents, options, **how)
-        return SpanReader(self.model, self.contents, options, self.recall, **how)
+            return Reader(self.model, options, documents, store=store, look_up=look_up)
+        return SpanReader(self.model, options, self.recall, documents, store=store, look_up=look_up)
 
     def _document_to_go_on_with(self, number: int, tokens: int) -> Document:
         known = self.contents.last_document()
@@ -233,7 +232,7 @@ class Attachment:
         mmap, directory = mmap and device.type == "cpu", self.options.directory
         loaded = KNNMemoryList.load(path, mmap=mmap, verify=verify, device=device, directory=directory)
         if not other_weights:
-            self.weights.check(loaded.fingerprint)
+            self.weights.check(loaded.fingerprint, loaded.extra.get("model"), name_of(self.model))
         return loaded
 
     def merge(self, path: str | Path) -> None:

@@ -22,11 +22,11 @@ Turn = Callable[[Tensor], Tensor]
 class Prefix:
     """What the layers of one cache share.
 
-    size: P. mask: (B, P) bool, False for padding, which is on the left. starts: (B,), at which position the text of
-    each row begins. is_full: whether no row has padding. tokens: (B, at most Q), the last ones of the text. passed:
-    tokens of the text since passages were chosen. is_due: whether they shall be chosen anew. dropped: tokens of the
-    text that have left the cache, and gone: (B,), how many positions these took. has_text: whether there is any.
-    is_visible: whether a call is running, which sees the passages.
+    size: P. mask: (B, P) bool, False for padding, which is on the left. starts: (B,), the position at which the text of
+    each row begins. is_full: whether no row has padding. tokens: (B, at most Q), the last tokens of the text. passed:
+    how many tokens of the text came since passages were chosen. is_due: whether the next call chooses passages anew.
+    dropped: how many tokens of the text have left the cache. gone: (B,), how many positions those took. has_text:
+    whether the cache holds any of the text. is_visible: whether a call is running, which sees the passages.
     """
 
     def __init__(self, mask: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Entries
+from memorizing_transformers_pytorch.huggingface.models import name_of
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import MOST_COUNTED
 from memorizing_transformers_pytorch.memory.ledger import Document, Ledger
@@ -130,7 +131,8 @@ class Contents:
         """Those of all layers, one after the other, with the ledger."""
         memories = self._bare()
         sizes = [len(each) for each in self.state.memories.values()]
-        memories.extra = {"offsets": list(self.state.offsets), "memories": sizes, **self._arrangement()}
+        extra = {"model": name_of(self._shared.model), "offsets": list(self.state.offsets), "memories": sizes}
+        memories.extra = extra | self._arrangement()
         memories.marks = self.state.marks
         return memories
 
@@ -162,14 +164,21 @@ class Contents:
         """What was loaded, to be used. Raises ValueError for memories of other layers."""
         extra, own, offsets = loaded.extra, self._arrangement(), loaded.extra.get("offsets")
         if (got := {name: extra.get(name) for name in own}) != own:
-            raise ValueError(f"expected a memory of {own}, got one of {got}")
+            advice = "attach with the options of attach_memory() that wrote it"
+            raise ValueError(f"expected a memory of {_described(own)}, got one of {_described(got)}: {advice}")
         rest, memories = list(loaded), {}
         for index, layer in self.layers.items():
             count = len(layer.memories)
             memories[index], rest = rest[:count], rest[count:]
             layer.check_memories(memories[index])
+        if len(loaded) != sum(len(layer.memories) for layer in self.layers.values()):
+            raise ValueError(f"expected memories of {_described(own)}, got {len(loaded)}")
+        if any(layer.holds_what_others_do for layer in self.layers.values()):
+            rings = {(each.max_memories, each.policy, *each.store.filled, *each.store.cursors) for each in loaded}
+            if len(rings) > 1:
+                raise ValueError("expected the same tokens in each layer of the memory, got others")
         counts = offsets if isinstance(offsets, list) else []
-        if len(counts) != loaded[0].num_indices or not all(
+        if {len(counts)} != {each.num_indices for each in loaded} or not all(
             type(each) is int and 0 <= each < MOST_COUNTED for each in counts
         ):
             raise ValueError(f"expected how many tokens each row has read, got {offsets}")
@@ -201,6 +210,14 @@ class Contents:
         """Forget everything."""
         for memory in self._bare():
             memory.cleanup()
+
+
+def _described(arranged: Mapping[str, Any]) -> str:
+    """How what some layers hold is arranged, for a message."""
+    kinds = arranged["arranged"]
+    kinds = sorted(set(map(str, kinds))) if isinstance(kinds, list) else [str(kinds)]
+    of = "" if arranged["kind"] == KIND else f", {arranged['kind']}"
+    return f"{' and '.join(kinds)} in layers {arranged['layers']}{of}"
 
 
 def origins_of(numbers: Sequence[int], places: Tensor, tokens: Tensor) -> Tensor:

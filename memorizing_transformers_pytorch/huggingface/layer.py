@@ -102,7 +102,10 @@ class Entries(NamedTuple):
 
 
 class BaseLayer:
-    """A layer with a memory. index: its number. module: of the model, to which it is attached."""
+    """A layer with a memory. index: its number. module: of the model, to which it is attached. holds_what_others_do:
+    whether all layers hold the same tokens in the same places."""
+
+    holds_what_others_do = False
 
     def __init__(self, index: int, module: nn.Module, shape: Shape, options: StoreOptions, shared: Shared) -> None:
         self.index, self.module, self.options, self.shared = index, module, options, shared

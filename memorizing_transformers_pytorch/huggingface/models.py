@@ -9,6 +9,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,18 @@ def vocabulary_of(model: Any) -> int:
     """How many token ids the model embeds. (The shape of quantised weights does not tell.)"""
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
     return int(size or model.config.get_text_config().vocab_size)
+
+
+def name_of(model: Any) -> str:
+    """The last part of the name or path that the model was loaded from, or else its class."""
+    return Path(str(model.config.name_or_path)).name or type(model).__name__
+
+
+def check_ids(tokens: Tensor, vocabulary: int, where: str) -> None:
+    """Raises ValueError for token ids that a model of this vocabulary does not have."""
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        found = f"{int(tokens.min())} to {int(tokens.max())}"
+        raise ValueError(f"expected token ids of this model, 0 to {vocabulary - 1}, got {found} in {where}")
 
 
 def check_model(model: Any) -> None:

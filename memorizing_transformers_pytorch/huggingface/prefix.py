@@ -111,17 +111,19 @@ def put(cache: Any, prefix: Prefix, pairs: Sequence[Pairs], mask: Tensor, turned
     prefix.exchange(F.pad(mask, (size - mask.shape[1], 0)), starts)
 
 
-def taken(cache: Any, count: int, places: Tensor) -> tuple[list[Pairs], Tensor]:
+def taken(cache: Any, count: int, places: Tensor | None) -> tuple[list[Pairs], Tensor]:
     """The keys and values of the first tokens of the text in each layer, and at which positions they stand (B, T).
 
-    places: (B, T), at which places of the text.
+    places: (B, T), at which places of the text; None for its first ones.
     """
-    prefix = cache.layers[0].prefix
-    some = slice(prefix.size, prefix.size + count)
-    shift = (prefix.starts - prefix.gone)[:, None]
-    return [(layer.keys[:, :, some], layer.values[:, :, some]) for layer in cache.layers], places.to(
-        shift.device
-    ) + shift
+    prefix, first = prefix_of(cache), cache.layers[0].keys
+    places = (torch.arange(count)[None].expand(len(first), count) if places is None else places).to(first.device)
+    size = 0 if prefix is None else prefix.size
+    if prefix is not None:
+        places = places + (prefix.starts - prefix.gone).to(first.device)[:, None]
+    return [
+        (layer.keys[:, :, size:][:, :, :count], layer.values[:, :, size:][:, :, :count]) for layer in cache.layers
+    ], places
 
 
 def drop(cache: Any, count: int, gone: Tensor, turned: Turned) -> None:
@@ -154,7 +156,7 @@ def extend(
     if takes:
         places = given.get("position_ids")
         if places is None:
-            places = torch.arange(before, before + count, device=prefix.starts.device)[None].expand(batch, count)
+            places = _places(given.get("attention_mask"), before, shape).to(prefix.starts.device)
         shift = (prefix.starts - prefix.gone).to(places.device)
         given["position_ids"] = places + (shift[:, None] if places.ndim == 2 else shift[None, :, None])
     if isinstance(given.get("cache_position"), Tensor):
@@ -168,6 +170,15 @@ def extend(
     elif hidden or not prefix.is_full:
         rest = seen.new_ones((batch, before - prefix.dropped + count))
         given["attention_mask"] = torch.cat((seen, rest), dim=1).long()
+
+
+def _places(mask: Any, before: int, shape: tuple[int, int]) -> Tensor:
+    """Of the tokens of a call in the text of each row (B, T), which begins after the padding on the left."""
+    places = torch.arange(before, before + shape[1])[None].expand(shape)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return places
+    padding = (mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+    return (places.to(mask.device) - padding).clamp_min(0)
 
 
 def _extended(mask: Any, seen: Tensor, dropped: int) -> Any:

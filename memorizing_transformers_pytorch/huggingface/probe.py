@@ -146,13 +146,15 @@ def _refined(model: Any, served: dict[int, Layer]) -> dict[int, Layer]:
     scaling = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     known = (positions_of(model), scaling.get("original_max_position_embeddings"))
     most = min([each for each in known if each], default=FARTHEST)
-    served = dict(served)
+    served, rounded = dict(served), set(turned)
     with watching(model, turned) as seen:
-        for place in (2**power for power in range(1, FARTHEST.bit_length()) if turned and 2**power < most):
+        for place in (2**power for power in range(1, FARTHEST.bit_length()) if rounded and 2**power < most):
             run(model, torch.zeros(1, dtype=torch.int64), place)
-            for index in turned:
+            for index in list(rounded):
                 rotary, cos_sin = served[index].rotary, seen[index].position_embeddings
-                if rotary is not None and cos_sin[0].dtype != torch.float32:
+                if rotary is None or cos_sin[0].dtype == torch.float32:
+                    rounded.remove(index)  # precise as it is: without others the model need not run again
+                else:
                     served[index] = replace(served[index], rotary=rotary.refined(cos_sin, place))
     return served
 

@@ -5,7 +5,7 @@ Shapes: R rows of the memory, B rows in a batch, N tokens of a text, T tokens of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,11 @@ from tqdm.auto import tqdm
 from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.contents import Contents, Passed, origins_of
 from memorizing_transformers_pytorch.huggingface.layer import Entries, Options
-from memorizing_transformers_pytorch.huggingface.models import evaluating, run
+from memorizing_transformers_pytorch.huggingface.models import check_ids, evaluating, run
 from memorizing_transformers_pytorch.memory.entries import as_int64
 from memorizing_transformers_pytorch.memory.ledger import Document
+
+Pair = tuple[Tensor, Tensor]
 
 
 class Piece(NamedTuple):
@@ -30,32 +32,62 @@ class Piece(NamedTuple):
     new: int
 
 
-class Reader:
-    """Reads texts, one for each row, in evaluation mode and without learning.
+class SideBySide:
+    """Texts that are read side by side, one for each row, and what has become of them in the memory.
 
-    titles: of the documents that begin. goes_on: instead, the only one, of which some was read before. store: whether
-    what is read is stored. look_up: whether pieces see what is remembered.
+    titles: of the documents that begin. goes_on: instead, the only one, of which some was read before. starts: where
+    the text of each row begins among all that the row has read.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        contents: Contents,
-        options: Options,
-        titles: list[str | None],
-        goes_on: Document | None,
-        *,
-        store: bool,
-        look_up: bool,
-    ) -> None:
-        self._model, self._contents, self._options = model, contents, options
-        self._store, self._look_up = store, look_up
-        self._begun = {} if goes_on else dict(enumerate(titles))
+    def __init__(self, contents: Contents, titles: list[str | None], goes_on: Document | None) -> None:
+        self._contents, self._begun = contents, {} if goes_on else dict(enumerate(titles))
         first = contents.ledger.next_number
         self._numbers = [goes_on.number] if goes_on else [first + row for row in range(len(titles))]
         self._known = goes_on.tokens if goes_on else 0
         _, read = contents.places_of(len(titles))
-        self._starts = [place - self._known for place in read]
+        self.starts = [place - self._known for place in read]
+
+    def pieces(self, texts: list[Tensor], size: int, overlap: int, *, progress: bool) -> Iterator[list[Piece]]:
+        """As `pieces_of`, of what is not known of the texts."""
+        lengths = [len(text) for text in texts]
+        with tqdm(total=sum(lengths) - self._known, unit=" tokens", disable=not progress) as bar:
+            for pieces in pieces_of(lengths, size, overlap, self._known):
+                yield pieces
+                bar.update(sum(piece.new for piece in pieces))
+
+    def rows_of(self, pieces: list[Piece]) -> list[int]:
+        """Which rows of the memory these read."""
+        rows, _ = self._contents.places_of(len(self.starts))
+        return [piece.row if len(rows) == len(self.starts) else rows[0] for piece in pieces]
+
+    def store(self, pieces: list[Piece], tokens: Tensor, mask: Tensor, skipped: int, kept: Mapping[int, Pair]) -> None:
+        """Store pieces (B, T), but for the first `skipped` tokens and those that were read before. kept: keys and
+        values (B, G, T, D) by layer."""
+        mask = mask.bool()
+        mask[:, : max(skipped, self._known - pieces[0].start)] = False
+        starts = torch.tensor([self.starts[piece.row] + piece.start for piece in pieces])
+        places = (starts[:, None] + torch.arange(tokens.shape[1])).expand_as(tokens)
+        origins = origins_of([self._numbers[piece.row] for piece in pieces], places, tokens)
+        passed = Passed(
+            [piece.row for piece in pieces],
+            {index: Entries(*pair, mask, origins) for index, pair in kept.items()},
+            {self._numbers[piece.row]: min(piece.new, piece.stop - self._known) for piece in pieces},
+            {piece.row: self.starts[piece.row] + piece.stop for piece in pieces},
+            self._begun,
+        )
+        self._contents.store(len(self.starts), passed)
+        self._begun = {}
+
+
+class Reader:
+    """Reads texts, one for each row, in evaluation mode and without learning.
+
+    store: whether what is read is stored. look_up: whether pieces see what is remembered.
+    """
+
+    def __init__(self, model: Any, options: Options, documents: SideBySide, *, store: bool, look_up: bool) -> None:
+        self._model, self._options, self._documents = model, options, documents
+        self._store, self._look_up = store, look_up
         self._pieces: list[Piece] = []
         self._call: Call | None = None
 
@@ -64,68 +96,62 @@ class Reader:
 
         What was read before an error stays.
         """
-        found = [torch.full((len(text),), torch.nan) for text in texts]
-        lengths, options = [len(text) for text in texts], self._options
-        pieces = pieces_of(lengths, options.chunk, options.skip_first, self._known)
-        bar = tqdm(total=sum(lengths) - self._known, unit=" tokens", disable=not progress)
-        with torch.inference_mode(False), evaluating(self._model), bar:
-            for self._pieces in pieces:
-                self._read(texts, found if losses else None)
-                bar.update(sum(piece.new for piece in self._pieces))
+        found, options = no_losses(texts), self._options
+        with torch.inference_mode(False), evaluating(self._model):
+            for pieces in self._documents.pieces(texts, options.chunk, options.skip_first, progress=progress):
+                self._pieces, (tokens, mask) = pieces, padded(texts, pieces)
+                out = run(self._model, tokens, attention_mask=mask, logits_to_keep=0 if losses else 1)
+                if losses:
+                    fill_in(found, pieces, tokens, out.logits)
+                if self._store and self._call is not None:
+                    self._documents.store(pieces, tokens, mask, options.skip_first, self._call.pairs)
         return found
 
     def before(self, call: Call) -> None:
         """Have the call read the pieces of now."""
-        rows, _ = self._contents.places_of(len(self._starts))
-        call.rows = [piece.row for piece in self._pieces] if len(rows) == len(self._starts) else rows
-        call.offsets = [self._starts[piece.row] + piece.start for piece in self._pieces]
+        call.rows = self._documents.rows_of(self._pieces)
+        call.offsets = [self._documents.starts[piece.row] + piece.start for piece in self._pieces]
         call.enabled, call.keeps_pairs = call.enabled and self._look_up, self._store
         self._call = call
 
     def after(self, call: Call, failed: bool) -> None:
         """What the call has brought is stored by `read_all`."""
 
-    def _read(self, texts: list[Tensor], losses: list[Tensor] | None) -> None:
-        """Run the model on a piece of each of some texts, then store what it has brought; losses: to be filled in."""
-        pieces = self._pieces
-        tokens, mask = padded([texts[piece.row][piece.start : piece.stop] for piece in pieces])
-        out = run(self._model, tokens, attention_mask=mask, logits_to_keep=0 if losses is not None else 1)
-        if losses is not None:
-            _fill_in(losses, pieces, tokens, out.logits)
-        if self._store and self._call is not None:
-            self._remember(self._call, tokens, mask)
 
-    def _remember(self, call: Call, tokens: Tensor, mask: Tensor) -> None:
-        pieces = self._pieces
-        mask[:, : max(self._options.skip_first, self._known - pieces[0].start)] = 0  # the latter was read before
-        starts = torch.tensor([self._starts[piece.row] + piece.start for piece in pieces])
-        places = (starts[:, None] + torch.arange(tokens.shape[1])).expand_as(tokens)
-        origins = origins_of([self._numbers[piece.row] for piece in pieces], places, tokens)
-        passed = Passed(
-            [piece.row for piece in pieces],
-            {index: Entries(*pair, mask.bool(), origins) for index, pair in call.pairs.items()},
-            {self._numbers[piece.row]: min(piece.new, piece.stop - self._known) for piece in pieces},
-            {piece.row: self._starts[piece.row] + piece.stop for piece in pieces},
-            self._begun,
-        )
-        self._contents.store(len(self._starts), passed)
-        self._begun = {}
-
-
-def padded(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) padded on the right with 0, and where they are: 1."""
-    tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    lengths = torch.tensor([len(text) for text in texts])
+def padded(texts: list[Tensor], pieces: list[Piece]) -> tuple[Tensor, Tensor]:
+    """The tokens (B, T) of pieces of texts, padded on the right with 0, and where they are: 1."""
+    parts = [texts[piece.row][piece.start : piece.stop] for piece in pieces]
+    tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    lengths = torch.tensor([len(part) for part in parts])
     return tokens, (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
 
 
-def _fill_in(losses: list[Tensor], pieces: list[Piece], tokens: Tensor, logits: Tensor) -> None:
-    """The losses of those tokens of the pieces that were in no piece before and have a token before them."""
-    for piece, own, predicted in zip(pieces, tokens, logits, strict=True):
+def no_losses(texts: list[Tensor]) -> list[Tensor]:
+    """To be filled in."""
+    return [torch.full((len(text),), torch.nan) for text in texts]
+
+
+def fill_in(
+    losses: list[Tensor],
+    pieces: list[Piece],
+    tokens: Tensor,
+    logits: Tensor,
+    start: int = 0,
+    before: Tensor | None = None,
+) -> Tensor:
+    """The losses of those tokens from `start` on that were in no piece before, by logits (B, T, V), and those of the
+    token before (B, 1, V), if any -> the last ones."""
+    stop = start + logits.shape[1]
+    known = logits[:, :-1] if before is None else torch.cat((before, logits[:, :-1]), dim=1)
+    begin = stop - known.shape[1]
+    for piece, own, predicted in zip(pieces, tokens, known, strict=True):
         size = piece.stop - piece.start
-        each = F.cross_entropy(predicted[: size - 1].float(), own[1:size].to(predicted.device), reduction="none").cpu()
-        first = max(size - piece.new, 1)
-        losses[piece.row][piece.start + first : piece.stop] = each[first - 1 :]
+        first, end = max(size - piece.new, begin), min(stop, size)
+        if first < end:
+            some = predicted[first - begin : end - begin].float()
+            each = F.cross_entropy(some, own[first:end].to(some.device), reduction="none")
+            losses[piece.row][piece.start + first : piece.start + end] = each.cpu()
+    return logits[:, -1:]
 
 
 def checked_texts(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> list[Tensor]:
@@ -146,9 +172,7 @@ def checked_texts(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: 
     for row, text in enumerate(texts):
         if len(text) == 0:
             raise ValueError(f"expected at least one token in each document, got none in row {row}")
-        if int(text.min()) < 0 or int(text.max()) >= vocabulary:
-            found = f"{int(text.min())} to {int(text.max())}"
-            raise ValueError(f"expected token ids of the model, 0 to {vocabulary - 1}, got {found} in row {row}")
+        check_ids(text, vocabulary, f"row {row}")
     return texts
 
 

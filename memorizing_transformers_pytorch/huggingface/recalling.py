@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat, Excerpt
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.contents import Titles
+from memorizing_transformers_pytorch.huggingface.models import check_ids, vocabulary_of
 from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.searching import Query, Recalled
 from memorizing_transformers_pytorch.huggingface.texts import tokens_of
@@ -155,6 +156,7 @@ class RecallMemory(AttachedMemory):
         for origins, score in found:
             number, tokens = int(origins[0, 0]), origins[:, 2].clone()
             known = self.ledger[number] if number in self.ledger else None  # noqa: SIM401 (a ledger is no dictionary)
+            check_ids(tokens, vocabulary_of(self.model), "the memory")  # mapped files are not read when they are loaded
             text = None if self.tokenizer is None else self.tokenizer.decode(tokens)
             position = int(self.ledger.in_documents(origins)[0, POSITION])
             made.append(Excerpt(number, "" if known is None else known.title, position, text, score, tokens))

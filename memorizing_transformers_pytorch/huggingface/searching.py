@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from memorizing_transformers_pytorch.huggingface import prefix as prefixes
 from memorizing_transformers_pytorch.huggingface.calls import Call, Shared, State
 from memorizing_transformers_pytorch.huggingface.finder import Finder
-from memorizing_transformers_pytorch.huggingface.models import evaluating, run
+from memorizing_transformers_pytorch.huggingface.models import check_ids, evaluating, run, vocabulary_of
 from memorizing_transformers_pytorch.huggingface.prefix import Pairs
 from memorizing_transformers_pytorch.huggingface.probe import Layer
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions, finder_keys, in_halves
@@ -105,17 +105,20 @@ class Search:
         rotary = self.known(i).rotary
         return keys if rotary is None else rotary.turned(keys, by if by.ndim == 2 else by[:, None]).to(keys.dtype)
 
-    def kept_of(self, taken: tuple[list[Pairs], Tensor], tokens: Tensor, mask: Tensor) -> dict[int, Pairs]:
-        """What is kept of tokens (B, T), by layer, with their keys and values at positions (B, T)."""
-        pairs, places = taken
+    def kept_of(
+        self, cache: Any, tokens: Tensor, mask: Tensor, keys: Tensor | None = None, places: Tensor | None = None
+    ) -> dict[int, Pairs]:
+        """What is kept of tokens (B, T), the first ones of the text in a cache, by layer. keys: what the finder has
+        made of them, if known. places: (B, T) of the text, unless it begins with them."""
         if self._options.content == "kv":
+            pairs, at = prefixes.taken(cache, tokens.shape[1], places)
             return {
-                number: (self.turned(i, keys, -places), values)
+                number: (self.turned(i, keys, -at), values)
                 for i, (number, (keys, values)) in enumerate(zip(self.layers, pairs, strict=True))
             }
-        nothing = torch.zeros(*tokens.shape, 2)
-        keys = nothing if self.finder is None else self.finder.vectors(self._model, tokens, mask.long())[1]
-        return {self.kept: in_halves(keys)}
+        if keys is None and self.finder is not None:
+            keys = self.finder.vectors(self._model, tokens, mask.long())[1]
+        return {self.kept: in_halves(torch.zeros(*tokens.shape, 2) if keys is None else keys)}
 
     def known(self, i: int) -> Layer:
         """The i-th layer. (Where nothing is known of a layer, nothing is turned.)"""
@@ -234,6 +237,7 @@ class Search:
         """The passages go through the model once more -> the keys and values of each layer."""
         tokens = _left_padded([each.origins[:, 2] for each in found])
         cache = prefixes.new_cache()
+        check_ids(tokens, vocabulary_of(self._model), "the memory")
         if tokens.numel() == 0:
             return [(torch.empty(0), torch.empty(0))] * len(self.layers)
         with evaluating(self._model), self.aside():

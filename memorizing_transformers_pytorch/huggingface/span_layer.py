@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from memorizing_transformers_pytorch.huggingface.calls import Shared
 from memorizing_transformers_pytorch.huggingface.finder import Finder
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Shape, StoreOptions
+from memorizing_transformers_pytorch.huggingface.models import check_ids, vocabulary_of
 from memorizing_transformers_pytorch.huggingface.probe import Layer
+from memorizing_transformers_pytorch.memory import KNNMemory
 from memorizing_transformers_pytorch.memory.store import Store
 
 CONTENTS = ("kv", "tokens")
@@ -50,6 +52,9 @@ class SpanOptions(StoreOptions):
 class SpanLayer(BaseLayer):
     """Keys and values of one layer of the model, or what else is kept of each token. It takes no part in a call."""
 
+    options: SpanOptions
+    holds_what_others_do = True
+
     def attach(self) -> None: ...
 
     def detach(self) -> None: ...
@@ -61,13 +66,24 @@ class SpanLayer(BaseLayer):
     def arrangement(self) -> str:
         return PAIRS
 
+    def check_memories(self, memories: list[KNNMemory]) -> None:
+        """Also raises ValueError for token ids that the model does not have. (In mapped files they are checked when
+        they are used; words are all used at once.)"""
+        super().check_memories(memories)
+        for store in (memory.store for memory in memories):
+            if store.mapped_from is None or self.options.finder != "head":
+                for row, filled in enumerate(store.filled):
+                    check_ids(store.origins[row, :filled, 2], vocabulary_of(self.shared.model), "the memory")
+
 
 class FinderLayer(SpanLayer):
     """The key of the finder's head, in two halves, where pairs have a key and a value; without a finder, nothing."""
 
+    head: int | None = None
+
     @property
     def arrangement(self) -> str:
-        return KEYS if self._shape.width > 1 else NOTHING
+        return NOTHING if self.head is None else f"{KEYS}, head {self.head}"
 
 
 def options_for(arranged: object) -> dict[str, str] | None:
@@ -78,7 +94,7 @@ def options_for(arranged: object) -> dict[str, str] | None:
         KEYS: {"content": "tokens", "finder": "head"},
         NOTHING: {"content": "tokens", "finder": "bm25"},
     }
-    return found.get(arranged[0]) if isinstance(arranged, list) and arranged else None
+    return found.get(str(arranged[0]).partition(",")[0]) if isinstance(arranged, list) and arranged else None
 
 
 def span_layers(
@@ -99,7 +115,9 @@ def span_layers(
         shape = Shape(1, 1, torch.device("cpu"), torch.bfloat16)
         return [FinderLayer(0, module, shape, options, shared)]
     shape = Shape(1, finder.width // 2, torch.device("cpu"), finder.layer.dtype)
-    return [FinderLayer(finder.head.layer, finder.layer.module, shape, options, shared)]
+    layer = FinderLayer(finder.head.layer, finder.layer.module, shape, options, shared)
+    layer.head = finder.head.head
+    return [layer]
 
 
 def finder_keys(store: Store, row: int, kv_head: int | None) -> Callable[[slice], Tensor]:

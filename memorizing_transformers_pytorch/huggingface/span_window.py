@@ -124,7 +124,7 @@ class SpanWindow:
         mask, tokens, places = (part[:, :count] for part in (now.mask, now.tokens, now.places))
         starts = torch.tensor(now.starts)
         origins = origins_of(now.numbers, starts[:, None] + places, tokens)
-        pairs = self._search.kept_of(prefixes.taken(now.cache, count, places), tokens, mask)
+        pairs = self._search.kept_of(now.cache, tokens, mask, places=places)
         entries = {index: Entries(keys, values, mask, origins) for index, (keys, values) in pairs.items()}
         passed = dict(zip(now.numbers, mask.sum(dim=1).tolist(), strict=True))
         offsets = starts + ((now.places + 1) * now.mask)[:, :count].amax(dim=1)

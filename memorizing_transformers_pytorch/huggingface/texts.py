@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memorizing_transformers_pytorch.data.texts import NoText, files_below, text_of
 from memorizing_transformers_pytorch.huggingface.contents import Titles, checked_titles
-from memorizing_transformers_pytorch.huggingface.models import vocabulary_of
+from memorizing_transformers_pytorch.huggingface.models import check_ids, vocabulary_of
 from memorizing_transformers_pytorch.memory.entries import as_int64
 
 Readable = str | Path | Tensor | Mapping[str, Any]
@@ -69,9 +69,7 @@ def tokens_of(text: str | Tensor, tokenizer: Any, model: Any) -> Tensor:
         tokens = as_int64(text, "token ids").cpu().flatten()
     if len(tokens) == 0:
         raise ValueError("there is nothing to look for: the question has no tokens")
-    most = vocabulary_of(model)
-    if int(tokens.min()) < 0 or int(tokens.max()) >= most:
-        raise ValueError(f"token ids of this model are 0 to {most - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+    check_ids(tokens, vocabulary_of(model), "the question")
     return tokens
 
 

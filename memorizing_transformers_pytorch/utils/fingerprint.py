@@ -82,8 +82,10 @@ class Weights:
             advice = "retrieval may be worse. Clear the memory, or pass other_weights=True."
             warnings.warn(f"{CHANGED}; {advice}", stacklevel=2)
 
-    def check(self, fingerprint: str | None) -> None:
+    def check(self, fingerprint: str | None, writer: object = None, own_name: str | None = None) -> None:
         """Raises ValueError if a memory with this fingerprint was written by other weights. None fits any.
+
+        writer, own_name: names of the model that wrote it and of this one, for the message.
 
         Reads all weights. Also accepts the fingerprints of earlier releases, which sampled the weights.
         """
@@ -92,8 +94,9 @@ class Weights:
         self._hash = None
         own = self.fingerprint() if fingerprint.startswith(PREFIX) else self._sampled()
         if fingerprint != own:
-            got = f"this memory was written by other weights (fingerprint {fingerprint}); the model in use has {own}"
-            raise ValueError(f"{got}. Use the model that wrote it, or pass other_weights=True.")
+            theirs, mine = (f"{name}, " if name else "" for name in (writer, own_name))
+            got = f"this memory was written by other weights ({theirs}fingerprint {fingerprint}); the model in use has"
+            raise ValueError(f"{got} ({mine}{own}). Use the model that wrote it, or pass other_weights=True.")
 
     def fingerprint(self) -> str:
         """A hash of all bytes. Reads the weights only if they changed since the last call."""

@@ -11,6 +11,7 @@ import json
 import zipfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.document import SPLITS, TextDocument
 from memorizing_transformers_pytorch.data.enwik8 import Enwik8
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
+from memorizing_transformers_pytorch.library.readers import spans_in
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import checksum_of
 from memorizing_transformers_pytorch.model.checkpoint import load_checkpoint, read_weights, save_checkpoint
@@ -45,6 +47,11 @@ RICH = make_config(
     training={"segments": 2, "row_groups": 2},
 )
 TEXTS = ("One", "two, caf\N{LATIN SMALL LETTER E WITH ACUTE}", "", "a longer text\nof two lines " * 4)
+SPANS: dict[str, dict[str, Any]] = {
+    "keys and values": {"content": "kv", "dtype": torch.int8},
+    "tokens": {"content": "tokens", "dtype": torch.bfloat16},
+    "words": {"content": "tokens", "finder": "bm25"},
+}
 ROWS = [{"text": text, "name": f"n{i}", "more": {"x": [i]}} for i, text in enumerate((*TEXTS, None))]
 
 
@@ -152,6 +159,30 @@ def memory(mmap: bool, folder: Path) -> Read:
     return read
 
 
+def spans(options: dict[str, Any], folder: Path) -> Read:
+    """Passages: the folder is loaded by the model that wrote it, asked, and read on into."""
+    from memorizing_transformers_pytorch.huggingface.export import for_transformers
+    from tests.huggingface.families import tiny
+    from tests.huggingface.spans import attached
+
+    memory = attached(tiny("llama", vocab_size=256), tokenizer=for_transformers(ByteTokenizer()), **options)
+    for title in ("one", "two"):
+        memory.read(f"The door of {title} is green. " * 3, document=title, progress=False)
+        memory.save(folder)
+    prompt = torch.arange(97, 109)[None]
+
+    def read() -> None:
+        spans_in(folder)
+        memory.load(folder, mmap=True, verify=True, other_weights=True)
+        memory.documents()
+        memory.recall("Which door is green?")
+        memory.model(input_ids=prompt)
+        memory.last_recalled  # noqa: B018
+        memory.read("one more", progress=False)
+
+    return read
+
+
 def seal_memory(folder: Path) -> None:
     """Let the manifest tell the truth about the files that it names, and about itself, as far as there is any."""
     try:
@@ -239,6 +270,11 @@ TARGETS = (
     Target("memory", partial(memory, False), files="[!.]*"),
     Target("memory, resealed", partial(memory, False), files="[!.]*", seal=seal_memory),
     Target("memory, mapped and resealed", partial(memory, True), files="[!.]*", seal=seal_memory),
+    *(
+        Target(f"passages of {name}, {how}", partial(spans, options), files="[!.]*", seal=seal)
+        for name, options in SPANS.items()
+        for how, seal in (("as they are", lambda _: None), ("resealed", seal_memory))
+    ),
     Target("tokenizer of bytes", bytes_tokenizer),
     Target("tokenizer", bpe_tokenizer),
     Target("prepared tokens", token_cache),

@@ -467,7 +467,7 @@ def test_bad_options_are_refused_and_the_model_is_untouched(options: dict[str, A
         (torch.zeros(0, 5).long(), None, "expected at least one token in each document"),
         (torch.zeros(1, 0).long(), None, "expected at least one token in each document"),
         (torch.ones(1, 3).long(), torch.zeros(1, 3), "expected at least one token in each document"),
-        (torch.tensor([[3, 99]]), None, "expected token ids of the model, 0 to 98, got 3 to 99"),
+        (torch.tensor([[3, 99]]), None, "expected token ids of this model, 0 to 98, got 3 to 99"),
         (torch.ones(1, 3).long(), [1, 1, 1], "expected an attention_mask of shape .1, 3., got <class 'list'>"),
     ],
 )

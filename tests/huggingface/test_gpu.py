@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from memorizing_transformers_pytorch.explorer import explain
 from memorizing_transformers_pytorch.huggingface import attach_memory
+from tests.huggingface import spans
 from tests.huggingface.families import FEW, ONLY_EAGER, tiny
 from tests.huggingface.test_attach import EVERYTHING, logits, tokens
 
@@ -105,3 +106,17 @@ def test_an_explanation_is_that_of_a_cpu(contribution: str | None) -> None:
         torch.from_numpy(one.losses[1:]), torch.from_numpy(other.losses[1:]), atol=1e-3, rtol=1e-3
     )
     assert one.to_pandas().shape == other.to_pandas().shape
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_passages_serve_any_backend(attention: str) -> None:
+    """In bfloat16, which flash attention needs."""
+    if attention.startswith("flash"):
+        pytest.importorskip("flash_attn")
+    found = []
+    for backend in ("sdpa", attention):
+        model = tiny("llama", backend, hidden_size=64, head_dim=16).to("cuda", torch.bfloat16)
+        spans.read(spans.attached(model, span=40), tokens(1, 70))  # all of it is recalled
+        with torch.no_grad():
+            found.append(model(input_ids=tokens(1, 9, seed=1).cuda()).logits.float())
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.05

@@ -162,7 +162,7 @@ def test_what_cannot_be_read_changes_nothing(memory: Any, ids: Any, message: str
     [
         ("text", "needs a tokenizer"),
         (torch.zeros(0).long(), "has no tokens"),
-        (torch.tensor([99]), "token ids of this model are 0 to 98, got 99 to 99"),
+        (torch.tensor([99]), "token ids of this model, 0 to 98, got 99 to 99 in the question"),
         (torch.tensor([0.5]), "token ids"),
     ],
     ids=str,
