@@ -158,6 +158,7 @@ def as_json(found: Explanation, *, all_entries: bool) -> dict[str, Any]:
         "layers": found.by_layer(),
         "documents": found.by_document(),
         "passages": [asdict(each) for each in found.passages],
+        "blocks": None if found.blocks is None else [asdict(each) for each in found.blocks],
         "looked_up": len(found),
         "entries": found.to_dicts(of_each_token=None if all_entries else ENTRIES),
     }

@@ -44,7 +44,8 @@ class LookedUpEntry(NamedTuple):
 class Passage:
     """A piece of a source. first, last: positions in the document. weight: the attention that it got, added up over
     tokens and as a mean over layers and heads. contribution: by how much (nats, all tokens together) the loss of the
-    explained tokens would be higher without it; None where that was not measured."""
+    explained tokens would be higher without it; None where that was not measured. score: how well a passage that was
+    recalled fits the tokens by which it was found; None of a memory of tokens."""
 
     document: int
     title: str
@@ -53,6 +54,17 @@ class Passage:
     text: str
     weight: float
     contribution: float | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Which of the explained tokens, `first` to `last`, were predicted with the same passages of a memory of passages
+    before them. passages: these, in the order in which they stood; their weights are those of this block."""
+
+    first: int
+    last: int
+    passages: list[Passage]
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,10 @@ class Explanation:
     memory. mass: (L, H, T), the share of attention on the memory. layers: their numbers (L,). titles: of documents.
     columns: the table: token, layer, head, score, weight, document, position, source_token, age (N,). passages: the
     sources, the most important first. around: how many tokens of the source the text of an entry shows on either side.
+
+    Of a memory of passages, blocks: which passages stood before which tokens. Its table has a row for each token,
+    layer, head and passage: weight is the attention on all of the passage, position the place in it that got most, and
+    score that of the passage. The losses of a prompt are NaN, since it has chosen the passages.
     """
 
     texts: list[str]
@@ -76,6 +92,7 @@ class Explanation:
     sources: Sources = field(repr=False)
     starts: Mapping[int, int] = field(repr=False)
     around: int = 12
+    blocks: list[Block] | None = None
     _texts: dict[tuple[int, int, int], str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -116,6 +133,8 @@ class Explanation:
     @property
     def no_passages(self) -> str:
         """The reason why there are no passages."""
+        if self.blocks is not None:
+            return "No passages stood before the text."
         return "What was looked up is of no known document." if len(self) else "Nothing was looked up."
 
     def title(self, document: int) -> str:
@@ -170,9 +189,21 @@ class Explanation:
         columns["title"] = list(map(self.title, columns["document"].tolist()))
         return pd.DataFrame(columns, columns=LookedUpEntry._fields)
 
+    @property
+    def summary(self) -> str:
+        """In a sentence."""
+        mass = f"{self.mass_of_tokens().mean():.1%} of the attention on the memory"
+        if self.blocks is None:
+            return f"{len(self.texts)} tokens, {len(self):,} entries looked up in layers {self.layers}; {mass}"
+        scored = int((~np.isnan(self.losses)).sum())
+        losses = f"{np.nansum(self.losses):.3f}, without any passages {np.nansum(self.without_memory):.3f}"
+        return f"{len(self.texts)} tokens; {mass}; loss of the last {scored} tokens {losses}"
+
     def __str__(self) -> str:
-        heard = f"{len(self.texts)} tokens, {len(self):,} entries looked up in layers {self.layers}"
-        lines = [f"{heard}; {self.mass_of_tokens().mean():.1%} of the attention on the memory"]
+        lines = [self.summary]
+        for block in self.blocks or []:
+            stood = ", ".join(f"{p.title} {p.first}-{p.last} (score {p.score:.2g})" for p in block.passages)
+            lines.append(f"tokens {block.first}-{block.last} came after {stood or 'no passages'}")
         for each in self.passages[:10]:
             worth = "" if each.contribution is None else f", lowers the loss by {each.contribution:.3f}"
             lines.append(
@@ -181,12 +212,16 @@ class Explanation:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        summary = str(self).splitlines()[0]
-        return ENVIRONMENT.get_template("notebook.html").render(summary=summary, passages=self.passages[:20])
+        return ENVIRONMENT.get_template("notebook.html").render(summary=self.summary, passages=self.passages[:20])
 
     def passages_by(self, size: int) -> list[Passage]:
-        """The pieces of `size` tokens of known sources that were looked up, those with the most attention first."""
+        """The pieces of `size` tokens of known sources that were looked up (of a memory of passages, these), those with
+        the most attention first."""
         columns, passages = self.columns, []
+        if self.blocks is not None:
+            totals = [columns["weight"][self.within(each)].sum() for each in self.passages]
+            weighed = [replace(p, weight=self._share(total)) for p, total in zip(self.passages, totals, strict=True)]
+            return sorted(weighed, key=lambda each: -each.weight)
         known = is_known(columns["document"], columns["position"])
         keys = np.stack((columns["document"][known], columns["position"][known] // size), axis=1)
         pieces, own = np.unique(keys, axis=0, return_inverse=True)
@@ -197,6 +232,13 @@ class Explanation:
             text, weight = self.text(document, first, last), self._share(weights[i])
             passages.append(Passage(document, self.title(document), first, last, text, weight))
         return passages
+
+    def within(self, passage: Passage) -> np.ndarray:
+        """(N,) bool: which rows of the table are of a passage."""
+        positions = self.columns["position"]
+        inside: np.ndarray = (passage.first <= positions) & (positions <= passage.last)
+        inside &= self.columns["document"] == passage.document
+        return inside
 
     def only(self, size: int, layer: int | None = None, head: int | None = None) -> Explanation:
         """What one layer or one head found; heads have the same numbers in every layer. size: tokens of a passage. The

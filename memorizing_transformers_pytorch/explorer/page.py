@@ -50,12 +50,12 @@ class View:
         masses = found.mass_of_tokens()
         self.peak, self.mean_mass = float(masses.max()), float(masses.mean())
         self.tokens = [self._token(i, float(masses[i])) for i in range(len(found.texts))]
-        several = len(found.texts) > 1
-        self.losses = [float(np.nanmean(each)) for each in (found.losses, found.without_memory)] if several else []
+        scored = not np.isnan(found.losses).all()
+        self.losses = [float(np.nanmean(each)) for each in (found.losses, found.without_memory)] if scored else []
         self.passages = found.passages[:PASSAGES]
         self.left = len(found.passages) - len(self.passages)
-        self._size = self.passages[0].last - self.passages[0].first + 1 if self.passages else 1
-        self._number_of = {(each.document, each.first // self._size): i for i, each in enumerate(self.passages)}
+        places = ((i, each.document, range(each.first, each.last + 1)) for i, each in enumerate(self.passages))
+        self._number_of = {(document, place): i for i, document, own in places for place in own}
         self._rows = found.rows_by_token()
         self._quotes: dict[tuple[int, int, int], tuple[str, str, str]] = {}
 
@@ -75,8 +75,7 @@ class View:
 
     def readers(self, passage: Passage) -> list[int]:
         """The tokens that looked there most."""
-        columns, piece = self.found.columns, passage.first // self._size
-        own = (columns["document"] == passage.document) & (columns["position"] // self._size == piece)
+        columns, own = self.found.columns, self.found.within(passage)
         weights = np.bincount(columns["token"][own], columns["weight"][own])
         return [int(token) for token in np.argsort(-weights, kind="stable")[:ENTRIES] if weights[token] > 0]
 
@@ -90,7 +89,7 @@ class View:
             heads.add(head)
 
     def passage_of(self, entry: LookedUpEntry) -> int | None:
-        return self._number_of.get((entry.document, entry.position // self._size))
+        return self._number_of.get((entry.document, entry.position))
 
     def quote(self, entry: LookedUpEntry) -> tuple[str, str, str]:
         """The text around an entry: what comes before it, the entry where its text is part of it, what comes after."""

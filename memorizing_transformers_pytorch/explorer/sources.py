@@ -35,6 +35,10 @@ class Sources:
                 if is_known(document, place):
                     self._tokens.setdefault(document, {})[place] = token
 
+    def add(self, document: int, place: int, tokens: Sequence[int]) -> None:
+        """Note tokens of a document from a place on."""
+        self._tokens.setdefault(document, {}).update(enumerate(tokens, place))
+
     def text(self, document: int, first: int, last: int) -> str:
         """What stands from place `first` to `last` (included), with an ellipsis where something is missing."""
         known = self._tokens.get(document, {})

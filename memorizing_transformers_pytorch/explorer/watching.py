@@ -10,13 +10,23 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.search import Hidden
 from memorizing_transformers_pytorch.model.model import MemorizingTransformer
 from memorizing_transformers_pytorch.model.segment import shifted
+
+COLUMNS = ("token", "layer", "head", "score", "weight", "document", "position", "source_token", "age")
+
+
+def losses_of(logits: Tensor, ids: Tensor, prompt: int) -> np.ndarray:
+    """(T,): of each token, as predicted from those before it; NaN for the first, and for those of the prompt."""
+    losses = F.cross_entropy(logits[:-1], ids[1:], reduction="none").numpy()
+    return np.concatenate([[np.nan] * max(prompt, 1), losses[max(prompt - 1, 0) :]])
 
 
 class LookedUp(NamedTuple):
@@ -164,20 +174,72 @@ def _joined(index: int, found: Any, here: Tensor) -> LookedUp:
     return LookedUp(index, weights, scores, origins, here - origins[..., 1], mask)
 
 
-Watched = OurModel | AttachedModel
+class Blocks(NamedTuple):
+    """logits (T, V) float32, and the blocks of the text with the passages that stood before each."""
+
+    logits: Tensor
+    blocks: list[Any]
+
+
+class PassageModel:
+    """The same for a memory of passages: the model runs on a text as if it had written all but the prompt.
+
+    prompt: how many tokens come first that it was given. question: by which passages are found, if not by the text.
+    """
+
+    def __init__(self, memory: Any, row: int, prompt: int, question: Any) -> None:
+        from memorizing_transformers_pytorch.huggingface.blocks import BlockReader
+        from memorizing_transformers_pytorch.huggingface.texts import tokens_of
+
+        asked = None if question is None else tokens_of(question, memory.tokenizer, memory.model)
+        self._memory, self.ledger, self.prompt = memory, memory.ledger, prompt
+        self._reader = BlockReader(memory, row, asked)
+
+    def run(self, tokens: Tensor, *, attention: bool = False) -> Blocks:
+        """attention: also what attention passages get."""
+        return Blocks(*self._reader.run(tokens, self.prompt, attention=attention))
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens have a position beside those of the passages."""
+        from memorizing_transformers_pytorch.huggingface.models import positions_of
+
+        most = positions_of(self._memory.model)
+        return None if most is None else max(most - self._memory.options.budget, 1)
+
+    @property
+    def first(self) -> int:
+        """How many tokens of the beginning of a document come along."""
+        return int(self._memory.options.first)
+
+    @property
+    def all_memories(self) -> Sequence[KNNMemory]:
+        return [memory for layer in self._memory.layers.values() for memory in layer.memories]
+
+    def start_of(self, document: int) -> int:
+        return int(self.ledger[document].start) if document in self.ledger else 0
+
+    def blind(self) -> AbstractContextManager[None]:
+        off: AbstractContextManager[None] = self._memory.enabled(False)
+        return off
+
+
+Watched = OurModel | AttachedModel | PassageModel
 
 
 @contextmanager
 def hiding(watched: Watched, document: int, first: int, last: int) -> Iterator[None]:
-    """Inside, look-ups find the best entries outside these places (`last` included) of a document."""
+    """Inside, look-ups find the best entries outside these places (`last` included) of a document; of passages, what is
+    outside is left."""
     with ExitStack() as stack:
         for memory in watched.all_memories:
             stack.enter_context(memory.hidden.at(Hidden(document, first, last)))
         yield
 
 
-def watched(model: nn.Module, memories: Any, row: int) -> Watched:
-    """Raises ValueError for a model without a memory of its kind, or a row that does not exist."""
+def watched(model: nn.Module, memories: Any, row: int, prompt: int = 0, question: Any = None) -> Watched:
+    """prompt, question: see `PassageModel`. Raises ValueError for a model without a memory of its kind, a row that does
+    not exist, or a question to a memory of tokens."""
     if isinstance(model, MemorizingTransformer):
         if not isinstance(memories, KNNMemoryList) or len(memories) != len(model.config.layers_with_memory):
             raise ValueError(f"expected the memories of this model as a KNNMemoryList, got {type(memories).__name__}")
@@ -188,4 +250,8 @@ def watched(model: nn.Module, memories: Any, row: int) -> Watched:
     rows = memories[0].num_indices if isinstance(memories, KNNMemoryList) else memories.num_rows
     if not 0 <= row < rows:
         raise ValueError(f"expected a row from 0 to {rows - 1}, got {row}")
+    if hasattr(memories, "finding_by"):
+        return PassageModel(memories, row, prompt, question)
+    if question is not None:
+        raise ValueError("a question finds passages: it needs a memory made with attach_memory(retrieve='spans')")
     return OurModel(model, memories, row) if isinstance(model, MemorizingTransformer) else AttachedModel(memories, row)

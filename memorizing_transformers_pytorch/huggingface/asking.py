@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 import torch
@@ -51,12 +51,25 @@ class Excerpt:
         return f"{self.title}, token {self.position:,}: {shown}"
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The row of the memory, and token ids (N,): the prompt, the question by which passages were found, and what was
+    written."""
+
+    row: int
+    prompt: Tensor
+    question: Tensor
+    written: Tensor
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What the model has written, and the passages that stood before the question, the best first."""
+    """What the model has written, and the passages that stood before the question, the best first. asked: for
+    `explain`."""
 
     text: str
     sources: list[Excerpt]
+    asked: Asked | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return "\n".join((self.text, *(f"[{i}] {source}" for i, source in enumerate(self.sources, 1))))
@@ -182,8 +195,8 @@ class Chat:
 
         def write(streamer: Any, stopped: threading.Event) -> Answer:
             with self._asking(question, self._row) as found, evaluating(self._model):
-                written = self._write(prompt, config, streamer, stopped)
-                answer = Answer(written, found())
+                written, tokens = self._write(prompt, config, streamer, stopped)
+                answer = Answer(written, found(), Asked(self._row, prompt[0], question, tokens))
             self.messages = [*messages, {"role": "assistant", "content": written}]
             return answer
 
@@ -202,8 +215,10 @@ class Chat:
         text = "\n".join(begins[each["role"]] + each["content"] for each in messages)
         return document_tokens(f"{text}\n{ANSWER}", self._tokenizer)[None]
 
-    def _write(self, prompt: Tensor, config: GenerationConfig, streamer: Any, stopped: threading.Event) -> str:
-        """Let the model write on."""
+    def _write(
+        self, prompt: Tensor, config: GenerationConfig, streamer: Any, stopped: threading.Event
+    ) -> tuple[str, Tensor]:
+        """Let the model write on -> the text, and its tokens (M,)."""
         cache, count = self._cache_for(prompt), prompt.shape[1]
         self._tokens, self._cache = self._tokens[:, :0], None  # until all went well
 
@@ -223,8 +238,12 @@ class Chat:
         )
         if config.num_beams in (None, 1):
             self._tokens, self._cache = out.sequences[:1].cpu(), out.past_key_values
-        text: str = self._tokenizer.decode(out.sequences[0, count:], skip_special_tokens=True)
-        return (text if self._stop is None else text.partition(self._stop)[0]).strip()
+        tokens = out.sequences[0, count:].cpu()
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        text = (text if self._stop is None else text.partition(self._stop)[0]).strip()
+        while len(tokens) and text in self._tokenizer.decode(tokens[:-1], skip_special_tokens=True):
+            tokens = tokens[:-1]  # what ends an answer is no part of it
+        return text, tokens
 
     def _cache_for(self, prompt: Tensor) -> Any:
         """The cache, cut to what it has in common with the prompt; None to begin anew. (A template may write a message

@@ -93,10 +93,13 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function: that of the model's own backend, and what the extension of this layer makes of it."""
-    extension, config = module._memorizing  # type: ignore[misc]
+    used: Any = getattr(module, "_memorizing", (None, module.config))  # another thread may just have left it
+    extension, config = used
     bare = copy.copy(module)
     bare.config = config
     out, weights = backend_of(module, config)(bare, query, key, value, attention_mask, **options)
+    if extension is None:
+        return out, weights
     if config._attn_implementation == "sdpa":
         options = {name: option for name, option in options.items() if name not in IGNORED_BY_SDPA}
     return extension.joined(module, out, query, Local(key, value, attention_mask, options)), weights

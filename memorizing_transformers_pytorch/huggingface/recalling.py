@@ -123,20 +123,27 @@ class RecallMemory(AttachedMemory):
     @contextlib.contextmanager
     def _asking(self, question: Tensor, row: int) -> Iterator[Callable[[], list[Excerpt]]]:
         """Inside, calls of the model find passages of a row by a question -> those that were found, the best first."""
+        with self.finding_by(question, row) as standing:
+            yield lambda: sorted((each for each in standing() if each.score > 0), key=lambda each: -each.score)
+
+    @contextlib.contextmanager
+    def finding_by(self, question: Tensor, row: int) -> Iterator[Callable[[], list[Excerpt]]]:
+        """Inside, calls of the model find passages of a row by a question (N,) -> those of the last call, in the order
+        in which they stand before the text, and among them the first tokens of a document."""
         self._expect_row(row)
         noted = list[Recalled]()
-
-        def found() -> list[Excerpt]:
-            passages = [each for recalled in noted[:1] for each in self._passages(_runs(recalled)) if each.score > 0]
-            return sorted(passages, key=lambda each: -each.score)
-
         with self.watched_row(row), self._recall.asked.at([Query(row, question)]), self._at_work.noted.at(noted):
-            yield found
+            yield lambda: [each for recalled in noted[:1] for each in self._passages(_runs(recalled))]
 
     def _expect_row(self, row: int) -> None:
         self._at_work.expect_attached()
         if not 0 <= row < self.num_rows:
             raise ValueError(f"the memory has rows 0 to {self.num_rows - 1}, got {row}")
+
+    @property
+    def last_retrieved(self) -> dict[int, Tensor]:
+        """Raises ValueError: layers retrieve nothing. See `last_recalled`."""
+        raise ValueError("a memory of passages retrieves no single tokens: last_recalled tells its passages")
 
     @property
     def last_recalled(self) -> list[list[Excerpt]]:

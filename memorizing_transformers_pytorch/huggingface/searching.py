@@ -194,6 +194,9 @@ class Search:
             return Recalled(query.row, torch.zeros(0, ORIGIN_FIELDS, dtype=torch.int64), [], torch.zeros(0).long())
         scores = self._scores(store, query, vectors, row)
         chosen = choose(scores.cpu(), row.starts.cpu(), budget, self._options.span, self._options.first)
+        hidden = self._shared.state.memories[self.kept][0].hidden.now
+        if hidden is not None:
+            chosen = chosen.without(hidden.among(row.origins[chosen.places.to(row.slots.device)]).cpu())
         places = chosen.places.to(row.slots.device)
         return Recalled(query.row, row.origins[places].cpu(), chosen.hits, row.slots[places])
 

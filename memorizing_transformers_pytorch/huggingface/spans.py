@@ -31,6 +31,11 @@ class Chosen(NamedTuple):
     places: Tensor
     hits: list[Hit]
 
+    def without(self, gone: Tensor) -> Chosen:
+        """What is left when some of the entries, (P,) bool, are taken away. Nothing takes their place."""
+        places, kept = self.places[~gone], [hit for hit in self.hits if not gone[hit.place]]
+        return Chosen(places, _among(places, (hit._replace(place=int(self.places[hit.place])) for hit in kept)))
+
 
 def attention(queries: Tensor, keys: Callable[[slice], Tensor], count: int) -> Tensor:
     """Queries (T, D), scaled, and keys of so many entries, a slice (n, D) at a time -> (N,) how much of the attention

@@ -1,0 +1,126 @@
+"""A text with its passages before it, block by block as `generate` writes it: what stood there, and what it got.
+
+Shapes: N tokens of the text, T of a block, V of the vocabulary, L layers, H query heads, P positions of passages, E
+passages.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memorizing_transformers_pytorch.huggingface import prefix as prefixes
+from memorizing_transformers_pytorch.huggingface.asking import Excerpt
+from memorizing_transformers_pytorch.huggingface.calls import Call
+from memorizing_transformers_pytorch.huggingface.interface import (
+    BACKENDS,
+    QUERIES_AT_ONCE,
+    Extension,
+    Local,
+    leave,
+    use,
+)
+from memorizing_transformers_pytorch.huggingface.models import evaluating
+from memorizing_transformers_pytorch.huggingface.recall import QUERY
+from memorizing_transformers_pytorch.huggingface.recalling import RecallMemory
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens from `start` to `stop` of a text, with the same passages before them; they predict those one later.
+
+    weights: (L, H, T, E), the attention that each token gives to each passage; without layers, if that is not known.
+    peaks: (L, H, T, E), to which token of the passage it gives most. layers: their numbers (L,).
+    """
+
+    start: int
+    stop: int
+    passages: list[Excerpt]
+    weights: Tensor
+    peaks: Tensor
+    layers: list[int]
+
+
+class BlockReader:
+    """Runs the model of a memory on texts, as `generate` would have written them.
+
+    row: of the memory. question: (T,), by which passages are found. Without one they are found as by `generate`: those
+    of the first block by the last tokens of the prompt, and then every `every` tokens anew by the tokens before.
+    """
+
+    def __init__(self, memory: RecallMemory, row: int, question: Tensor | None) -> None:
+        self._memory, self._row, self._question = memory, row, question
+
+    def run(self, tokens: Tensor, prompt: int, *, attention: bool = False) -> tuple[Tensor, list[Block]]:
+        """Tokens (N,), the first ones of which are a prompt -> the logits (N, V) after each, and the blocks."""
+        memory, cache, logits, blocks = self._memory, prefixes.new_cache(), list[Tensor](), list[Block]()
+        watched = _Attention(memory)
+        with memory.read_only(), evaluating(memory.model), watched.on() if attention else ExitStack():
+            for start, stop in self._calls(len(tokens), prompt):
+                with memory.finding_by(self._found_by(tokens, start, prompt), self._row) as standing:
+                    ids = tokens[None, start:stop].to(memory.model.device)
+                    out = memory.model(input_ids=ids, past_key_values=cache, use_cache=True)
+                logits.append(out.logits[0].float().cpu())
+                passages = standing()
+                blocks.append(Block(start, stop, passages, *watched.taken(passages, stop - start), watched.layers))
+        return torch.cat(logits), blocks
+
+    def _calls(self, count: int, prompt: int) -> Iterator[tuple[int, int]]:
+        """Which tokens go through the model with the same passages: the last one of a block predicts the next block."""
+        every, start = self._memory.options.every, 0
+        for stop in (*range(prompt + every - 1, count - 1, every), count):
+            if stop > start:
+                yield start, stop
+                start = stop
+
+    def _found_by(self, tokens: Tensor, start: int, prompt: int) -> Tensor:
+        if self._question is not None:
+            return self._question
+        known = start + 1 if start else prompt
+        return tokens[max(known - QUERY, 0) : known]
+
+
+class _Attention(Extension):
+    """Notes how much attention the tokens of a call give to each position of its passages: (H, T, P) for each layer."""
+
+    def __init__(self, memory: RecallMemory) -> None:
+        self._memory, self._thread, self._seen = memory, threading.get_ident(), list[Tensor]()
+        self.layers: list[int] = []
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        known = self._memory._recall.search.layers.items()
+        modules: dict[int, Any] = {number: each.module for number, each in known if each is not None}
+        with self._memory._at_work.lock, ExitStack() as stack:  # of two that watch, the second waits
+            for number, module in modules.items():
+                if module.config._attn_implementation not in BACKENDS:
+                    continue
+                self.layers.append(number)
+                use(module, self)
+                stack.callback(leave, module)
+            yield
+
+    def joined(self, module: nn.Module, out: Tensor, query: Tensor, local: Local) -> Tensor:
+        call: Call | None = self._memory._recall.search._shared.call.now
+        if call is not None and call.prefix is not None and threading.get_ident() == self._thread:
+            size, count = call.prefix.size, query.shape[2]
+            parts = [slice(start, start + QUERIES_AT_ONCE) for start in range(0, count, QUERIES_AT_ONCE)]
+            rows = [local.masked(query[:, :, part], part, count).softmax(dim=-1)[0, :, :, :size] for part in parts]
+            self._seen.append(torch.cat(rows, dim=1).cpu())
+        return out
+
+    def taken(self, passages: Sequence[Excerpt], count: int) -> tuple[Tensor, Tensor]:
+        """Of the last call, (L, H, T, E): the attention on each passage, and which of its positions got most."""
+        seen, self._seen = self._seen, []
+        weights = torch.stack(seen) if seen else torch.zeros(0, 0, count, sum(len(each.tokens) for each in passages))
+        if not passages:
+            return weights, weights.long()
+        parts = torch.split(weights, [len(each.tokens) for each in passages], dim=-1)
+        totals = torch.stack([part.sum(dim=-1) for part in parts], dim=-1)
+        return totals, torch.stack([part.argmax(dim=-1) for part in parts], dim=-1)
