@@ -51,7 +51,8 @@ class BlockReader:
     """Runs the model of a memory on texts, as `generate` would have written them.
 
     row: of the memory. question: (T,), by which passages are found. Without one they are found as by `generate`: those
-    of the first block by the last tokens of the prompt, and then every `every` tokens anew by the tokens before.
+    of the first block by the last tokens of the prompt, and then every `every` tokens anew by the tokens before. Where a
+    text cannot move to other positions in the cache, each block is run with all of the text before it.
     """
 
     def __init__(self, memory: RecallMemory, row: int, question: Tensor | None) -> None:
@@ -59,16 +60,17 @@ class BlockReader:
 
     def run(self, tokens: Tensor, prompt: int, *, attention: bool = False) -> tuple[Tensor, list[Block]]:
         """Tokens (N,), the first ones of which are a prompt -> the logits (N, V) after each, and the blocks."""
-        memory, cache, logits, blocks = self._memory, prefixes.new_cache(), list[Tensor](), list[Block]()
-        watched = _Attention(memory)
+        memory, logits, blocks = self._memory, list[Tensor](), list[Block]()
+        goes_on, cache, watched = memory._recall.search.can_turn, prefixes.new_cache(), _Attention(memory)
         with memory.read_only(), evaluating(memory.model), watched.on() if attention else ExitStack():
             for start, stop in self._calls(len(tokens), prompt):
+                ids = tokens[None, start if goes_on else 0 : stop].to(memory.model.device)
+                cache = cache if goes_on else prefixes.new_cache()
                 with memory.finding_by(self._found_by(tokens, start, prompt), self._row) as standing:
-                    ids = tokens[None, start:stop].to(memory.model.device)
                     out = memory.model(input_ids=ids, past_key_values=cache, use_cache=True)
-                logits.append(out.logits[0].float().cpu())
+                logits.append(out.logits[0, start - stop :].float().cpu())
                 passages = standing()
-                blocks.append(Block(start, stop, passages, *watched.taken(passages, stop - start), watched.layers))
+                blocks.append(Block(start, stop, passages, *watched.taken(passages, stop - start)))
         return torch.cat(logits), blocks
 
     def _calls(self, count: int, prompt: int) -> Iterator[tuple[int, int]]:
@@ -115,12 +117,18 @@ class _Attention(Extension):
             self._seen.append(torch.cat(rows, dim=1).cpu())
         return out
 
-    def taken(self, passages: Sequence[Excerpt], count: int) -> tuple[Tensor, Tensor]:
-        """Of the last call, (L, H, T, E): the attention on each passage, and which of its positions got most."""
+    def taken(self, passages: Sequence[Excerpt], count: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Of the last call, (L, H, T, E): the attention on each passage, and which of its positions got most; and the
+        numbers of the layers."""
         seen, self._seen = self._seen, []
-        weights = torch.stack(seen) if seen else torch.zeros(0, 0, count, sum(len(each.tokens) for each in passages))
+        layers = self.layers if seen else []
+        weights = (
+            torch.stack(seen)[..., -count:, :]
+            if seen
+            else torch.zeros(0, 0, count, sum(len(each.tokens) for each in passages))
+        )
         if not passages:
-            return weights, weights.long()
+            return weights, weights.long(), layers
         parts = torch.split(weights, [len(each.tokens) for each in passages], dim=-1)
         totals = torch.stack([part.sum(dim=-1) for part in parts], dim=-1)
-        return totals, torch.stack([part.argmax(dim=-1) for part in parts], dim=-1)
+        return totals, torch.stack([part.argmax(dim=-1) for part in parts], dim=-1), layers
