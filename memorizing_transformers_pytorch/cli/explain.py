@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,18 +25,26 @@ from memorizing_transformers_pytorch.data.texts import files_below, text_of
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import ENTRIES, write_page
 from memorizing_transformers_pytorch.library.build import evicted_since, held_titles, room_messages
-from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader
+from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader, spans_of
 from memorizing_transformers_pytorch.utils.progress import bar
 
 REPORT = Path("report.html")
+WRITTEN = 40  # tokens after a prompt
+NOTHING = "expected a text to explain, by --prompt, got an empty one"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explain:
     """Show where a model looks in its memory for each token of a text, and what each source is worth."""
 
-    prompt: str
-    """The text to explain; - reads it from standard input. The model reads it as one segment and does not store it."""
+    prompt: str = ""
+    """The text to explain; - reads it from standard input. The model reads it as one segment and does not store it.
+    With a memory of passages, the model writes on, and what it has written is explained."""
+    question: str | None = None
+    """Instead, with a memory of passages: a question, which is answered as by `ask`; the answer is explained."""
+    max_new_tokens: int | None = None
+    """With a memory of passages, tokens to write: by default 40 after a prompt, of an answer at most 256; 0 explains
+    the prompt itself, each part by the passages that the tokens before it find."""
     model: str | None = None
     """Folder of a run, or name or folder of a causal language model of transformers; by default the newest run below
     runs/, or else "shipped", the small model that comes with the package."""
@@ -43,6 +52,9 @@ class Explain:
     """Look up in the memory in this folder, which `memory build` made with this model; it is not changed."""
     read: tuple[str, ...] = ()
     """Text files, and folders of them, to read before the prompt; files of a folder that are not text are skipped."""
+    retrieve: Literal["tokens", "spans"] | None = None
+    """With --read, how a model of transformers remembers: tokens, which its attention looks up, or spans, passages that
+    stand before a text; by default spans for a question, otherwise tokens."""
     pattern: str = "*"
     """Which files of folders to read, such as *.py."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -75,16 +87,22 @@ def explain_text(options: Explain) -> None:
     output = checked(options, prompt)
     texts = texts_of(options.read, options.pattern) if options.read else {}
     model, device = default_model() if options.model is None else options.model, chosen_device(options.device)
-    reader = open_reader(model, device, max_memories=options.max_memories, dtype=None, index=options.index)
+    reader = open_reader(
+        model,
+        device,
+        max_memories=options.max_memories,
+        dtype=None,
+        index=options.index,
+        spans=spans_of(options.memory, options.retrieve or ("spans" if options.question else None)),
+    )
     if options.memory is not None:
         reader.load(options.memory, mmap=True)
     if reader.longest is not None and (count := len(reader.tokenizer.encode(prompt))) > reader.longest:
         raise ValueError(f"expected at most {reader.longest:,} tokens of prompt, got {count:,} (--read longer texts)")
+    if not reader.is_of_spans and (options.question is not None or options.max_new_tokens is not None):
+        raise ValueError("--question and --max-new-tokens are for a memory of passages: add --retrieve spans")
     read_all(reader, texts)
-    contribution: Literal["ablate"] | None = None if options.contribution == "none" else options.contribution
-    found = explain(
-        reader.model, prompt, reader.memory, tokenizer=reader.tokenizer, row=options.row, contribution=contribution
-    )
+    found = _explained(options, prompt, reader)
     if options.json:
         print(json.dumps(as_json(found, all_entries=options.all_entries), indent=1))
         return
@@ -92,11 +110,34 @@ def explain_text(options: Explain) -> None:
     print(f"{found}\n\n{output}")
 
 
+def _explained(options: Explain, prompt: str, reader: Any) -> Explanation:
+    """Of a memory of passages, what the model answers, or writes after the prompt; else the prompt."""
+    memory, tokens, given = reader.memory, prompt, 0
+    if options.question is not None:
+        tokens = memory.ask(options.question, max_new_tokens=options.max_new_tokens, row=options.row)
+    elif reader.is_of_spans and (count := WRITTEN if options.max_new_tokens is None else options.max_new_tokens):
+        ids = reader.tokenizer.encode(prompt)
+        with memory.read_only(), memory.watched_row(options.row):
+            tokens, given = [*ids, *islice(reader.written(ids), count)], len(ids)
+    return explain(
+        reader.model,
+        tokens,
+        memory,
+        tokenizer=reader.tokenizer,
+        row=options.row,
+        contribution=None if options.contribution == "none" else options.contribution,
+        prompt=given,
+    )
+
+
 def checked(options: Explain, prompt: str) -> Path:
     """The file to write. Raises ValueError for options that do not fit together."""
     output = REPORT if options.output is None else options.output
     for is_bad, message in (
-        (not prompt.strip(), "expected a text to explain, by --prompt, got an empty one"),
+        (prompt and options.question is not None, "give either --prompt or --question"),
+        (not (prompt if options.question is None else options.question).strip(), NOTHING),
+        (options.retrieve and options.memory, "--retrieve is for --read: a memory on disk is used as it was built"),
+        (options.max_new_tokens is not None and options.max_new_tokens < 0, "--max-new-tokens must be 0 or more"),
         (not (options.memory or options.read), "expected something to look up, by --memory or --read, got neither"),
         (options.memory and options.max_memories is not None, "expected --max-memories or --memory, got both"),
         (options.json and options.output, "expected --json or --output, got both"),

@@ -6,11 +6,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device, default_model, name_of, parse_arguments
-from memorizing_transformers_pytorch.library.readers import OF_RUN, open_reader
+from memorizing_transformers_pytorch.library.readers import OF_RUN, open_reader, spans_of
 from memorizing_transformers_pytorch.memory.disk.load import state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from memorizing_transformers_pytorch.training.run import CONFIG
@@ -26,6 +27,9 @@ class Explore:
     model: str | None = None
     """The model for a memory: folder of a run, or name or folder of a causal language model of transformers, or
     "shipped"."""
+    retrieve: Literal["tokens", "spans"] | None = None
+    """How a new memory of a model of transformers is used: tokens, which its attention looks up (the default), or
+    spans, passages that stand before a text."""
     port: int = 7860
     """Port of the page; if it is taken, the next free one."""
     read_only: bool = False
@@ -46,7 +50,10 @@ def main(arguments: Sequence[str], program: str) -> None:
         raise ValueError(f"expected the extra 'explorer' to be installed, got {error}") from error
     from memorizing_transformers_pytorch.explorer.service import Service
 
-    reader = open_reader(model, chosen_device(options.device), max_memories=None, dtype=None, index=None)
+    if memory is not None and options.retrieve is not None:
+        raise ValueError("--retrieve is for a new memory: one on disk is used as it was built")
+    spans = spans_of(memory, options.retrieve)
+    reader = open_reader(model, chosen_device(options.device), max_memories=None, dtype=None, index=None, spans=spans)
     service = Service(reader, memory, read_only=options.read_only)
     name = name_of(model) if memory is None else f"{memory}, with {name_of(model)}"
     blocks, address = launch(service, name, options.port)

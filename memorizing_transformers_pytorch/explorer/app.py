@@ -69,7 +69,10 @@ class Page:
 
     def _question(self) -> None:
         gr.HTML("<h2>Question</h2>")
-        self.prompt = gr.Textbox(label="Prompt, to be continued", lines=3, max_lines=12, elem_id="prompt")
+        asks = self._service.finds_passages
+        label = "Question, or a text to be continued" if asks else "Prompt, to be continued"
+        self.prompt = gr.Textbox(label=label, lines=3, max_lines=12, elem_id="prompt")
+        self.question = gr.Checkbox(asks, label="Answer it as a question", visible=asks, elem_id="question")
         with gr.Accordion("How to continue", open=False):
             self.count = gr.Slider(1, 400, 40, step=1, label="Tokens to write")
             self.temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: the likeliest token)")
@@ -77,7 +80,7 @@ class Page:
             self.measure = gr.Checkbox(
                 False, label="Measure what each passage is worth (slower: one run for each)", elem_id="measure"
             )
-        self.ask = gr.Button("Continue", variant="primary", elem_id="ask")
+        self.ask = gr.Button("Ask" if asks else "Continue", variant="primary", elem_id="ask")
         self.failed = gr.HTML(elem_id="failed")
         with gr.Row():
             with gr.Column(min_width=280):
@@ -99,7 +102,7 @@ class Page:
         written = [self.failed, self.with_memory, self.without]
         answer = [*written, self.layer, self.head, self.tokens, self.sources]
         self.blocks.load(self._on_load, None, [self.session, *table], **ASKS)
-        asked = [self.prompt, self.count, self.temperature, self.seed, self.measure]
+        asked = [self.prompt, self.count, self.temperature, self.seed, self.measure, self.question]
         self.ask.click(self._on_ask, asked, answer, **ASKS)
         chosen = [self.layer, self.head]
         for each in chosen:
@@ -149,20 +152,28 @@ class Page:
         return _tried(lambda: f"Saved to {self._service.save(_session(request), folder)}")
 
     def _on_ask(
-        self, prompt: str, count: int, temperature: float, seed: int, measure: bool, request: gr.Request
+        self,
+        prompt: str,
+        count: int,
+        temperature: float,
+        seed: int,
+        measure: bool,
+        is_question: bool,
+        request: gr.Request,
     ) -> list[Any]:
         try:
             sampling = Sampling(int(count), float(temperature), int(seed or 0))
-            answer = self._service.ask(_session(request), prompt, sampling, measure=measure)
+            answer = self._service.ask(_session(request), prompt, sampling, measure=measure, is_question=is_question)
         except (ValueError, OSError) as error:
             return [shown.message(str(error), is_bad=True), *(gr.skip() for _ in range(6))]
         found = answer.found
         layers = [("all layers", ALL), *((f"layer {number}", number) for number in found.layers)]
         heads = [("all heads", ALL), *((f"head {number}", number) for number in range(found.mass.shape[1]))]
+        given = f"{prompt}\n" if is_question else prompt
         return [
             "",
-            shown.written(prompt, answer.with_memory),
-            shown.written(prompt, answer.without_memory),
+            shown.written(given, answer.with_memory),
+            shown.written(given, answer.without_memory),
             gr.update(choices=layers, value=ALL),
             gr.update(choices=heads, value=ALL),
             *self._views(found),

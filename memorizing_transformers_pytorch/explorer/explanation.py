@@ -201,6 +201,8 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [self.summary]
+        if self.blocks:
+            lines.append(f"written: {''.join(self.texts[self.blocks[0].first :]).strip()}")
         for block in self.blocks or []:
             stood = ", ".join(f"{p.title} {p.first}-{p.last} (score {p.score:.2g})" for p in block.passages)
             lines.append(f"tokens {block.first}-{block.last} came after {stood or 'no passages'}")
@@ -239,6 +241,18 @@ class Explanation:
         inside: np.ndarray = (passage.first <= positions) & (positions <= passage.last)
         inside &= self.columns["document"] == passage.document
         return inside
+
+    def marked(self, passage: Passage) -> list[tuple[str, float]]:
+        """The text of a passage in pieces, and how much attention each got: 1 for the piece with most."""
+        start = self.starts.get(passage.document, 0)
+        tokens = self.sources.tokens(passage.document, start + passage.first, start + passage.last)
+        if tokens is None:
+            return [(passage.text, 0.0)]
+        own = self.within(passage)
+        positions = self.columns["position"][own].astype(np.int64) - passage.first
+        weights = np.bincount(positions, self.columns["weight"][own], minlength=len(tokens))
+        shares = weights / max(float(weights.max()), np.finfo(np.float32).tiny)
+        return list(zip(self.sources.pieces(tokens), shares.tolist(), strict=True))
 
     def only(self, size: int, layer: int | None = None, head: int | None = None) -> Explanation:
         """What one layer or one head found; heads have the same numbers in every layer. size: tokens of a passage. The

@@ -114,24 +114,35 @@ class Service:
             space.answer = None
             return len(numbers)
 
-    def ask(self, session: str, prompt: str, sampling: Sampling, *, measure: bool = False) -> Comparison:
+    @property
+    def finds_passages(self) -> bool:
+        """Whether the memory is one of passages, which can be asked questions."""
+        return self._reader.is_of_spans
+
+    def ask(
+        self, session: str, prompt: str, sampling: Sampling, *, measure: bool = False, is_question: bool = False
+    ) -> Comparison:
         """Continue a prompt with the memory and without, and see where it looks; it is not remembered.
 
-        measure: also by how much each passage lowers the loss. Raises ValueError for a prompt that is empty or too
-        long.
+        measure: also by how much each passage lowers the loss. is_question: answer it instead, by passages that it
+        alone finds. Raises ValueError for a prompt that is empty or too long.
         """
+        if is_question and not self.finds_passages:
+            raise ValueError("only a memory of passages can be asked questions")
+        question = prompt if is_question else None
         with self._at(session) as space:
-            tokens = space.encode(prompt)
-            if not tokens:
+            if (not prompt.strip() and is_question) or not (tokens := space.encode(prompt)):
                 raise ValueError("expected a prompt, got an empty one")
+            if is_question:
+                tokens = space.asked(prompt)
             if (needed := len(tokens) + sampling.new_tokens) > space.longest:
                 raise ValueError(
                     f"expected at most {space.longest:,} tokens of prompt and continuation, got {needed:,}"
                     " (read long texts in)"
                 )
-            new = space.continued(tokens, sampling, with_memory=True)
-            alone = space.continued(tokens, sampling, with_memory=False)
-            space.answer = space.explained(tokens + new, measure=measure)
+            new = space.continued(tokens, sampling, with_memory=True, question=question)
+            alone = space.continued(tokens, sampling, with_memory=False, question=question)
+            space.answer = space.explained(tokens, new, measure=measure, question=question)
             return Comparison(prompt, _added(space, tokens, new), _added(space, tokens, alone), space.answer)
 
     def answer(self, session: str, layer: int | None = None, head: int | None = None) -> Explanation | None:

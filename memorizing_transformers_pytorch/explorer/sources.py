@@ -39,6 +39,14 @@ class Sources:
         """Note tokens of a document from a place on."""
         self._tokens.setdefault(document, {}).update(enumerate(tokens, place))
 
+    def tokens(self, document: int, first: int, last: int) -> list[int] | None:
+        """Those from place `first` on, to the end of the document or to `last` (included); None if any is missing."""
+        known = self._tokens.get(document, {})
+        found = [known.get(place) for place in range(first, last + 1)]
+        while found and found[-1] is None:
+            found.pop()
+        return None if not found or None in found or min(found) < 0 else found
+
     def text(self, document: int, first: int, last: int) -> str:
         """What stands from place `first` to `last` (included), with an ellipsis where something is missing."""
         known = self._tokens.get(document, {})

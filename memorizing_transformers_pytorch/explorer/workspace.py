@@ -5,14 +5,14 @@ Asking changes nothing that is remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from memorizing_transformers_pytorch.explorer.explain import explain
 from memorizing_transformers_pytorch.explorer.explanation import Explanation
@@ -71,6 +71,8 @@ class Workspace:
     def longest(self) -> int:
         """How many tokens a prompt and its continuation can have."""
         longest = self.reader.longest or MANY
+        if isinstance(self.reader, HubReader) and self.reader.is_of_spans:
+            longest = max(longest - self.reader.memory.options.budget, 1)
         return min(longest, MANY) if isinstance(self.reader, HubReader) else longest
 
     def encode(self, text: str) -> list[int]:
@@ -79,48 +81,45 @@ class Workspace:
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.reader.tokenizer.decode(list(tokens)))
 
-    def continued(self, prompt: list[int], sampling: Sampling, *, with_memory: bool) -> list[int]:
-        """The tokens that follow."""
-        source, new, pending = torch.Generator().manual_seed(sampling.seed), list[int](), prompt
-        with self._reading(with_memory) as logits_after:
-            for _ in range(sampling.new_tokens):
-                pending = sample(logits_after(pending), sampling.temperature, None, None, source).tolist()
-                new += pending
+    def asked(self, question: str) -> list[int]:
+        """A question as a prompt of a model that has a memory of passages; see `RecallMemory.ask`."""
+        memory: Any = self.reader.memory
+        return [int(token) for token in memory.prompt_of(question)]
+
+    def continued(
+        self, prompt: list[int], sampling: Sampling, *, with_memory: bool, question: str | None = None
+    ) -> list[int]:
+        """The tokens that follow. question: by which passages are found, if not by the prompt."""
+        source, reader = torch.Generator().manual_seed(sampling.seed), self.reader
+        if isinstance(reader, HubReader):
+            memory: Any = reader.memory
+            finding = nullcontext() if question is None else memory.finding_by(question, 0)
+            with memory.read_only(), memory.enabled(with_memory), finding:
+                return list(islice(reader.written(prompt, sampling.temperature, generator=source), sampling.new_tokens))
+        # A session stores what it has read when a segment is full, or it is closed: here neither happens.
+        memories = reader.memory if with_memory else None
+        session, new, pending = (
+            Session(reader.model, memories, batch_size=1, segment_length=self.longest),
+            list[int](),
+            prompt,
+        )
+        for _ in range(sampling.new_tokens):
+            pending = sample(session.read([pending]), sampling.temperature, None, None, source).tolist()
+            new += pending
         return new
 
-    @contextmanager
-    def _reading(self, with_memory: bool) -> Iterator[Callable[[list[int]], Tensor]]:
-        """Inside, a function that reads the next tokens and gives the logits (1, V) after them."""
-        if not isinstance(self.reader, HubReader):
-            # A session stores what it has read when a segment is full, or it is closed: here neither happens.
-            memories = self.reader.memory if with_memory else None
-            session = Session(self.reader.model, memories, batch_size=1, segment_length=self.longest)
-            yield lambda tokens: session.read([tokens])
-            return
-        model: Any = self.reader.model
-        memory = self.reader.memory
-        device, cache = model.get_input_embeddings().weight.device, None
-
-        def read(tokens: list[int]) -> Tensor:
-            nonlocal cache
-            ids = torch.tensor([tokens], device=device)
-            result = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, logits = result.past_key_values, result.logits[:, -1]
-            return logits  # type: ignore[no-any-return]
-
-        with ExitStack() as stack:
-            for context in (torch.no_grad(), memory.read_only(), memory.enabled(with_memory)):
-                stack.enter_context(context)
-            yield read
-
-    def explained(self, tokens: list[int], *, measure: bool) -> Explanation:
-        """What is looked up for tokens. measure: also what passages are worth."""
+    def explained(
+        self, prompt: list[int], new: list[int], *, measure: bool, question: str | None = None
+    ) -> Explanation:
+        """What is looked up for a prompt and what follows. measure: also what passages are worth."""
         reader = self.reader
         return explain(
             reader.model,
-            tokens,
+            prompt + new,
             reader.memory,
             tokenizer=reader.tokenizer,
             contribution="ablate" if measure else None,
             passage=PASSAGE,
+            prompt=len(prompt) if reader.is_of_spans else 0,
+            question=question,
         )

@@ -188,8 +188,7 @@ class Chat:
         """The answer to the next message; see `RecallMemory.ask`. After an error the message counts as not said."""
         if self._last is not None and not self._last.done():
             raise ValueError("the answer before is still being written: iterate to its end, or close() it")
-        content = f"{QUESTION} {text}\n{ANSWER_FROM_TEXT}" if self._asks else text
-        messages = [*self.messages, {"role": "user", "content": content}]
+        messages = self._with(text)
         question, prompt = tokens_of(text, self._tokenizer, self._model), self._prompt(messages)
         config = _config(self._model, generation_config, max_new_tokens)
 
@@ -205,6 +204,14 @@ class Chat:
         written = AnswerStream(write, self._tokenizer, self._stop)
         self._last = written.done
         return written
+
+    def prompt_of(self, text: str) -> Tensor:
+        """(N,): what the model is given to answer the next message."""
+        return self._prompt(self._with(text))[0]
+
+    def _with(self, text: str) -> list[dict[str, str]]:
+        content = f"{QUESTION} {text}\n{ANSWER_FROM_TEXT}" if self._asks else text
+        return [*self.messages, {"role": "user", "content": content}]
 
     def _prompt(self, messages: list[dict[str, str]]) -> Tensor:
         """Messages as token ids (1, N)."""

@@ -51,8 +51,8 @@ class BlockReader:
     """Runs the model of a memory on texts, as `generate` would have written them.
 
     row: of the memory. question: (T,), by which passages are found. Without one they are found as by `generate`: those
-    of the first block by the last tokens of the prompt, and then every `every` tokens anew by the tokens before. Where a
-    text cannot move to other positions in the cache, each block is run with all of the text before it.
+    of the first block by the last tokens of the prompt, and then every `every` tokens anew by the tokens before. Where
+    a text cannot move to other positions in the cache, each block is run with all of the text before it.
     """
 
     def __init__(self, memory: RecallMemory, row: int, question: Tensor | None) -> None:

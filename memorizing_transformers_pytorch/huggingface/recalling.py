@@ -115,6 +115,10 @@ class RecallMemory(AttachedMemory):
         )
         return answer
 
+    def prompt_of(self, question: str) -> Tensor:
+        """(N,): what the model is given when it is asked a question."""
+        return Chat(self.model, self.tokenizer, self._asking, None, 0, asks=True).prompt_of(question)
+
     def chat(self, *, system: str | None = None, row: int = 0) -> Chat:
         """A conversation, in which `say` gives the answer to each message."""
         self._expect_row(row)
@@ -127,12 +131,13 @@ class RecallMemory(AttachedMemory):
             yield lambda: sorted((each for each in standing() if each.score > 0), key=lambda each: -each.score)
 
     @contextlib.contextmanager
-    def finding_by(self, question: Tensor, row: int) -> Iterator[Callable[[], list[Excerpt]]]:
-        """Inside, calls of the model find passages of a row by a question (N,) -> those of the last call, in the order
-        in which they stand before the text, and among them the first tokens of a document."""
+    def finding_by(self, question: str | Tensor, row: int) -> Iterator[Callable[[], list[Excerpt]]]:
+        """Inside, calls of the model find passages of a row by a question, text or (N,) -> those of the last call, in
+        the order in which they stand before the text, and among them the first tokens of a document."""
         self._expect_row(row)
+        tokens = tokens_of(question, self.tokenizer, self.model) if isinstance(question, str) else question
         noted = list[Recalled]()
-        with self.watched_row(row), self._recall.asked.at([Query(row, question)]), self._at_work.noted.at(noted):
+        with self.watched_row(row), self._recall.asked.at([Query(row, tokens)]), self._at_work.noted.at(noted):
             yield lambda: [each for recalled in noted[:1] for each in self._passages(_runs(recalled))]
 
     def _expect_row(self, row: int) -> None:

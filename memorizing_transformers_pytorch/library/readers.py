@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from memorizing_transformers_pytorch.data.texts import NoText
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.load import state_of
 from memorizing_transformers_pytorch.memory.ledger import Document
+from memorizing_transformers_pytorch.model.generation import sample
 from memorizing_transformers_pytorch.model.session import Session
 from memorizing_transformers_pytorch.training.run import CONFIG, LoadedRun, load_run, run_named
 from memorizing_transformers_pytorch.utils.fingerprint import Weights
@@ -28,6 +29,7 @@ class RunReader:
 
     def __init__(self, run: LoadedRun, max_memories: int | None, index: str | None = None) -> None:
         self.run, self.model, self.tokenizer, self._index = run, run.model, run.tokenizer, index
+        self.is_of_spans = False
         self.memory = run.model.create_knn_memories(batch_size=1, max_memories=max_memories or MAX_MEMORIES)
         self.memory.fingerprint = Weights(run.model).fingerprint()
         self.memory.extra = {"kind": OF_RUN, "layers": list(run.model.config.layers_with_memory)}
@@ -131,17 +133,18 @@ class HubReader:
         self.memory.merge(folder)
 
     def remembers(self, tokens: int) -> bool:
-        return tokens > (0 if self._is_of_spans else self._overlap)
+        return tokens > (0 if self.is_of_spans else self._overlap)
 
     @property
-    def _is_of_spans(self) -> bool:
+    def is_of_spans(self) -> bool:
+        """Whether the memory finds passages."""
         return hasattr(self.memory.options, "span")
 
     @property
     def _overlap(self) -> int:
         """By how many tokens chunks overlap."""
         options: Any = self.memory.options
-        return int(options.overlap if self._is_of_spans else options.skip_first)
+        return int(options.overlap if self.is_of_spans else options.skip_first)
 
     def read(self, title: str, text: str, about: Mapping[str, str], known: Document | None) -> Iterator[float]:
         from memorizing_transformers_pytorch.huggingface.reading import stops_of
@@ -167,6 +170,27 @@ class HubReader:
             memory.ledger.note(memory.ledger.last.number, {**about, **({COMPLETE: "yes"} if stop == len(ids) else {})})
             read = stop
             yield stop / len(ids)
+
+    @torch.no_grad()
+    def written(
+        self,
+        tokens: Sequence[int],
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int]:
+        """The tokens with which the model continues these, without end, or until it ends the text."""
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        pending, cache = torch.tensor([list(tokens)], device=self.model.get_input_embeddings().weight.device), None
+        while True:
+            result = self.model(input_ids=pending, past_key_values=cache, use_cache=True)
+            cache, logits = result.past_key_values, result.logits[:, -1]
+            pending = sample(logits, temperature, top_k, top_p, generator)[:, None].to(pending.device)
+            if (token := int(pending)) in ends:
+                return
+            yield token
 
 
 DocumentReader = RunReader | HubReader
@@ -209,3 +233,8 @@ def spans_in(folder: Path) -> dict[str, Any] | None:
     from memorizing_transformers_pytorch.huggingface.span_layer import options_for
 
     return options_for(extra["arranged"])
+
+
+def spans_of(folder: Path | None, retrieve: str | None) -> dict[str, Any] | None:
+    """Options of the memory of spans in a folder, or of a new one if such is wanted; None for a memory of tokens."""
+    return spans_in(folder) if folder is not None else {} if retrieve == "spans" else None

@@ -196,3 +196,62 @@ def test_another_models_memory_and_rows_that_are_not_there_are_refused(
     assert "written by other weights" in failed(["--model", other, *given], capsys)
     assert "expected a row from 0 to 0, got 1" in failed(["--model", run, *given, "--row", "1"], capsys)
     assert not page.exists()
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> None:
+    attach_spans = pytest.importorskip("memorizing_transformers_pytorch.huggingface.attach_spans")
+    monkeypatch.setattr(attach_spans, "best_head", lambda *_: attach_spans.Head(0, 0, 1.0))
+
+
+@pytest.mark.usefixtures("head")
+@pytest.mark.parametrize("content", ["kv", "tokens"])
+def test_a_memory_of_passages_explains_what_is_written_after_a_prompt_and_what_is_answered(
+    content: str, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a folder that is known for what it is and stays as it is, or from files that are read now."""
+    hub, library, page = str(make_hub_model(tmp_path / "hub")), tmp_path / "library", tmp_path / "page.html"
+    main(["memory", "build", str(library), str(notes), "--model", hub, "--retrieve", "spans", "--content", content])
+    before = contents(library)
+    given = ["explain", "--model", hub, "--memory", str(library)]
+    capsys.readouterr()
+    main([*given, "--prompt", "the question", "--max-new-tokens", "5", "--json", "--contribution", "ablate"])
+    found = json.loads(capsys.readouterr().out)
+    assert [each["loss"] is None for each in found["tokens"]] == [True] * 12 + [False] * 5
+    assert [(each["first"], each["last"]) for each in found["blocks"]] == [(12, 16)]
+    assert {Path(each["title"]).name for each in found["passages"]} <= {"fact.txt", "other.txt"}
+    assert all(each["contribution"] is not None and each["score"] >= 0 for each in found["passages"])
+    main([*given, "--question", "What is the answer?", "--max-new-tokens", "3", "-o", str(page)])
+    assert "written: " in capsys.readouterr().out
+    assert "Which passages stood before which tokens" in page.read_text()
+    main([*given, "--prompt", "the question of " * 6, "--max-new-tokens", "0", "--json"])
+    blocks = json.loads(capsys.readouterr().out)["blocks"]
+    assert [(each["first"], each["last"], bool(each["passages"])) for each in blocks] == [
+        (0, 63, False),
+        (64, 95, True),
+    ]
+    assert contents(library) == before
+    read = ["explain", "--model", hub, "--read", str(notes), "--max-new-tokens", "2", "--json"]
+    for more in (["--prompt", "the question", "--retrieve", "spans"], ["--question", "What?"]):
+        main([*read, *more])
+        assert json.loads(capsys.readouterr().out)["blocks"][0]["passages"]
+
+
+def test_what_a_memory_of_tokens_cannot_explain_is_refused(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = [
+        "--model",
+        str(make_run(tmp_path / "run")),
+        "--read",
+        str(notes / "fact.txt"),
+        "-o",
+        str(tmp_path / "page.html"),
+    ]
+    for arguments, message in (
+        ([*read, "--prompt", "x", "--question", "y"], "give either --prompt or --question"),
+        ([*read, "--question", " "], "expected a text to explain"),
+        ([*read, "--prompt", "x", "--max-new-tokens", "3"], "are for a memory of passages"),
+        ([*read, "--prompt", "x", "--max-new-tokens", "-3"], "must be 0 or more"),
+    ):
+        assert message in failed(arguments, capsys)
