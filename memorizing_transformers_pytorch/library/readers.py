@@ -183,7 +183,8 @@ class HubReader:
         """The tokens with which the model continues these, without end, or until it ends the text."""
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        pending, cache = torch.tensor([list(tokens)], device=self.model.get_input_embeddings().weight.device), None
+        device: Any = self.model.get_input_embeddings().weight.device
+        pending, cache = torch.tensor([list(tokens)], device=device), None
         while True:
             result = self.model(input_ids=pending, past_key_values=cache, use_cache=True)
             cache, logits = result.past_key_values, result.logits[:, -1]
