@@ -61,7 +61,7 @@ class BlockReader:
     def run(self, tokens: Tensor, prompt: int, *, attention: bool = False) -> tuple[Tensor, list[WatchedBlock]]:
         """Tokens (N,), the first ones of which are a prompt -> the logits (N, V) after each, and the blocks."""
         memory, logits, blocks = self._memory, list[Tensor](), list[WatchedBlock]()
-        goes_on, cache, watched = memory._recall.search.can_turn, prefixes.new_cache(), _Attention(memory)
+        goes_on, cache, watched = memory._recall.search.can_turn, prefixes.new_cache(), _Watch(memory)
         with memory.read_only(), evaluating(memory.model), watched.on() if attention else ExitStack():
             for start, stop in self._calls(len(tokens), prompt):
                 ids = tokens[None, start if goes_on else 0 : stop].to(memory.model.device)
@@ -88,7 +88,7 @@ class BlockReader:
         return tokens[max(known - QUERY, 0) : known]
 
 
-class _Attention(Extension):
+class _Watch(Extension):
     """Notes how much attention the tokens of a call give to each position of its passages: (H, T, P) for each layer."""
 
     def __init__(self, memory: RecallMemory) -> None:
