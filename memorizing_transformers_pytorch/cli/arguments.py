@@ -7,13 +7,14 @@ import io
 import itertools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import tyro
 
 from memorizing_transformers_pytorch.memory.checks import check_device
-from memorizing_transformers_pytorch.training.run import RUNS, SHIPPED, newest_run
+from memorizing_transformers_pytorch.training.run import CONFIG, RUNS, SHIPPED, newest_run
 
 Options = TypeVar("Options")
 
@@ -55,6 +56,14 @@ def default_model() -> str:
     said = "the model that comes with the package is used; memorizing-transformers train makes one of your own"
     print(f"no run below {str(RUNS)!r}: {said}", file=sys.stderr)
     return SHIPPED.name
+
+
+def is_of_transformers(model: Path) -> bool:
+    """Whether this is the folder of a model of transformers, or its name on the hub (owner/name), and no run."""
+    if model.is_dir():
+        is_model = (model / "config.json").is_file() or any(model.glob("*.gguf"))
+        return is_model and not (model / CONFIG).is_file()
+    return not model.exists() and len(model.parts) == 2 and not model.parent.exists()
 
 
 def name_of(model: str) -> str:

@@ -1,4 +1,4 @@
-"""`memorizing-transformers evaluate RUN`: what the memory of a trained model is worth on documents it has not seen."""
+"""`memorizing-transformers evaluate MODEL`: what the memory of a model is worth on documents that it has not seen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import chosen_device, is_of_transformers, parse_arguments
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.document import text_bytes
 from memorizing_transformers_pytorch.data.prepare import prepare
@@ -28,7 +28,7 @@ from memorizing_transformers_pytorch.evaluation.report import evaluation_charts,
 from memorizing_transformers_pytorch.evaluation.summary import Summary, summarise
 from memorizing_transformers_pytorch.model.config import ModelConfig
 from memorizing_transformers_pytorch.training.checkpoint import read_state
-from memorizing_transformers_pytorch.training.run import LoadedRun, checkpoint_of, load_run
+from memorizing_transformers_pytorch.training.run import SHIPPED, LoadedRun, checkpoint_of, load_run, run_named
 from memorizing_transformers_pytorch.training.settings import to_plain
 from memorizing_transformers_pytorch.utils.charts import check_plots_are_possible, save_png
 
@@ -39,11 +39,13 @@ DEFAULT_SIZES = (0, 512, 2_048, 8_192)
 class Evaluate:
     """Loss of a run on held-out documents, with memories of several sizes and with memories that should be of no use.
 
-    Writes evaluation.json, evaluation.md and evaluation.png.
+    Writes evaluation.json, evaluation.md and evaluation.png. A model of transformers is evaluated on the documents of
+    --source, with its memory and without.
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run; "shipped" is one that comes with the package. Or name or folder of a causal language model of
+    transformers."""
     memory: str | None = None
     """Sizes of the memory in entries, such as 0,512,2048; 0 (off) is always included. By default 0, 512, 2048, 8192 and
     the size in the run."""
@@ -54,7 +56,13 @@ class Evaluate:
     """Which held-out documents of the run."""
     source: str | None = None
     """Evaluate on all of this text instead: a file, a folder, hf:NAME, ... (as --data.source of train). Pattern, group,
-    columns, max_documents, ... are those of the run."""
+    columns, max_documents, ... are those of the run. For a model of transformers a file, or a folder of them."""
+    memories: Path | None = None
+    """Of a model of transformers: look up what is in this folder, which `memory build` made with it, instead of what
+    was read of each document; it is not changed."""
+    retrieve: Literal["tokens", "spans"] | None = None
+    """How a model of transformers remembers: spans, passages that stand before a text (the default), or tokens, which
+    its attention looks up."""
     text_column: str | None = None
     """The column of --source that holds the text; by default that of the run."""
     cache: Path | None = None
@@ -72,7 +80,8 @@ class Evaluate:
     index: str | None = None
     """How memories are searched: exact, auto or a faiss factory string; by default as in training."""
     output: Path | None = None
-    """Folder to write to; by default "evaluation" in the run. An older report is replaced at the end."""
+    """Folder to write to; by default "evaluation" in the run, or of another model here. An older report is replaced at
+    the end."""
     seed: int = 0
     """Seed of the documents drawn, of shuffling, random keys and intervals."""
     device: str | None = None
@@ -100,12 +109,22 @@ def evaluate_run(options: Evaluate) -> Path:
     """Evaluate, print the report and write it; returns its folder. Raises ValueError for bad options."""
     check_plots_are_possible()
     wanted = None if options.memory is None else parse_sizes(options.memory)
-    folder = options.output or options.run / "evaluation"
+    is_hub, name = is_of_transformers(options.run), run_named(options.run)
+    folder = options.output or (Path("evaluation") if is_hub or name == SHIPPED else name / "evaluation")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder to write to, got the file {str(folder)!r}")
-    run = load_run(options.run, options.checkpoint, chosen_device(options.device), options.index)
+    if is_hub:
+        from memorizing_transformers_pytorch.cli.evaluate_hub import evaluate_hub_model
+
+        with written_to(folder) as aside:
+            evaluate_hub_model(options, aside)
+        print(f"\n{folder / 'evaluation.md'} and .json")
+        return folder
+    if options.memories is not None or options.retrieve is not None:
+        raise ValueError("--memories and --retrieve are for models of transformers")
+    run = load_run(name, options.checkpoint, chosen_device(options.device), options.index)
     sizes, controls_at = choose_sizes(wanted, run.config.model, options.controls)
-    with _written_to(folder) as aside:
+    with written_to(folder) as aside:
         texts = read_texts(options, run)
         warning = check_text(options, texts.fingerprint)
         losses = evaluate(
@@ -130,7 +149,7 @@ def evaluate_run(options: Evaluate) -> Path:
 
 def check_text(options: Evaluate, fingerprint: str) -> str | None:
     """A warning, also printed to standard error, if the text of the run has changed since training."""
-    trained_on = read_state(checkpoint_of(options.run, options.checkpoint))["text"]
+    trained_on = read_state(checkpoint_of(run_named(options.run), options.checkpoint))["text"]
     if options.source is not None or trained_on == fingerprint:
         return None
     warning = "the text has changed since training: documents held out now may have been trained on"
@@ -222,7 +241,7 @@ def _what(options: Evaluate, run: LoadedRun) -> str:
 
 
 @contextmanager
-def _written_to(folder: Path) -> Iterator[Path]:
+def written_to(folder: Path) -> Iterator[Path]:
     """A folder inside that folder, made at once, since evaluating may take hours. Its files are moved out at the end.
 
     Raises ValueError if it cannot be made. If anything fails inside, everything is as it was.

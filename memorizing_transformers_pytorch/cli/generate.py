@@ -1,4 +1,4 @@
-"""`memorizing-transformers generate RUN`: read texts of any length, then continue them."""
+"""`memorizing-transformers generate MODEL`: read texts of any length, then continue them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
+from memorizing_transformers_pytorch.cli.arguments import chosen_device, is_of_transformers, parse_arguments
 from memorizing_transformers_pytorch.data.document import decode
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 from memorizing_transformers_pytorch.library.readers import load_memories
@@ -31,14 +31,19 @@ STDIN = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continue a text with the model of a run, which reads with its memory whatever comes before."""
+    """Continue a text with a model that reads with its memory whatever comes before."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run; "shipped" is one that comes with the package."""
+    """Folder of the run; "shipped" is one that comes with the package. Or name or folder of a causal language model of
+    transformers."""
     prompt: str = ""
     """Text to continue; - reads it from standard input."""
     read: tuple[str, ...] = ()
-    """Text files to read before the prompt, one after the other, of any length; - for standard input."""
+    """Text files to read before the prompt, one after the other, of any length; - for standard input. A model of
+    transformers reads each into its memory, as a document."""
+    retrieve: Literal["tokens", "spans"] | None = None
+    """With --read, how a model of transformers remembers: spans, passages that stand before a text (the default), or
+    tokens, which its attention looks up."""
     max_new_tokens: int = 200
     """Tokens to write."""
     temperature: float = 0.6
@@ -50,7 +55,7 @@ class Generate:
     stop: str | None = None
     """End before this text."""
     memories: Path | None = None
-    """Start with the memory in this folder, which `memory build` made with this run; it is not changed."""
+    """Start with the memory in this folder, which `memory build` made with this model; it is not changed."""
     memory: bool = True
     """Use the memory, or the local context alone."""
     index: str | None = None
@@ -72,6 +77,13 @@ def main(arguments: Sequence[str], program: str) -> None:
 
 def generate_text(options: Generate) -> None:
     """Read, with a progress bar, then print the continuation as it is written. Raises ValueError for bad input."""
+    if is_of_transformers(options.run):
+        from memorizing_transformers_pytorch.cli.generate_hub import generate_with_hub_model
+
+        generate_with_hub_model(options)
+        return
+    if options.retrieve is not None:
+        raise ValueError("--retrieve is for models of transformers: a run has the memory that it was trained with")
     before, prompt = read_input(options)
     run = load_run(run_named(options.run), options.checkpoint, chosen_device(options.device), options.index)
     segment_length = run.config.training.segment_length if options.segment_length is None else options.segment_length

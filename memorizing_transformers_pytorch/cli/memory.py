@@ -181,6 +181,7 @@ def info(options: Info) -> dict[str, Any]:
         "saved": manifest.saved,
         "package": manifest.package,
         "of": manifest.extra.get("kind"),
+        "arranged": sorted(set(map(str, manifest.extra.get("arranged", [])))),
         "fingerprint": manifest.fingerprint,
         "documents": len(manifest.documents),
         "tokens": sum(each.tokens for each in manifest.documents),

@@ -14,6 +14,7 @@ _LABELS = {
     "other": "another document's memory",
     "shuffled": "own memory, values shuffled",
     "random keys": "own memory, random keys",
+    "memory": "memory on",
 }
 _HEADER = (
     "memory",
@@ -35,11 +36,22 @@ def order(mode: str) -> tuple[int, int, str]:
     return (1, int(mode), "") if mode.isdigit() else (0 if mode == "off" else 2, 0, mode)
 
 
-def markdown(summary: Summary, title: str, what: str, *, warning: str | None = None, origin: str | None = None) -> str:
+SAME = "The same weights, local context and XL memory in each line."
+
+
+def markdown(
+    summary: Summary,
+    title: str,
+    what: str,
+    *,
+    warning: str | None = None,
+    origin: str | None = None,
+    same: str = SAME,
+) -> str:
     """The whole report.
 
     what: a sentence on the documents and the weights that were evaluated. warning: why the numbers may not mean what
-    they seem to. origin: of the numbers: weights, code and machine.
+    they seem to. origin: of the numbers: weights, code and machine. same: what the lines of the table have in common.
     """
     documents, tokens = len(summary.names), sum(summary.tokens)
     scope = f"{documents} {'document' if documents == 1 else 'documents'}, {tokens:,} tokens, each read in order."
@@ -47,7 +59,7 @@ def markdown(summary: Summary, title: str, what: str, *, warning: str | None = N
         brackets = "In brackets: 95% intervals, by the bootstrap over documents; those against off are paired."
     else:
         brackets = "One document, so there are no intervals and no memory of another one."
-    brackets = f"The same weights, local context and XL memory in each line. {brackets}"
+    brackets = f"{same} {brackets}"
     warnings = [] if warning is None else [f"**Warning:** {warning}."]
     parts = [f"# {title}", f"{what} {scope}", *warnings, table(summary), brackets]
     if summary.controls:

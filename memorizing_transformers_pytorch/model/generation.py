@@ -91,7 +91,7 @@ def stream(
     Checks at once, reads when first asked for a token. When the iterator has ended or was closed (close it before the
     memories), the memories hold what was read and written.
     """
-    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
     rows = _rows_of(prompt)
     session = Session(model, memories, batch_size=len(rows), segment_length=segment_length, xl_memories=xl_memories)
     session.checked(rows)
@@ -133,7 +133,8 @@ def _rows_of(prompt: Prompt) -> list[list[int]]:
         raise ValueError(f"expected integer tokens in the prompt, got {str(prompt)[:100]}") from None
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError for numbers out of range."""
     if max_new_tokens < 0:
         raise ValueError(f"expected max_new_tokens to be at least 0, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):

@@ -307,3 +307,49 @@ def test_who_asks_for_another_name_than_that_of_this_machine_gets_nothing(tmp_pa
         blocks.close(verbose=False)
         del blocks
         gc.collect()
+
+
+@pytest.mark.parametrize("content", ["kv", "tokens"])
+def test_a_memory_of_passages_answers_questions_and_shows_what_stood_before_the_answer(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it is forgotten; and again from the folder where it was saved."""
+    attach_spans = pytest.importorskip("memorizing_transformers_pytorch.huggingface.attach_spans")
+    monkeypatch.setattr(attach_spans, "best_head", lambda *_: attach_spans.Head(0, 0, 1.0))
+    model, folder = str(make_hub_model(tmp_path / "model")), tmp_path / "saved"
+    spans = {"content": content, "span": 24, "passages": 2}
+    reader = open_reader(model, "cpu", max_memories=None, dtype=None, index=None, spans=spans)
+    service = Service(reader)
+    assert service.finds_passages
+    service.read("me", "whale.txt", TEXT)
+    service.read("me", "vault.txt", b"The password is seven green apples, and nobody knows it. " * 2)
+    service.save("me", str(folder))
+    first = service.ask("me", "What is it?", FEW, measure=True, is_question=True)
+    assert first.prompt == "What is it?"
+    assert first.found.blocks is not None
+    assert {each.title for each in first.found.passages} <= {"whale.txt", "vault.txt"}
+    assert all(each.contribution is not None for each in first.found.passages)
+    html = str(shown.sources(first.found))
+    assert "Before tokens" in html
+    assert "--mass: 1.000" in html
+    part = service.answer("me", layer=1, head=0)
+    assert part is not None
+    assert {(p.first, p.contribution) for p in part.passages} == {
+        (p.first, p.contribution) for p in first.found.passages
+    }
+    continued = service.ask("me", "the whale", FEW)
+    assert len(continued.found.texts) == len("the whale") + 8
+    for each in service.documents("me"):
+        service.forget("me", [each.number])
+    empty = service.ask("me", "What is it?", FEW, is_question=True)
+    assert empty.found.passages == []
+    assert empty.with_memory == empty.without_memory == first.without_memory
+    before = contents(folder)
+    again = Service(reader, folder).ask("you", "What is it?", FEW, is_question=True)
+    assert again.with_memory == first.with_memory
+    assert contents(folder) == before
+    with pytest.raises(ValueError, match="got an empty one"):
+        service.ask("me", " ", FEW, is_question=True)
+    of_tokens = Service(open_reader(model, "cpu", max_memories=None, dtype=None, index=None))
+    with pytest.raises(ValueError, match="only a memory of passages can be asked"):
+        of_tokens.ask("me", "What is it?", FEW, is_question=True)

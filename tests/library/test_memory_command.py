@@ -321,3 +321,40 @@ def test_documents_whose_entries_were_evicted_can_be_forgotten_too(
     run("build", memory, *files, "--model", make_run(tmp_path / "run"), "--max-memories", 3_000)
     assert told(capsys, "forget", memory, "--document", texts / "one.txt") == {"documents": 1, "entries": 0}
     assert b"one.txt" not in (memory / NAME).read_bytes()
+
+
+@pytest.mark.parametrize("content", ["kv", "tokens", "words"])
+def test_every_command_serves_memories_of_passages(
+    content: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of keys and values, of the finder's keys, and of token ids alone."""
+    attach_spans = pytest.importorskip("memorizing_transformers_pytorch.huggingface.attach_spans")
+    monkeypatch.setattr(attach_spans, "_finder_name", lambda *_: "bm25" if content == "words" else "head")
+    head = None if content == "words" else attach_spans.Head(0, 0, 1.0)
+    monkeypatch.setattr(attach_spans, "best_head", lambda *_: head)
+    if content == "words":
+        pytest.importorskip("bm25s")
+    model, memory = make_hub_model(tmp_path / "model"), tmp_path / "memory"
+    kept = "tokens" if content == "words" else content
+    spans = ("--model", model, "--retrieve", "spans", "--content", kept)
+    assert told(capsys, "build", memory, texts, *spans, "--pattern", "*.txt")["documents"] == 3
+    info = told(capsys, "info", memory)
+    expected = {"kv": "spans", "tokens": "keys of the finder", "words": "token ids"}[content]
+    assert (info["documents"], info["arranged"][0].partition(",")[0]) == (3, expected)
+    listed = told(capsys, "documents", memory)
+    assert all(each["tokens"] == max(each["entries"]) > 0 for each in listed)
+    assert told(capsys, "forget", memory, "--document", listed[0]["title"])["documents"] == 1
+    assert told(capsys, "forget", memory, "--where", "*/below/*")["documents"] == 1
+    assert told(capsys, "verify", memory)["damaged"] == 0
+    assert told(capsys, "compact", memory)["bytes"] <= info["bytes"]
+    run("build", tmp_path / "other", texts / "one.txt", *spans)
+    merge = ("merge", tmp_path / "both", memory, tmp_path / "other")
+    assert "add --model" in refused(capsys, *merge)
+    assert told(capsys, *merge, "--model", model)["documents"] == 2
+    assert names(tmp_path / "both") == ["zlong.txt", "one.txt"]
+    run("build", tmp_path / "of-tokens", texts / "one.txt", "--model", model, "--retrieve", "tokens")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run("merge", tmp_path / "mixed", memory, tmp_path / "of-tokens", "--model", model)
+    assert "expected a memory of" in capsys.readouterr().err
+    assert not (tmp_path / "mixed").exists()
