@@ -9,7 +9,7 @@ import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import parse_arguments
 from memorizing_transformers_pytorch.cli.chat import Talk, answer, begin
-from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
+from memorizing_transformers_pytorch.cli.texts import STDIN, read_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from memorizing_transformers_pytorch.cli.arguments import (
     name_of,
     parse_arguments,
 )
-from memorizing_transformers_pytorch.cli.generate import STDIN, read_text
+from memorizing_transformers_pytorch.cli.texts import STDIN, read_text
 from memorizing_transformers_pytorch.data.texts import files_below, text_of
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import ENTRIES, write_page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,7 @@ import torch
 import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device, is_of_transformers, parse_arguments
-from memorizing_transformers_pytorch.data.document import decode
-from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
+from memorizing_transformers_pytorch.cli.texts import STDIN, pieces, read_text
 from memorizing_transformers_pytorch.library.readers import load_memories
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.model.generation import stream, until
@@ -25,8 +24,6 @@ from memorizing_transformers_pytorch.model.session import Session
 from memorizing_transformers_pytorch.model.state import XLMemories
 from memorizing_transformers_pytorch.training.run import LoadedRun, load_run, run_named
 from memorizing_transformers_pytorch.utils.progress import bar as progress_bar
-
-STDIN = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,17 +127,6 @@ def read_input(options: Generate) -> tuple[str, str]:
     return before, read_text(STDIN) if options.prompt == STDIN else options.prompt
 
 
-def read_text(name: str) -> str:
-    """A file, or standard input, as text. Raises ValueError if there is none or it is not in UTF-8."""
-    if name != STDIN and not Path(name).is_file():
-        raise ValueError(f"expected a text file to read, got {name!r}, which is a folder or does not exist")
-    data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
-    where = "standard input" if name == STDIN else repr(name)
-    if b"\0" in data:
-        raise ValueError(f"expected text to read, got {where}, which is binary")
-    return decode(data, where, "strict")
-
-
 def read_whole_segments(
     model: MemorizingTransformer, tokens: list[int], memories: KNNMemoryList | None, segment_length: int
 ) -> tuple[list[int], XLMemories | None]:
@@ -155,19 +141,3 @@ def read_whole_segments(
             bar.update(segment_length)
         bar.update(len(tokens) - count)
     return tokens[count:], session.close()
-
-
-def pieces(written: Iterator[int | None], before: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of tokens as they come, in whole characters; `before` are the tokens that they follow."""
-    context, pending, piece = list(before[-1:]), list[int](), ""
-    for token in written:
-        if token is None:
-            continue
-        pending.append(token)
-        # What the tokens add to those before them: some tokenizers write the first token of a text differently.
-        piece = tokenizer.decode(context + pending)[len(tokenizer.decode(context)) :]
-        if piece and not piece.endswith("\N{REPLACEMENT CHARACTER}"):  # else wait for the rest of a character
-            yield piece
-            context, pending, piece = pending, [], ""
-    if piece:
-        yield piece

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device
-from memorizing_transformers_pytorch.cli.generate import STDIN, Generate, pieces, read_text
+from memorizing_transformers_pytorch.cli.texts import STDIN, pieces, read_text
 from memorizing_transformers_pytorch.library.readers import open_reader, spans_of
 from memorizing_transformers_pytorch.model.generation import check_sampling, until
 from memorizing_transformers_pytorch.utils.progress import bar
 
 
-def generate_with_hub_model(options: Generate) -> None:
+def generate_with_hub_model(options: Any) -> None:
     """Read, with a progress bar, then print the continuation as it is written. Raises ValueError for bad input."""
     _check(options)
     texts = {"standard input" if name == STDIN else name: read_text(name) for name in options.read}
@@ -52,7 +52,7 @@ def generate_with_hub_model(options: Generate) -> None:
     print(flush=True)
 
 
-def _check(options: Generate) -> None:
+def _check(options: Any) -> None:
     for is_bad, message in (
         (options.segment_length is not None, "--segment-length is for runs"),
         (options.checkpoint != "last", "--checkpoint is for runs"),
