@@ -180,8 +180,7 @@ def info(options: Info) -> dict[str, Any]:
     return {
         "saved": manifest.saved,
         "package": manifest.package,
-        "of": manifest.extra.get("kind"),
-        "arranged": sorted(set(map(str, manifest.extra.get("arranged", [])))),
+        "of": ", ".join(dict.fromkeys(map(str, (manifest.extra.get("kind"), *manifest.extra.get("arranged", []))))),
         "fingerprint": manifest.fingerprint,
         "documents": len(manifest.documents),
         "tokens": sum(each.tokens for each in manifest.documents),

@@ -98,9 +98,9 @@ def test_an_evaluation_tells_what_the_memory_is_worth(
     assert found["modes"]["memory"]["loss"] != found["modes"]["off"]["loss"]
     said(capsys, "memory", "build", library, notes / "whale.txt", "--model", model, "--retrieve", retrieve)
     before = contents(library)
-    said(capsys, *evaluate, second, "--memories", library, "--documents", 1, "--max-tokens", 50)
+    said(capsys, *evaluate, second, "--memories", library, "--documents", 1, "--max-tokens", 120)
     (document,) = json.loads((second / "evaluation.json").read_text())["documents"]
-    assert document["tokens"] <= 50
+    assert document["tokens"] <= 120
     assert document["loss"]["memory"] != document["loss"]["off"]
     assert contents(library) == before
 
@@ -126,10 +126,7 @@ def test_what_is_for_runs_alone_is_refused(
         (["generate", tmp_path, "--prompt", "x"], "is not a training run"),
     ):
         assert message in refused(capsys, *arguments)
-    assert (
-        sorted(path.name for path in tmp_path.iterdir()) == ["cache", "model", "notes"]
-        or not (tmp_path / "evaluation").exists()
-    )
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_the_shipped_model_is_evaluated_by_its_name(
