@@ -255,6 +255,10 @@ def measure_memory(
             asks = {name: asks[name] for name in ("again", "words")}
         by = "" if finder == "head" else f", {finder}"
         results.measure(f"memory, {content}{by}, {count} passages", asks, [*planted()])
+        if content == options.content[0]:
+            with memory.enabled(False):
+                asks = in_prompt(asking, recalled(memory, count))
+                results.measure(f"its passages in the prompt{by}, {count} passages", asks, [*planted()])
     memory.detach()
 
 

@@ -21,10 +21,7 @@ from memorizing_transformers_pytorch.utils.progress import bar
 
 
 def evaluate_hub_model(options: Any, folder: Path) -> None:
-    """Print the report, and write it. options: an `Evaluate`.
-
-    Raises ValueError for options that are for runs, and texts that are too short.
-    """
+    """Print the report, and write it. Raises ValueError for options that are for runs, and texts that are too short."""
     for name, default in (("memory", None), ("text_column", None), ("cache", None), ("checkpoint", "last")):
         if getattr(options, name) != default:
             raise ValueError(f"--{name.replace('_', '-')} is for runs")

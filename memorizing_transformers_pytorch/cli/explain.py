@@ -112,8 +112,8 @@ def explain_text(options: Explain) -> None:
 
 def _explained(options: Explain, prompt: str, reader: Any) -> Explanation:
     """Of a memory of passages, what the model answers, or writes after the prompt; else the prompt."""
-    tokens: Any = prompt
     memory, given = reader.memory, 0
+    tokens: Any = prompt
     if options.question is not None:
         tokens = memory.ask(options.question, max_new_tokens=options.max_new_tokens, row=options.row)
     elif reader.is_of_spans and (count := WRITTEN if options.max_new_tokens is None else options.max_new_tokens):

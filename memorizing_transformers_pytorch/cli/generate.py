@@ -15,7 +15,6 @@ import torch
 import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device, is_of_transformers, parse_arguments
-from memorizing_transformers_pytorch.cli.generate_hub import generate_with_hub_model
 from memorizing_transformers_pytorch.cli.texts import STDIN, pieces, read_text
 from memorizing_transformers_pytorch.library.readers import load_memories
 from memorizing_transformers_pytorch.memory import KNNMemoryList
@@ -76,6 +75,8 @@ def main(arguments: Sequence[str], program: str) -> None:
 def generate_text(options: Generate) -> None:
     """Read, with a progress bar, then print the continuation as it is written. Raises ValueError for bad input."""
     if is_of_transformers(options.run):
+        from memorizing_transformers_pytorch.cli.generate_hub import generate_with_hub_model
+
         generate_with_hub_model(options)
         return
     if options.retrieve is not None:

@@ -17,10 +17,7 @@ from memorizing_transformers_pytorch.utils.progress import bar
 
 
 def generate_with_hub_model(options: Any) -> None:
-    """Read, with a progress bar, then print the continuation as it is written. options: a `Generate`.
-
-    Raises ValueError for bad input.
-    """
+    """Read, with a progress bar, then print the continuation as it is written. Raises ValueError for bad input."""
     _check(options)
     texts = {"standard input" if name == STDIN else name: read_text(name) for name in options.read}
     prompt = read_text(STDIN) if options.prompt == STDIN else options.prompt

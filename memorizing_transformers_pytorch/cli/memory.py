@@ -208,8 +208,7 @@ def forget(options: Forget) -> dict[str, Any]:
     memories = KNNMemoryList.load(options.memory, mmap=True, verify=True)
     table = memories.documents()
     if options.where is not None:
-        pattern = options.where
-        count = memories.forget(where=lambda each: fnmatch.fnmatch(each.title, pattern))
+        count = memories.forget(where=lambda each: fnmatch.fnmatch(each.title, str(options.where)))
     else:
         titles = {each.title for each in table}
         count = memories.forget([name if name in titles else _number(name) for name in options.document])

@@ -1,13 +1,13 @@
-"""Texts that commands read and write."""
+"""Texts that commands read, and print as they are written."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from memorizing_transformers_pytorch.data.document import decode
+from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
 
 STDIN = "-"
 
@@ -23,7 +23,7 @@ def read_text(name: str) -> str:
     return decode(data, where, "strict")
 
 
-def pieces(written: Iterator[int | None], before: Sequence[int], tokenizer: Any) -> Iterator[str]:
+def pieces(written: Iterator[int | None], before: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of tokens as they come, in whole characters; `before` are the tokens that they follow."""
     context, pending, piece = list(before[-1:]), list[int](), ""
     for token in written:

@@ -251,7 +251,7 @@ class Explanation:
         own = self.within(passage)
         positions = self.columns["position"][own].astype(np.int64) - passage.first
         weights = np.bincount(positions, self.columns["weight"][own], minlength=len(tokens))
-        shares = weights / max(float(weights.max()), 1e-38)
+        shares = weights / max(float(weights.max()), float(np.finfo(np.float32).tiny))
         return list(zip(self.sources.pieces(tokens), shares.tolist(), strict=True))
 
     def only(self, size: int, layer: int | None = None, head: int | None = None) -> Explanation:

@@ -42,10 +42,9 @@ class Sources:
     def tokens(self, document: int, first: int, last: int) -> list[int] | None:
         """Those from place `first` on, to the end of the document or to `last` (included); None if any is missing."""
         known = self._tokens.get(document, {})
-        found = [known.get(place, -1) for place in range(first, last + 1)]
-        while found and found[-1] < 0:
-            found.pop()
-        return None if not found or min(found) < 0 else found
+        end = max((place for place in range(first, last + 1) if place in known), default=first - 1)
+        found = [known.get(place, -1) for place in range(first, end + 1)]
+        return found if found and min(found) >= 0 else None
 
     def text(self, document: int, first: int, last: int) -> str:
         """What stands from place `first` to `last` (included), with an ellipsis where something is missing."""

@@ -32,7 +32,7 @@ from memorizing_transformers_pytorch.huggingface.recalling import RecallMemory
 
 
 @dataclass(frozen=True)
-class WrittenBlock:
+class WatchedBlock:
     """Tokens from `start` to `stop` of a text, with the same passages before them; they predict those one later.
 
     weights: (L, H, T, E), the attention that each token gives to each passage; without layers, if that is not known.
@@ -58,10 +58,10 @@ class BlockReader:
     def __init__(self, memory: RecallMemory, row: int, question: Tensor | None) -> None:
         self._memory, self._row, self._question = memory, row, question
 
-    def run(self, tokens: Tensor, prompt: int, *, attention: bool = False) -> tuple[Tensor, list[WrittenBlock]]:
+    def run(self, tokens: Tensor, prompt: int, *, attention: bool = False) -> tuple[Tensor, list[WatchedBlock]]:
         """Tokens (N,), the first ones of which are a prompt -> the logits (N, V) after each, and the blocks."""
-        memory, logits, blocks = self._memory, list[Tensor](), list[WrittenBlock]()
-        goes_on, cache, watched = memory._recall.search.can_turn, prefixes.new_cache(), _Watching(memory)
+        memory, logits, blocks = self._memory, list[Tensor](), list[WatchedBlock]()
+        goes_on, cache, watched = memory._recall.search.can_turn, prefixes.new_cache(), _Watch(memory)
         with memory.read_only(), evaluating(memory.model), watched.on() if attention else ExitStack():
             for start, stop in self._calls(len(tokens), prompt):
                 ids = tokens[None, start if goes_on else 0 : stop].to(memory.model.device)
@@ -70,7 +70,7 @@ class BlockReader:
                     out = memory.model(input_ids=ids, past_key_values=cache, use_cache=True)
                 logits.append(out.logits[0, start - stop :].float().cpu())
                 passages = standing()
-                blocks.append(WrittenBlock(start, stop, passages, *watched.taken(passages, stop - start)))
+                blocks.append(WatchedBlock(start, stop, passages, *watched.taken(passages, stop - start)))
         return torch.cat(logits), blocks
 
     def _calls(self, count: int, prompt: int) -> Iterator[tuple[int, int]]:
@@ -88,7 +88,7 @@ class BlockReader:
         return tokens[max(known - QUERY, 0) : known]
 
 
-class _Watching(Extension):
+class _Watch(Extension):
     """Notes how much attention the tokens of a call give to each position of its passages: (H, T, P) for each layer."""
 
     def __init__(self, memory: RecallMemory) -> None:

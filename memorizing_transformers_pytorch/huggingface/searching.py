@@ -254,7 +254,10 @@ class Search:
 def _unique(queries: Sequence[Query]) -> tuple[list[Query], list[int]]:
     """The different ones of these, and which of them each is: beams begin alike."""
     known: dict[tuple[Any, ...], int] = {}
-    which = [known.setdefault((query.row, query.before, tuple(query.tokens.tolist())), len(known)) for query in queries]
+    which = []
+    for i, query in enumerate(queries):
+        own = None if query.vectors is None else i  # these hold what came before the tokens too
+        which.append(known.setdefault((query.row, query.before, own, *query.tokens.tolist()), len(known)))
     return [queries[which.index(i)] for i in range(len(known))], which
 
 

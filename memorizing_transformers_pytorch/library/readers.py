@@ -181,12 +181,12 @@ class HubReader:
         generator: torch.Generator | None = None,
     ) -> Iterator[int]:
         """The tokens with which the model continues these, without end, or until it ends the text."""
-        model: Any = self.model
-        ends = model.generation_config.eos_token_id
+        ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        pending, cache = torch.tensor([list(tokens)], device=model.get_input_embeddings().weight.device), None
+        device: Any = self.model.get_input_embeddings().weight.device
+        pending, cache = torch.tensor([list(tokens)], device=device), None
         while True:
-            result = model(input_ids=pending, past_key_values=cache, use_cache=True)
+            result = self.model(input_ids=pending, past_key_values=cache, use_cache=True)
             cache, logits = result.past_key_values, result.logits[:, -1]
             pending = sample(logits, temperature, top_k, top_p, generator)[:, None].to(pending.device)
             if (token := int(pending)) in ends:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from memorizing_transformers_pytorch import MemorizingTransformer
-from memorizing_transformers_pytorch.cli.generate import read_text
+from memorizing_transformers_pytorch.cli.texts import read_text
 from memorizing_transformers_pytorch.data import cache, files, tables
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.document import SPLITS, TextDocument

@@ -19,6 +19,7 @@ from memorizing_transformers_pytorch.huggingface.cache_layers import Prefix
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State
 from memorizing_transformers_pytorch.huggingface.finder import Finder, Head
 from memorizing_transformers_pytorch.huggingface.probe import Layer, probe
+from memorizing_transformers_pytorch.huggingface.searching import Query, _unique
 from memorizing_transformers_pytorch.memory.ledger import Ledger
 from tests.huggingface.families import FEW, LEARNED_POSITIONS, tiny
 from tests.huggingface.spans import attached, last_head, tokens
@@ -220,3 +221,13 @@ def test_a_prefix_counts_as_a_list_does(steps: list[tuple[str, int]]) -> None:
         assert prefix.passed == passed
         assert prefix.size == 3
         assert prefix.shift == 3
+
+
+def test_the_same_question_is_found_by_once_unless_more_is_known_of_it() -> None:
+    question, other = torch.tensor([1, 2, 3]), torch.tensor([1, 2])
+    known = [Query(0, question, vectors=torch.zeros(3, 4)), Query(0, question, vectors=torch.ones(3, 4))]
+    queries = [Query(0, question), Query(0, question), Query(1, question), Query(0, other), *known]
+    unique, which = _unique(queries)
+    assert which == [0, 0, 1, 2, 3, 4]
+    assert all(torch.equal(unique[i].tokens, query.tokens) for i, query in zip(which, queries, strict=True))
+    assert all(unique[i].vectors is query.vectors for i, query in zip(which, queries, strict=True))
