@@ -17,7 +17,6 @@ import numpy as np
 import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device, is_of_transformers, parse_arguments
-from memorizing_transformers_pytorch.cli.evaluate_hub import evaluate_hub_model
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.document import text_bytes
 from memorizing_transformers_pytorch.data.prepare import prepare
@@ -115,6 +114,8 @@ def evaluate_run(options: Evaluate) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder to write to, got the file {str(folder)!r}")
     if is_hub:
+        from memorizing_transformers_pytorch.cli.evaluate_hub import evaluate_hub_model
+
         with written_to(folder) as aside:
             evaluate_hub_model(options, aside)
         print(f"\n{folder / 'evaluation.md'} and .json")
