@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memorizing_transformers_pytorch.cli import main
+from memorizing_transformers_pytorch.library.readers import open_reader
 from tests.library.conftest import make_hub_model
 
 pytest.importorskip("transformers")
@@ -137,3 +139,13 @@ def test_the_shipped_model_is_evaluated_by_its_name(
     options = ["--source", notes, "--cache", tmp_path / "cache", "--memory", "64", "--no-controls"]
     said(capsys, "evaluate", "shipped", *options, "--documents", 1, "--max-tokens", 60)
     assert (tmp_path / "evaluation" / "evaluation.md").is_file()
+
+
+def test_what_is_written_ends_where_the_model_ends_a_text(model: str) -> None:
+    reader: Any = open_reader(model, "cpu", max_memories=None, dtype=None, index=None, spans={})
+    tokens = reader.tokenizer.encode(PROMPT)
+    reader.model.generation_config.eos_token_id = None
+    first, *rest = islice(reader.written(tokens), 5)
+    assert len(rest) == 4
+    reader.model.generation_config.eos_token_id = [first]
+    assert list(islice(reader.written(tokens), 5)) == []
