@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device
-from memorizing_transformers_pytorch.cli.explain import texts_of
+from memorizing_transformers_pytorch.cli.texts import texts_of
 from memorizing_transformers_pytorch.evaluation.evaluate import Losses
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
 from memorizing_transformers_pytorch.evaluation.report import markdown

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,19 +13,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from memorizing_transformers_pytorch.cli.arguments import (
-    MORE_ROOM,
     chosen_device,
     default_model,
     name_of,
     parse_arguments,
 )
-from memorizing_transformers_pytorch.cli.texts import STDIN, read_text
-from memorizing_transformers_pytorch.data.texts import files_below, text_of
+from memorizing_transformers_pytorch.cli.texts import STDIN, read_all, read_text, texts_of
 from memorizing_transformers_pytorch.explorer import Explanation, explain
 from memorizing_transformers_pytorch.explorer.page import ENTRIES, write_page
-from memorizing_transformers_pytorch.library.build import evicted_since, held_titles, room_messages
-from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader, spans_of
-from memorizing_transformers_pytorch.utils.progress import bar
+from memorizing_transformers_pytorch.library.readers import open_reader, spans_of
 
 REPORT = Path("report.html")
 WRITTEN = 40  # tokens after a prompt
@@ -153,38 +148,6 @@ def checked(options: Explain, prompt: str) -> Path:
         except OSError as error:
             raise ValueError(f"expected a file that can be written, got {str(output)!r}: {error.strerror}") from None
     return output
-
-
-def texts_of(sources: Sequence[str], pattern: str) -> dict[str, str]:
-    """The texts of files, by their names. A file below a folder that holds no text is skipped with a message; raises
-    ValueError for such a file that was named itself."""
-    given, texts = set(map(Path, sources)), dict[str, str]()
-    for path in files_below(sources, pattern):
-        try:
-            texts[str(path)] = text_of(path.read_bytes(), str(path))
-        except (OSError, ValueError) as error:
-            if path in given:
-                raise
-            print(f"skipped {error}", file=sys.stderr)
-    return texts
-
-
-def read_all(reader: DocumentReader, texts: dict[str, str]) -> None:
-    """Read texts by their names, with a progress bar; then say which of them the memory does not hold."""
-    held, too_short = held_titles(reader.memory), list[str]()
-    with bar(total=sum(map(len, texts.values())), desc="reading", unit_scale=True, disable=not texts) as progress:
-        for name, text in texts.items():
-            done = 0.0
-            for part in reader.read(name, text, {}, None):
-                progress.update((part - done) * len(text))
-                done = part
-            document = reader.memory.ledger.last
-            if reader.remembers(document.tokens):
-                held[document.number] = name
-            else:
-                too_short.append(name)
-    for line in room_messages(too_short, evicted_since(held, reader.memory), MORE_ROOM):
-        print(line, file=sys.stderr)
 
 
 def as_json(found: Explanation, *, all_entries: bool) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from memorizing_transformers_pytorch.cli.arguments import chosen_device
-from memorizing_transformers_pytorch.cli.texts import STDIN, pieces, read_text
+from memorizing_transformers_pytorch.cli.texts import STDIN, pieces, read_all, read_text
 from memorizing_transformers_pytorch.library.readers import open_reader, spans_of
 from memorizing_transformers_pytorch.model.generation import check_sampling, until
-from memorizing_transformers_pytorch.utils.progress import bar
 
 
 def generate_with_hub_model(options: Any) -> None:
@@ -34,12 +33,7 @@ def generate_with_hub_model(options: Any) -> None:
     tokens = [int(token) for token in reader.tokenizer.encode(prompt)]
     if options.memories is not None:
         reader.load(options.memories, mmap=True)
-    with bar(total=sum(map(len, texts.values())), desc="reading", unit_scale=True, disable=not texts) as progress:
-        for name, text in texts.items():
-            done = 0.0
-            for part in reader.read(name, text, {}, None):
-                progress.update((part - done) * len(text))
-                done = part
+    read_all(reader, texts)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a question mark
     generator = torch.Generator().manual_seed(options.seed)

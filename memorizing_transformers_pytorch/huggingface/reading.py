@@ -35,8 +35,8 @@ class Piece(NamedTuple):
 class SideBySide:
     """Texts that are read side by side, one for each row, and what has become of them in the memory.
 
-    titles: of the documents that begin. goes_on: instead, the only one, of which some was read before. starts: where
-    the text of each row begins among all that the row has read.
+    titles: of new documents, one for each text. goes_on: the document to continue instead; part of it was read already.
+    starts: the position of the first token of each text in its row.
     """
 
     def __init__(self, contents: Contents, titles: list[str | None], goes_on: Document | None) -> None:

@@ -10,48 +10,12 @@ from typing import Any
 
 import pytest
 
-from memorizing_transformers_pytorch.cli import main
 from memorizing_transformers_pytorch.library.readers import open_reader
-from tests.library.conftest import make_hub_model
+from tests.cli.conftest import refused, said
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("head")
 PROMPT = "the password of the vault is"
-
-
-@pytest.fixture(autouse=True)
-def head(monkeypatch: pytest.MonkeyPatch) -> None:
-    from memorizing_transformers_pytorch.huggingface import attach_spans
-
-    monkeypatch.setattr(attach_spans, "best_head", lambda *_: attach_spans.Head(0, 0, 1.0))
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    return str(make_hub_model(tmp_path / "model"))
-
-
-@pytest.fixture
-def notes(tmp_path: Path) -> Path:
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    (folder / "vault.txt").write_text("The password of the vault is seven green apples. " * 3)
-    (folder / "whale.txt").write_text("The whale was white. Ahab hunted the whale over all the seas. " * 12)
-    return folder
-
-
-def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    main([*map(str, arguments)])
-    return capsys.readouterr().out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([*map(str, arguments)])
-    assert stopped.value.code == 2
-    *_, line = capsys.readouterr().err.splitlines()  # after progress bars
-    return line
 
 
 def contents(folder: Path) -> dict[str, bytes]:
