@@ -5,7 +5,7 @@
 Of each size and content, in turn and several times: writing 128 tokens after a prompt (passages are chosen twice more
 while it is written), the time to the first token after prompts of two lengths, and reading chunks of 512 tokens. The
 entries are those of the first 8,192 tokens of the text, repeated with noise up to the size. Told are medians of ratios
-to the bare model, taken side by side, and the bytes that a token takes.
+to the bare model, taken side by side.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main(options: Options) -> None:
             room = size + (options.rounds + 1) * CHUNKS * 512
             memory = attach_memory(model, content=content, tokenizer=tokenizer, dtype=kept, max_memories=room)
             fill(memory, text[None], size)
-            results[name] = {"bytes a token": memory.num_bytes / room, **measured(options, model, text, memory)}
+            results[name] = measured(options, model, text, memory)
             memory.detach()
             results.update(provenance(torch.device(options.device)))
             options.output.write_text(json.dumps(results, indent=1))
