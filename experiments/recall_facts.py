@@ -4,16 +4,18 @@
 
 Twenty facts that cannot be guessed and twenty numbered pass keys are planted in real prose, evenly from its beginning
 to its end. Each is asked for in two ways: its sentence is begun again after 60 tokens of other text, and (facts only)
-it is asked for in other words, through the chat template. Counted is how often the greedy answer holds the fact: by
-the memory, with passages found by the model's finder or by BM25, with the passages of BM25 in the prompt (RAG), with
-the right passage in the prompt (which no way of finding passages can do better than), with the whole text as context
-where the model takes it, and with nothing. Budgets are equal: as many passages, as long.
+it is asked for in other words, through the chat template. Counted is how often the greedy answer holds the fact: with
+passages that the memory finds (by the model's head, or by the head and by words), before the prompt or in it, with the
+passages of BM25 in the prompt (RAG), with the right passage in the prompt, with the whole text as context where the
+model takes it, and with nothing. `memory.ask`, in other words, has passages in the prompt; `generate`, begun again,
+before it. Budgets are equal: as many passages, as long.
 Also counted is how often the passage with the answer came first. What OUTPUT.json has already is not measured again.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -30,8 +32,7 @@ from transformers.cache_utils import DynamicCache
 
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
 from memorizing_transformers_pytorch.huggingface import attach_memory
-from memorizing_transformers_pytorch.huggingface.asking import ANSWER_FROM_TEXT
-from memorizing_transformers_pytorch.huggingface.searching import Query
+from memorizing_transformers_pytorch.huggingface.prompts import ANSWER_FROM_TEXT
 
 QUESTIONS = {
     "The favourite dish of Queen Ottoline was": "What did Queen Ottoline like to eat best?",
@@ -68,7 +69,7 @@ class Options:
     tokens: int = 6_000
     passages: tuple[int, ...] = (1, 2, 4)
     content: tuple[str, ...] = ("kv", "tokens")
-    finder: tuple[str, ...] = ("head",)
+    finder: tuple[str, ...] = ("head", "both")
     kept: str = "bfloat16"
     """The dtype of the memory."""
     device: str = "cpu"
@@ -122,15 +123,14 @@ class Asking:
 
 
 def ways(asking: Asking, memory: Any) -> dict[str, Callable[[Planted], bool]]:
-    """How the memory is asked: by the sentence begun again, and in other words; and whether it finds the place."""
+    """How the memory is asked: by the sentence begun again, with passages before it in the cache, and in other words;
+    and whether it finds the place."""
 
     def again(each: Planted) -> bool:
         return asking.holds(each, asking.begun_again(each), 8)
 
     def words(each: Planted) -> bool:
-        question = torch.tensor(asking.tokens(QUESTIONS[each.question]))
-        with memory._at_work.recall.asked.at([Query(0, question)]):
-            return asking.holds(each, asking.in_words(each), 24)
+        return each.answer.lower() in memory.ask(QUESTIONS[each.question], max_new_tokens=24).text.lower()
 
     def first(question: list[int], each: Planted) -> bool:
         (best,) = memory.recall(torch.tensor(question), passages=1)
@@ -142,6 +142,16 @@ def ways(asking: Asking, memory: Any) -> dict[str, Callable[[Planted], bool]]:
         "again, found first": lambda each: first(asking.begun_again(each)[-64:], each),
         "words, found first": lambda each: first(asking.tokens(QUESTIONS[each.question]), each),
     }
+
+
+def before_the_prompt(asking: Asking, memory: Any) -> dict[str, Callable[[Planted], bool]]:
+    """Asked in other words, with passages before the prompt, in the cache."""
+
+    def words(each: Planted) -> bool:
+        with memory.finding_by(QUESTIONS[each.question], 0):
+            return asking.holds(each, asking.in_words(each), 24)
+
+    return {"words": words}
 
 
 def in_prompt(asking: Asking, passages: Callable[[Planted, str], str]) -> dict[str, Callable[[Planted], bool]]:
@@ -226,18 +236,15 @@ class Results:
         self.path.write_text(json.dumps(self.found, indent=1))
 
 
-def measure_memory(
-    options: Options, content: str, finder: str, text: list[int], asking: Asking, results: Results
-) -> None:
+def measure_memory(options: Options, content: str, text: list[int], asking: Asking, results: Results) -> None:
     """A memory whose passages are found by the model's own head, or also by their words."""
-    kept = getattr(torch, options.kept)
     memory = attach_memory(
         asking.model,
         retrieve="spans",
         tokenizer=asking.tokenizer,
         content=content,
-        finder=finder,
-        dtype=kept,
+        finder="both",
+        dtype=getattr(torch, options.kept),
         max_memories=len(text),
     )
     start = time.monotonic()
@@ -248,17 +255,20 @@ def measure_memory(
     }
     results.save()
     print(memory, results.found[f"reading, {content}"], flush=True)
-    for count in options.passages:
+    search: Any = memory._at_work.recall.search
+    words = search._words
+    for finder, count in itertools.product(options.finder, options.passages):
+        search._words = None if finder == "head" else words  # the text is read once for both
         object.__setattr__(memory.options, "passages", count)
+        name = f"{content}, {finder}, {count} passages"
         asks = ways(asking, memory)
-        if count != options.passages[0] or content != options.content[0]:
-            asks = {name: asks[name] for name in ("again", "words")}
-        by = "" if finder == "head" else f", {finder}"
-        results.measure(f"memory, {content}{by}, {count} passages", asks, [*planted()])
-        if content == options.content[0]:
-            with memory.enabled(False):
-                asks = in_prompt(asking, recalled(memory, count))
-                results.measure(f"its passages in the prompt{by}, {count} passages", asks, [*planted()])
+        if count != options.passages[0]:
+            asks = {kind: ask for kind, ask in asks.items() if "found" not in kind}
+        results.measure(f"memory, {name}", asks, planted())
+        results.measure(f"before the prompt, {name}", before_the_prompt(asking, memory), planted())
+        with memory.enabled(False):
+            asks = in_prompt(asking, recalled(memory, count))
+            results.measure(f"in the prompt, {name}", {"again": asks["again"]}, planted())
     memory.detach()
 
 
@@ -287,8 +297,7 @@ def main(options: Options) -> None:
     results.measure("BM25", first, sentences)
     words.detach()
     for content in options.content:
-        for finder in options.finder:
-            measure_memory(options, content, finder, text, asking, results)
+        measure_memory(options, content, text, asking, results)
     if len(text) + 2 * LOCAL < model.config.max_position_embeddings:
         results.measure("full context", with_all(asking, text), sentences)
     print(table(results.found["answers"]))

@@ -2,7 +2,7 @@
 
     python experiments/recall_perplexity.py MODEL_FOLDER OUTPUT.json --texts moby-dick.txt hamlet.md --passages 4
 
-Of each passage of 4,096 tokens the later half is scored after the first was read, in chunks of 512: with nothing before
+Of each passage of 4,096 tokens the later half is scored, in chunks of 512: with nothing before
 a chunk; with the last 128 tokens before it, and with so many more that they take as many positions as recalled passages
 do (a sliding window); with the last 128 and passages from the memory, chosen anew for every 64 tokens by the 64 before
 them; and with everything before as context. The share is that of the way from nothing to everything, in loss.
@@ -61,12 +61,11 @@ def in_window(model: Any, text: Tensor, place: int, recent: int) -> float:
 
 
 def remembered(memory: Any, text: Tensor, place: int, count: int) -> float:
-    """The loss of the half that begins here, after the half before was read, with so many passages."""
+    """The loss of the half that begins here, read after the half before as one text, with so many passages."""
     object.__setattr__(memory.options, "passages", count)
     memory.clear()
-    memory.read(text[place - HALF : place], progress=False)
-    (losses,) = memory.score(text[place : place + HALF], progress=False)
-    return float(losses[1:].mean())
+    (losses,) = memory.score(text[place - HALF : place + HALF], progress=False)
+    return float(losses[HALF + 1 :].mean())
 
 
 def modes(options: Options, model: Any, text: Tensor) -> dict[str, Callable[[int], float]]:

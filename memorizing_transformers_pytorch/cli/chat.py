@@ -22,11 +22,11 @@ class Talk:
     model: str
     """Name or folder of a causal language model of transformers."""
     memory: Path | None = None
-    """Folder of a memory of spans, which `memory build --retrieve spans` made with this model; it is not changed."""
+    """Folder of a memory of spans, which `memory build` made with this model; it is not changed."""
     read: Path | None = None
     """Instead, a text file or a folder of them to read first."""
     content: Literal["kv", "tokens"] | None = None
-    """With --read, what is kept: keys and values, or token ids alone; by default kv if the model can."""
+    """With --read, what is kept: token ids alone (the default), or keys and values."""
     finder: Literal["head", "bm25", "both"] | None = None
     """What finds passages: a head of the model, words, or both; by default a head if the model has one."""
     passages: int = 1
@@ -84,7 +84,7 @@ def _checked(options: Talk, saved: dict[str, Any] | None) -> dict[str, Any]:
     if saved is None:
         raise ValueError(
             f"{str(options.memory)!r} holds a memory of tokens, which finds no passages: "
-            "build one with `memory build --retrieve spans`, or give --read"
+            "build one with `memory build`, or give --read"
         )
     if options.content is not None:
         raise ValueError("--content is for --read: a memory on disk keeps what it was built with")

@@ -31,7 +31,7 @@ def evaluate_hub_model(options: Any, folder: Path) -> None:
         raise ValueError("--retrieve is for a new memory: one on disk is used as it was built")
     texts = texts_of([options.source], "*")
     device = chosen_device(options.device)
-    spans = spans_of(options.memories, options.retrieve or "spans")
+    spans = spans_of(options.memories, options.retrieve, options.run)
     reader: Any = open_reader(str(options.run), device, max_memories=None, dtype=None, index=options.index, spans=spans)
     if options.memories is not None:
         reader.load(options.memories, mmap=True)

@@ -48,8 +48,8 @@ class Explain:
     read: tuple[str, ...] = ()
     """Text files, and folders of them, to read before the prompt; files of a folder that are not text are skipped."""
     retrieve: Literal["tokens", "spans"] | None = None
-    """With --read, how a model of transformers remembers: tokens, which its attention looks up, or spans, passages that
-    stand before a text; by default spans for a question, otherwise tokens."""
+    """With --read, how a model of transformers remembers: spans, passages that stand before a text (the default), or
+    tokens, which its attention looks up."""
     pattern: str = "*"
     """Which files of folders to read, such as *.py."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -88,14 +88,14 @@ def explain_text(options: Explain) -> None:
         max_memories=options.max_memories,
         dtype=None,
         index=options.index,
-        spans=spans_of(options.memory, options.retrieve or ("spans" if options.question else None)),
+        spans=spans_of(options.memory, options.retrieve, model),
     )
     if options.memory is not None:
         reader.load(options.memory, mmap=True)
     if reader.longest is not None and (count := len(reader.tokenizer.encode(prompt))) > reader.longest:
         raise ValueError(f"expected at most {reader.longest:,} tokens of prompt, got {count:,} (--read longer texts)")
     if not reader.is_of_spans and (options.question is not None or options.max_new_tokens is not None):
-        raise ValueError("--question and --max-new-tokens are for a memory of passages: add --retrieve spans")
+        raise ValueError("--question and --max-new-tokens are for models of transformers with a memory of spans")
     read_all(reader, texts)
     found = _explained(options, prompt, reader)
     if options.json:

@@ -28,8 +28,8 @@ class Explore:
     """The model for a memory: folder of a run, or name or folder of a causal language model of transformers, or
     "shipped"."""
     retrieve: Literal["tokens", "spans"] | None = None
-    """How a new memory of a model of transformers is used: tokens, which its attention looks up (the default), or
-    spans, passages that stand before a text."""
+    """How a new memory of a model of transformers is used: spans, passages that stand before a text (the default), or
+    tokens, which its attention looks up."""
     port: int = 7860
     """Port of the page; if it is taken, the next free one."""
     read_only: bool = False
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str], program: str) -> None:
 
     if memory is not None and options.retrieve is not None:
         raise ValueError("--retrieve is for a new memory: one on disk is used as it was built")
-    spans = spans_of(memory, options.retrieve)
+    spans = spans_of(memory, options.retrieve, model)
     reader = open_reader(model, chosen_device(options.device), max_memories=None, dtype=None, index=None, spans=spans)
     service = Service(reader, memory, read_only=options.read_only)
     name = name_of(model) if memory is None else f"{memory}, with {name_of(model)}"

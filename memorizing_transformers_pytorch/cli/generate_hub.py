@@ -28,7 +28,7 @@ def generate_with_hub_model(options: Any) -> None:
         max_memories=None,
         dtype=None,
         index=options.index,
-        spans=spans_of(options.memories, options.retrieve or "spans"),
+        spans=spans_of(options.memories, options.retrieve, options.run),
     )
     tokens = [int(token) for token in reader.tokenizer.encode(prompt)]
     if options.memories is not None:

@@ -16,7 +16,7 @@ import tyro
 from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, parse_arguments
 from memorizing_transformers_pytorch.data.texts import files_below
 from memorizing_transformers_pytorch.library.build import Builder, check_different
-from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader, spans_in
+from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader, spans_in, spans_of
 from memorizing_transformers_pytorch.memory import KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.load import How, load, state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
@@ -42,16 +42,16 @@ class Build:
     pattern: str = "*"
     """Which files of folders to read, such as *.py."""
     retrieve: Literal["tokens", "spans"] | None = None
-    """How a new memory of a model of transformers is used: tokens, which its attention looks up (the default), or
-    spans, passages that stand before a prompt, as `ask` and `chat` need it."""
+    """How a new memory of a model of transformers is used: spans, passages that stand before a prompt, as `ask` and
+    `chat` need it (the default), or tokens, which its attention looks up."""
     content: Literal["kv", "tokens"] | None = None
-    """What a new memory of spans keeps: keys and values, or token ids alone; by default kv if the model can."""
+    """What a new memory of spans keeps: token ids alone (the default), or keys and values."""
     max_memories: int | None = None
     """Capacity of each layer, in entries, of a new memory; by default 262,144."""
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
     """How a new memory of a model of transformers stores keys and values; by default as in the model."""
     index: str | None = None
-    """How the memory is searched: exact, auto or a faiss factory string; by default as before."""
+    """How a memory of tokens is searched: exact, auto or a faiss factory string; by default as before."""
     device: str | None = None
     """Such as cpu or cuda; by default cuda if there is one."""
     save_every: float = 30.0
@@ -160,17 +160,17 @@ def _reader(options: Build, *, exists: bool) -> DocumentReader:
     if exists and any(each is not None for each in for_new):
         names = "--retrieve, --content, --max-memories and --dtype"
         raise ValueError(f"{str(options.memory)!r} exists: {names} are for a new memory only")
-    if options.content is not None and options.retrieve != "spans":
-        raise ValueError("--content is for a memory of spans: add --retrieve spans")
+    spans = spans_of(options.memory if exists else None, options.retrieve, options.model)
+    if options.content is not None and spans is None:
+        raise ValueError("--content is for a memory of spans, which models of transformers have")
     refuse_others(options.memory)
-    wanted = {"content": options.content} if options.retrieve == "spans" else None
     return open_reader(
         options.model,
         chosen_device(options.device),
         max_memories=options.max_memories,
         dtype=dtype,
         index=options.index,
-        spans=spans_in(options.memory) if exists else wanted,
+        spans=spans if options.content is None or spans is None else spans | {"content": options.content},
     )
 
 

@@ -44,7 +44,7 @@ def explain(
 
     model, memories: a `MemorizingTransformer` and its `KNNMemoryList`, or a model of transformers and the memory that
         is attached to it.
-    tokens: token ids (T,) or (1, T); or a text, with a tokenizer; or what a memory of passages has answered.
+    tokens: token ids (T,) or (1, T); a text, with a tokenizer; an `Answer` of a memory of passages, or its `Asked`.
     tokenizer: of this package or of transformers; without one, texts are numbers, unless the memory has a tokenizer.
     row: of the memory.
     contribution: "ablate" measures what each of the `most_passages` most looked-up passages is worth: by how much the
@@ -57,19 +57,20 @@ def explain(
     Of a memory of passages (`attach_memory` with retrieve="spans"), passages are those that stood before the tokens.
     They are found as `generate` finds them: by the last tokens of the prompt (without a prompt, nothing stands before
     the first `every` tokens), and by those before the last token of each block of `every` tokens. question: by which
-    they are found instead; of an answer, its question. "ablate" takes a passage away, and nothing takes its place.
+    they are found instead. Of an answer, they are those in its prompt. "ablate" takes a passage away, and nothing takes
+    its place.
 
     Raises ValueError for tokens that the model does not have, or more than it has positions for, a model or row that
     has no memory, an unknown contribution, sizes below 0, more of a prompt than there are tokens, or a question to a
     memory of tokens.
     """
     _check(contribution, passage, most_passages, around)
-    asked = getattr(tokens, "asked", None)
-    if asked is not None:
+    asked, placed = getattr(tokens, "asked", tokens), None
+    if hasattr(asked, "written"):
         tokens, prompt, question = torch.cat((asked.prompt, asked.written)), len(asked.prompt), asked.question
-        row = asked.row
+        row, placed = asked.row, asked.placed
     tokenizer = getattr(memories, "tokenizer", None) if tokenizer is None else tokenizer
-    eye, decode = watched(model, memories, row, prompt, question), decoder(tokenizer)
+    eye, decode = watched(model, memories, row, prompt, question, placed), decoder(tokenizer)
     ids = encoded(tokens, tokenizer, _vocabulary(model))
     if not 0 <= prompt <= len(ids):
         raise ValueError(f"the prompt has 0 to {len(ids)} of the tokens, got prompt={prompt}")

@@ -53,11 +53,12 @@ class _Part:
 
     def __init__(self, block: Any, first: int) -> None:
         kept = [i for i, each in enumerate(block.passages) if not _is_beginning(each, first)]
-        sizes = [len(each.tokens) for each in block.passages]
-        self._block, self._size = block, sum(sizes)
-        self._offsets = np.array([sum(sizes[:i]) for i in kept], dtype=np.int64)
+        self._block = block
         self.passages = [block.passages[i] for i in kept]
+        self._places = np.array([block.places[i] for i in kept], dtype=np.int64)
         self.weights, self._peaks = block.weights[..., kept].numpy(), block.peaks[..., kept].numpy()
+        for i, (place, each) in enumerate(zip(self._places, self.passages, strict=True)):
+            self.weights[..., : max(place + len(each.tokens) - block.start, 0), i] = 0  # its own tokens are not asked
 
     def columns(self) -> list[np.ndarray]:
         """The table: a row for each token, layer, head and passage, with the attention on all of the passage, and the
@@ -71,7 +72,7 @@ class _Part:
             for name in ("score", "document", "position")
         )
         source_token = pad_sequence([each.tokens for each in self.passages], batch_first=True).numpy()[which, peak]
-        age = self._size + token - self._offsets[which] - peak
+        age = token - self._places[which] - peak
         layer = np.array(self._block.layers)[layer]
         return [token, layer, head, score, self.weights.ravel(), document, position + peak, source_token, age]
 

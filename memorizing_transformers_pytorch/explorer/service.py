@@ -129,21 +129,22 @@ class Service:
         """
         if is_question and not self.finds_passages:
             raise ValueError("only a memory of passages can be asked questions")
-        question = prompt if is_question else None
         with self._at(session) as space:
             if (not prompt.strip() and is_question) or not (tokens := space.encode(prompt)):
                 raise ValueError("expected a prompt, got an empty one")
+            asked, bare = None, tokens
             if is_question:
-                tokens = space.asked(prompt)
+                asked, alone = (space.asked(prompt, with_memory=on) for on in (True, False))
+                tokens, bare = asked.prompt.tolist(), alone.prompt.tolist()
             if (needed := len(tokens) + sampling.new_tokens) > space.longest:
                 raise ValueError(
                     f"expected at most {space.longest:,} tokens of prompt and continuation, got {needed:,}"
                     " (read long texts in)"
                 )
-            new = space.continued(tokens, sampling, with_memory=True, question=question)
-            alone = space.continued(tokens, sampling, with_memory=False, question=question)
-            space.answer = space.explained(tokens, new, measure=measure, question=question)
-            return Comparison(prompt, _added(space, tokens, new), _added(space, tokens, alone), space.answer)
+            new = space.continued(tokens, sampling, with_memory=asked is None)
+            other = space.continued(bare, sampling, with_memory=False)
+            space.answer = space.explained(tokens, new, measure=measure, asked=asked)
+            return Comparison(prompt, _added(space, tokens, new), _added(space, bare, other), space.answer)
 
     def answer(self, session: str, layer: int | None = None, head: int | None = None) -> Explanation | None:
         """What was looked up for the last prompt, or by one layer or head; None before the first."""

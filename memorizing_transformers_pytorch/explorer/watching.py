@@ -185,15 +185,16 @@ class PassageModel:
     """The same for a memory of passages: the model runs on a text as if it had written all but the prompt.
 
     prompt: how many tokens come first that it was given. question: by which passages are found, if not by the text.
+    placed: the passages that the prompt holds; None if they stand before it.
     """
 
-    def __init__(self, memory: Any, row: int, prompt: int, question: Any) -> None:
-        from memorizing_transformers_pytorch.huggingface.blocks import BlockReader
+    def __init__(self, memory: Any, row: int, prompt: int, question: Any, placed: Any) -> None:
+        from memorizing_transformers_pytorch.huggingface.blocks import BlockReader, PromptReader
         from memorizing_transformers_pytorch.huggingface.texts import tokens_of
 
         asked = None if question is None else tokens_of(question, memory.tokenizer, memory.model)
         self._memory, self.ledger, self.prompt = memory, memory.ledger, prompt
-        self._reader = BlockReader(memory, row, asked)
+        self._reader = BlockReader(memory, row, asked) if placed is None else PromptReader(memory, placed)
 
     def run(self, tokens: Tensor, *, attention: bool = False) -> Blocks:
         """attention: also what attention passages get."""
@@ -237,9 +238,11 @@ def hiding(watched: Watched, document: int, first: int, last: int) -> Iterator[N
         yield
 
 
-def watched(model: nn.Module, memories: Any, row: int, prompt: int = 0, question: Any = None) -> Watched:
-    """prompt, question: see `PassageModel`. Raises ValueError for a model without a memory of its kind, a row that does
-    not exist, or a question to a memory of tokens."""
+def watched(
+    model: nn.Module, memories: Any, row: int, prompt: int = 0, question: Any = None, placed: Any = None
+) -> Watched:
+    """prompt, question, placed: see `PassageModel`. Raises ValueError for a model without a memory of its kind, a row
+    that does not exist, or a question to a memory of tokens."""
     if isinstance(model, MemorizingTransformer):
         if not isinstance(memories, KNNMemoryList) or len(memories) != len(model.config.layers_with_memory):
             raise ValueError(f"expected the memories of this model as a KNNMemoryList, got {type(memories).__name__}")
@@ -251,7 +254,7 @@ def watched(model: nn.Module, memories: Any, row: int, prompt: int = 0, question
     if not 0 <= row < rows:
         raise ValueError(f"expected a row from 0 to {rows - 1}, got {row}")
     if hasattr(memories, "finding_by"):
-        return PassageModel(memories, row, prompt, question)
+        return PassageModel(memories, row, prompt, question, placed)
     if question is not None:
         raise ValueError("a question finds passages: it needs a memory made with attach_memory(retrieve='spans')")
     return OurModel(model, memories, row) if isinstance(model, MemorizingTransformer) else AttachedModel(memories, row)

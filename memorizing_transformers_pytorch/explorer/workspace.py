@@ -6,8 +6,8 @@ Asking changes nothing that is remembered.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,20 +81,18 @@ class Workspace:
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.reader.tokenizer.decode(list(tokens)))
 
-    def asked(self, question: str) -> list[int]:
-        """A question as a prompt of a model that has a memory of passages; see `RecallMemory.ask`."""
+    def asked(self, question: str, *, with_memory: bool) -> Any:
+        """What a model that has a memory of passages is given when it is asked; see `RecallMemory.asked`."""
         memory: Any = self.reader.memory
-        return [int(token) for token in memory.prompt_of(question)]
+        with memory.enabled(with_memory):
+            return memory.asked(question)
 
-    def continued(
-        self, prompt: list[int], sampling: Sampling, *, with_memory: bool, question: str | None = None
-    ) -> list[int]:
-        """The tokens that follow. question: by which passages are found, if not by the prompt."""
+    def continued(self, prompt: list[int], sampling: Sampling, *, with_memory: bool) -> list[int]:
+        """The tokens that follow."""
         source, reader = torch.Generator().manual_seed(sampling.seed), self.reader
         if isinstance(reader, HubReader):
             memory: Any = reader.memory
-            finding = nullcontext() if question is None else memory.finding_by(question, 0)
-            with memory.read_only(), memory.enabled(with_memory), finding:
+            with memory.read_only(), memory.enabled(with_memory):
                 return list(islice(reader.written(prompt, sampling.temperature, generator=source), sampling.new_tokens))
         # A session stores what it has read when a segment is full, or it is closed: here neither happens.
         memories = reader.memory if with_memory else None
@@ -108,18 +106,16 @@ class Workspace:
             new += pending
         return new
 
-    def explained(
-        self, prompt: list[int], new: list[int], *, measure: bool, question: str | None = None
-    ) -> Explanation:
-        """What is looked up for a prompt and what follows. measure: also what passages are worth."""
+    def explained(self, prompt: list[int], new: list[int], *, measure: bool, asked: Any = None) -> Explanation:
+        """What is looked up for a prompt and what follows. measure: also what passages are worth. asked: for which
+        question the prompt was made."""
         reader = self.reader
         return explain(
             reader.model,
-            prompt + new,
+            prompt + new if asked is None else replace(asked, written=torch.tensor(new)),
             reader.memory,
             tokenizer=reader.tokenizer,
             contribution="ablate" if measure else None,
             passage=PASSAGE,
             prompt=len(prompt) if reader.is_of_spans else 0,
-            question=question,
         )

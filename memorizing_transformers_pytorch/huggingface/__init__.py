@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from memorizing_transformers_pytorch.huggingface.added import Added
-from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat, Excerpt
+from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat
 from memorizing_transformers_pytorch.huggingface.attach import attach_memory, memory_of
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.causal_lm import (
@@ -16,6 +16,7 @@ from memorizing_transformers_pytorch.huggingface.causal_lm import (
 )
 from memorizing_transformers_pytorch.huggingface.export import export_run
 from memorizing_transformers_pytorch.huggingface.layers import suggest_layers
+from memorizing_transformers_pytorch.huggingface.prompts import Asked, Excerpt
 from memorizing_transformers_pytorch.huggingface.recalling import RecallMemory
 from memorizing_transformers_pytorch.memory.ledger import Document
 
@@ -23,6 +24,7 @@ __all__ = [
     "Added",
     "Answer",
     "AnswerStream",
+    "Asked",
     "AttachedMemory",
     "Chat",
     "Document",

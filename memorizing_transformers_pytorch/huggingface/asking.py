@@ -13,59 +13,34 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from memorizing_transformers_pytorch.huggingface.models import evaluating
-from memorizing_transformers_pytorch.huggingface.texts import document_tokens, tokens_of
+from memorizing_transformers_pytorch.huggingface.prompts import (
+    ANSWER_FROM_TEXT,
+    QUESTION,
+    Asked,
+    Excerpt,
+    Placed,
+    Turn,
+    prompt_of,
+)
+from memorizing_transformers_pytorch.huggingface.texts import tokens_of
 from memorizing_transformers_pytorch.model.generation import until
 
 MAX_NEW_TOKENS = 256
-QUESTION, ANSWER = "Question:", "Answer:"
-ANSWER_FROM_TEXT = "Answer from the text, in a few words."  # SmolLM2-135M answers twice as many questions with it
-FIRST_WORDS = 10
 THREAD = "writing an answer"
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """A part of a document that was recalled.
-
-    document, title: of the document. position: of its first token in the document. text: None without a tokenizer.
-    score: how well it fits; comparable within one call. tokens: (P,) its token ids.
-    """
-
-    document: int
-    title: str
-    position: int
-    text: str | None
-    score: float
-    tokens: Tensor
-
-    def __str__(self) -> str:
-        words = (self.text or "").split()
-        shown = " ".join(words[:FIRST_WORDS]) + (" ..." if len(words) > FIRST_WORDS else "")
-        return f"{self.title}, token {self.position:,}: {shown}"
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """The row of the memory, and token ids (N,): the prompt, the question by which passages were found, and what was
-    written."""
-
-    row: int
-    prompt: Tensor
-    question: Tensor
-    written: Tensor
+LAST_TOKENS = 20  # hold the words that end an answer
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model has written, and the passages that stood before the question, the best first. asked: for
-    `explain`."""
+    """What the model has written, and the passages that it was given with the question, the best first. asked: the
+    whole prompt, and more for `explain`."""
 
     text: str
     sources: list[Excerpt]
@@ -136,26 +111,41 @@ def _into(done: Future[Answer], write: Callable[..., Answer], streamer: Any, sto
         streamer.text_queue.put(streamer.stop_signal)
 
 
-Asking = Callable[[Tensor, int], AbstractContextManager[Callable[[], list[Excerpt]]]]
-"""Inside, calls of the model find passages of a row by a question (N,) -> which ones they have found."""
+class Given(NamedTuple):
+    """The passages for a message, the best first: those that its prompt shall hold, or else what tells, after the model
+    has written, which ones stood before the prompt in the cache."""
+
+    in_prompt: list[Excerpt]
+    before: Callable[[], list[Excerpt]] | None
+
+
+Finding = Callable[[Tensor, int], AbstractContextManager[Given]]
+"""Finds passages of a row by a question (N,), for calls of the model inside."""
 
 
 class Chat:
-    """A conversation with a model that has a memory, from `RecallMemory.chat`. Each message finds its own passages.
+    """A conversation with a model that has a memory, from `RecallMemory.chat`. Each message finds its own passages,
+    with which it begins; they stay in the conversation. (If the memory has a window, they stand before all of it.)
 
-    messages: what was said, as chat templates take it. asks: whether each message is a question about what was read;
-    the prompt then asks the model to answer from the text in a few words. The KV cache is kept from turn to turn.
+    messages: what was said, without passages. asks: whether each message is a question about what was read; the prompt
+    then asks the model to answer from the text in a few words. The KV cache is kept from turn to turn.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, asking: Asking, system: str | None, row: int, *, asks: bool) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, finding: Finding, system: str | None, row: int, *, asks: bool
+    ) -> None:
         if tokenizer is None:
             raise ValueError("to ask, the memory needs a tokenizer: attach_memory(model, tokenizer=tokenizer)")
-        self._model, self._tokenizer, self._asking, self._row = model, tokenizer, asking, row
+        self._model, self._tokenizer, self._finding, self._row = model, tokenizer, finding, row
         self._stop = None if getattr(tokenizer, "chat_template", None) else f"\n{QUESTION}"
         self._asks = asks and self._stop is None
-        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self._turns = [] if system is None else [Turn("system", system)]
         self._tokens, self._cache = torch.zeros(1, 0, dtype=torch.int64), None
         self._last: Future[Answer] | None = None  # not the stream itself: one that nobody holds ends
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return [{"role": turn.role, "content": turn.content} for turn in self._turns]
 
     @overload
     def say(
@@ -188,16 +178,16 @@ class Chat:
         """The answer to the next message; see `RecallMemory.ask`. After an error the message counts as not said."""
         if self._last is not None and not self._last.done():
             raise ValueError("the answer before is still being written: iterate to its end, or close() it")
-        messages = self._with(text)
-        question, prompt = tokens_of(text, self._tokenizer, self._model), self._prompt(messages)
+        question = tokens_of(text, self._tokenizer, self._model)
         config = _config(self._model, generation_config, max_new_tokens)
 
         def write(streamer: Any, stopped: threading.Event) -> Answer:
-            with self._asking(question, self._row) as found, evaluating(self._model):
-                written, tokens = self._write(prompt, config, streamer, stopped)
-                answer = Answer(written, found(), Asked(self._row, prompt[0], question, tokens))
-            self.messages = [*messages, {"role": "assistant", "content": written}]
-            return answer
+            with self._finding(question, self._row) as given, evaluating(self._model):
+                turns, prompt, placed = self._with(text, given)
+                written, tokens = self._write(prompt[None], config, streamer, stopped)
+                sources = given.in_prompt if given.before is None else given.before()
+            self._turns = [*turns, Turn("assistant", written)]
+            return Answer(written, sources, Asked(self._row, prompt, question, placed, tokens))
 
         if not stream:
             return write(None, threading.Event())
@@ -205,22 +195,19 @@ class Chat:
         self._last = written.done
         return written
 
-    def prompt_of(self, text: str) -> Tensor:
-        """(N,): what the model is given to answer the next message."""
-        return self._prompt(self._with(text))[0]
+    def asked(self, text: str) -> Asked:
+        """What the model would be given with the next message."""
+        question = tokens_of(text, self._tokenizer, self._model)
+        with self._finding(question, self._row) as given:
+            _, prompt, placed = self._with(text, given)
+        return Asked(self._row, prompt, question, placed, prompt[:0])
 
-    def _with(self, text: str) -> list[dict[str, str]]:
+    def _with(self, text: str, given: Given) -> tuple[list[Turn], Tensor, list[Placed] | None]:
+        """All that was said and the next message -> its prompt (N,), and the passages in it."""
         content = f"{QUESTION} {text}\n{ANSWER_FROM_TEXT}" if self._asks else text
-        return [*self.messages, {"role": "user", "content": content}]
-
-    def _prompt(self, messages: list[dict[str, str]]) -> Tensor:
-        """Messages as token ids (1, N)."""
-        if self._stop is None:
-            made = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-            return torch.tensor(made["input_ids"], dtype=torch.int64).reshape(1, -1)
-        begins = {"user": f"{QUESTION} ", "assistant": f"{ANSWER} ", "system": ""}
-        text = "\n".join(begins[each["role"]] + each["content"] for each in messages)
-        return document_tokens(f"{text}\n{ANSWER}", self._tokenizer)[None]
+        turns = [*self._turns, Turn("user", content, given.in_prompt)]
+        prompt, placed = prompt_of(turns, self._tokenizer)
+        return turns, prompt, placed if given.before is None else None
 
     def _write(
         self, prompt: Tensor, config: GenerationConfig, streamer: Any, stopped: threading.Event
@@ -230,7 +217,7 @@ class Chat:
         self._tokens, self._cache = self._tokens[:, :0], None  # until all went well
 
         def is_over(tokens: Tensor, _scores: Any, **_: Any) -> Tensor:
-            last = self._tokenizer.decode(tokens[0, max(count, tokens.shape[1] - 2 * FIRST_WORDS) :])
+            last = self._tokenizer.decode(tokens[0, max(count, tokens.shape[1] - LAST_TOKENS) :])
             over = stopped.is_set() or (self._stop is not None and self._stop in last)
             return torch.full((len(tokens),), over, device=tokens.device)
 

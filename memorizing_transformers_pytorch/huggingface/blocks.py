@@ -1,4 +1,5 @@
-"""A text with its passages before it, block by block as `generate` writes it: what stood there, and what it got.
+"""A text with its passages before it, block by block as `generate` writes it, or in its prompt, as `ask` places them:
+what stood there, and what it got.
 
 Shapes: N tokens of the text, T of a block, V of the vocabulary, L layers, H query heads, P positions of passages, E
 passages.
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from memorizing_transformers_pytorch.huggingface import prefix as prefixes
-from memorizing_transformers_pytorch.huggingface.asking import Excerpt
 from memorizing_transformers_pytorch.huggingface.calls import Call
 from memorizing_transformers_pytorch.huggingface.interface import (
     BACKENDS,
@@ -27,6 +27,7 @@ from memorizing_transformers_pytorch.huggingface.interface import (
     use,
 )
 from memorizing_transformers_pytorch.huggingface.models import evaluating
+from memorizing_transformers_pytorch.huggingface.prompts import Excerpt, Placed
 from memorizing_transformers_pytorch.huggingface.recall import QUERY
 from memorizing_transformers_pytorch.huggingface.recalling import RecallMemory
 
@@ -35,6 +36,7 @@ from memorizing_transformers_pytorch.huggingface.recalling import RecallMemory
 class WatchedBlock:
     """Tokens from `start` to `stop` of a text, with the same passages before them; they predict those one later.
 
+    places: of each passage, where it begins; from 0 on in the text, below 0 before it.
     weights: (L, H, T, E), the attention that each token gives to each passage; without layers, if that is not known.
     peaks: (L, H, T, E), to which token of the passage it gives most. layers: their numbers (L,).
     """
@@ -42,6 +44,7 @@ class WatchedBlock:
     start: int
     stop: int
     passages: list[Excerpt]
+    places: list[int]
     weights: Tensor
     peaks: Tensor
     layers: list[int]
@@ -70,7 +73,8 @@ class BlockReader:
                     out = memory.model(input_ids=ids, past_key_values=cache, use_cache=True)
                 logits.append(out.logits[0, start - stop :].float().cpu())
                 passages = standing()
-                blocks.append(WatchedBlock(start, stop, passages, *watched.taken(passages, stop - start)))
+                places = [-sum(len(each.tokens) for each in passages[i:]) for i in range(len(passages))]
+                blocks.append(WatchedBlock(start, stop, passages, places, *watched.taken(passages, stop - start)))
         return torch.cat(logits), blocks
 
     def _calls(self, count: int, prompt: int) -> Iterator[tuple[int, int]]:
@@ -88,12 +92,50 @@ class BlockReader:
         return tokens[max(known - QUERY, 0) : known]
 
 
-class _Watch(Extension):
-    """Notes how much attention the tokens of a call give to each position of its passages: (H, T, P) for each layer."""
+class PromptReader:
+    """Runs the model of a memory on one text, whose prompt holds passages. Where one is hidden, or part of it, the
+    model is given the text without these tokens; their logits are 0."""
 
-    def __init__(self, memory: RecallMemory) -> None:
+    def __init__(self, memory: RecallMemory, placed: Sequence[Placed]) -> None:
+        self._memory, self._placed = memory, placed
+
+    def run(self, tokens: Tensor, _prompt: int, *, attention: bool = False) -> tuple[Tensor, list[WatchedBlock]]:
+        """The logits of tokens (N, V), and all of the text as one block."""
+        memory, shown = self._memory, torch.ones(len(tokens), dtype=torch.bool)
+        for passage, start in self._placed:
+            shown[start : start + len(passage.tokens)] = self._shown(passage)
+        columns = [torch.arange(start, start + len(passage.tokens)) for passage, start in self._placed]
+        watched = _Watch(memory, torch.cat(columns) if columns else torch.zeros(0, dtype=torch.int64))
+        attention = attention and bool(shown.all())
+        with memory.enabled(False), evaluating(memory.model), watched.on() if attention else ExitStack():
+            out = memory.model(input_ids=tokens[None, shown].to(memory.model.device), use_cache=False)
+        logits = torch.zeros(len(tokens), out.logits.shape[-1])
+        logits[shown] = out.logits[0].float().cpu()
+        passages, places = [each.passage for each in self._placed], [each.start for each in self._placed]
+        return logits, [WatchedBlock(0, len(tokens), passages, places, *watched.taken(passages, len(tokens)))]
+
+    def _shown(self, passage: Excerpt) -> Tensor:
+        """Which tokens of a passage may be seen (P,)."""
+        memory, count = self._memory, len(passage.tokens)
+        if not memory._at_work.enabled.now:
+            return torch.zeros(count, dtype=torch.bool)
+        hidden = next(iter(memory.layers.values())).memories[0].hidden.now
+        if hidden is None or passage.document not in memory.ledger:
+            return torch.ones(count, dtype=torch.bool)
+        first = memory.ledger[passage.document].start + passage.position
+        origins = torch.stack((torch.full((count,), passage.document), torch.arange(first, first + count)), dim=1)
+        return ~hidden.among(origins)
+
+
+class _Watch(Extension):
+    """Notes how much attention the tokens of a call give to each position of its passages: (H, T, P) for each layer.
+
+    columns: where the passages lie in the text (P,), if they do not stand before it.
+    """
+
+    def __init__(self, memory: RecallMemory, columns: Tensor | None = None) -> None:
         self._memory, self._thread, self._seen = memory, threading.get_ident(), list[Tensor]()
-        self.layers: list[int] = []
+        self._columns, self.layers = columns, list[int]()
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -109,13 +151,19 @@ class _Watch(Extension):
             yield
 
     def joined(self, module: nn.Module, out: Tensor, query: Tensor, local: Local) -> Tensor:
-        call: Call | None = self._memory._recall.search._shared.call.now
-        if call is not None and call.prefix is not None and threading.get_ident() == self._thread:
-            size, count = call.prefix.size, query.shape[2]
+        columns, count = self._standing(), query.shape[2]
+        if columns is not None and threading.get_ident() == self._thread:
             parts = [slice(start, start + QUERIES_AT_ONCE) for start in range(0, count, QUERIES_AT_ONCE)]
-            rows = [local.masked(query[:, :, part], part, count).softmax(dim=-1)[0, :, :, :size] for part in parts]
-            self._seen.append(torch.cat(rows, dim=1).cpu())
+            rows = [local.masked(query[:, :, part], part, count).softmax(dim=-1)[0].cpu() for part in parts]
+            self._seen.append(torch.cat([row[..., columns] for row in rows], dim=1))
         return out
+
+    def _standing(self) -> Tensor | None:
+        """Which positions of the call hold passages (P,)."""
+        if self._columns is not None:
+            return self._columns
+        call: Call | None = self._memory._recall.search._shared.call.now
+        return None if call is None or call.prefix is None else torch.arange(call.prefix.size)
 
     def taken(self, passages: Sequence[Excerpt], count: int) -> tuple[Tensor, Tensor, list[int]]:
         """Of the last call, (L, H, T, E): the attention on each passage, and which of its positions got most; and the

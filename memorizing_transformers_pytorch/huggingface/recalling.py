@@ -12,10 +12,11 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from transformers import GenerationConfig
 
-from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat, Excerpt
+from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat, Given
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.contents import Titles
 from memorizing_transformers_pytorch.huggingface.models import check_ids, vocabulary_of
+from memorizing_transformers_pytorch.huggingface.prompts import Asked, Excerpt
 from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.searching import Query, Recalled
 from memorizing_transformers_pytorch.huggingface.texts import tokens_of
@@ -96,11 +97,12 @@ class RecallMemory(AttachedMemory):
         system: str | None = None,
         row: int = 0,
     ) -> Answer | AnswerStream:
-        """What the model answers to a question, with the passages of a row that fit it before the prompt.
+        """What the model answers to a question, with the passages of a row that fit it in the prompt.
 
         Passages are found by the question alone. The prompt is made by the chat template of the tokenizer, with the
-        request to answer from the text in a few words, or else is "Question: ... Answer:". (Say it in your own words
-        with `chat().say`.)
+        passages, the question, and the request to answer from the text in a few words; or else it is "Text: ...
+        Question: ... Answer:". (Say it in your own words with `chat().say`.) `answer.asked.prompt` is what the model
+        was given. Of a memory with a window, passages stand before the prompt, in the cache.
 
         stream: give the answer while it is being written, as an iterator over pieces of its text.
         max_new_tokens: 256 unless given, or given by generation_config. generation_config: greedy unless given.
@@ -109,26 +111,33 @@ class RecallMemory(AttachedMemory):
         Raises ValueError for an empty question, a row that does not exist, and a memory without a tokenizer.
         """
         self._expect_row(row)
-        chat: Any = Chat(self.model, self.tokenizer, self._asking, system, row, asks=True)
+        chat: Any = Chat(self.model, self.tokenizer, self._finding, system, row, asks=True)
         answer: Answer | AnswerStream = chat.say(
             question, stream=stream, max_new_tokens=max_new_tokens, generation_config=generation_config
         )
         return answer
 
-    def prompt_of(self, question: str) -> Tensor:
-        """(N,): what the model is given when it is asked a question."""
-        return Chat(self.model, self.tokenizer, self._asking, None, 0, asks=True).prompt_of(question)
+    def asked(self, question: str, *, row: int = 0) -> Asked:
+        """What `ask` gives to the model: the prompt, and where passages lie in it. Raises what `ask` raises."""
+        self._expect_row(row)
+        return Chat(self.model, self.tokenizer, self._finding, None, row, asks=True).asked(question)
 
     def chat(self, *, system: str | None = None, row: int = 0) -> Chat:
-        """A conversation, in which `say` gives the answer to each message."""
+        """A conversation, in which `say` gives the answer to each message, with the passages that fit it."""
         self._expect_row(row)
-        return Chat(self.model, self.tokenizer, self._asking, system, row, asks=False)
+        return Chat(self.model, self.tokenizer, self._finding, system, row, asks=False)
 
     @contextlib.contextmanager
-    def _asking(self, question: Tensor, row: int) -> Iterator[Callable[[], list[Excerpt]]]:
-        """Inside, calls of the model find passages of a row by a question -> those that were found, the best first."""
-        with self.finding_by(question, row) as standing:
-            yield lambda: sorted((each for each in standing() if each.score > 0), key=lambda each: -each.score)
+    def _finding(self, question: Tensor, row: int) -> Iterator[Given]:
+        """Passages are given in the prompt. With a window, what leaves it is stored, and should hold no passages: there
+        they stand before the prompt, in the cache."""
+        if self.options.write == "window":
+            with self.finding_by(question, row) as standing:
+                yield Given([], lambda: sorted((e for e in standing() if e.score > 0), key=lambda e: -e.score))
+            return
+        found = self.recall(question, row=row) if self._at_work.enabled.now else []
+        with self.enabled(False):
+            yield Given(found, None)
 
     @contextlib.contextmanager
     def finding_by(self, question: str | Tensor, row: int) -> Iterator[Callable[[], list[Excerpt]]]:

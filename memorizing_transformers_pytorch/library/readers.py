@@ -236,6 +236,11 @@ def spans_in(folder: Path) -> dict[str, Any] | None:
     return options_for(extra["arranged"])
 
 
-def spans_of(folder: Path | None, retrieve: str | None) -> dict[str, Any] | None:
-    """Options of the memory of spans in a folder, or of a new one if such is wanted; None for a memory of tokens."""
-    return spans_in(folder) if folder is not None else {} if retrieve == "spans" else None
+def spans_of(folder: Path | None, retrieve: str | None, model: str | Path) -> dict[str, Any] | None:
+    """Options of the memory of spans in a folder, or of a new one; None for a memory of tokens. retrieve: which one is
+    wanted; unless given, a model of transformers gets one of spans, and a run one of tokens."""
+    if folder is not None:
+        return spans_in(folder)
+    if retrieve is None:
+        retrieve = "tokens" if (run_named(model) / CONFIG).is_file() else "spans"
+    return {} if retrieve == "spans" else None

@@ -92,8 +92,8 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
     model: str, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     library, tokens = tmp_path / "library", tmp_path / "tokens"
-    said(capsys, "memory", "build", library, notes / "vault.txt", "--model", model, "--retrieve", "spans")
-    said(capsys, "memory", "build", tokens, notes / "vault.txt", "--model", model)
+    said(capsys, "memory", "build", library, notes / "vault.txt", "--model", model)
+    said(capsys, "memory", "build", tokens, notes / "vault.txt", "--model", model, "--retrieve", "tokens")
     run = make_run(tmp_path / "run")
     ask: list[Any] = ["ask", "--model", model]
     for arguments, message in (
@@ -110,7 +110,10 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
             ["memory", "build", library, notes, "--model", model, "--retrieve", "spans"],
             "are for a new memory only",
         ),
-        (["memory", "build", tmp_path / "new", notes, "--model", model, "--content", "kv"], "add --retrieve spans"),
+        (
+            ["memory", "build", tmp_path / "new", notes, "--model", model, "--retrieve", "tokens", "--content", "kv"],
+            "--content is for a memory of spans",
+        ),
         (["memory", "build", tmp_path / "new", notes, "--model", run, "--retrieve", "spans"], "model of transformers"),
     ):
         assert message in refused(capsys, *arguments)
@@ -123,7 +126,7 @@ def test_a_library_of_token_ids_alone_is_searched_by_words(
     pytest.importorskip("bm25s")
     monkeypatch.setattr("memorizing_transformers_pytorch.huggingface.attach_spans.best_head", lambda *_: None)
     library = tmp_path / "library"
-    options = ["--retrieve", "spans", "--content", "tokens"]
+    options = ["--content", "tokens"]
     with pytest.warns(UserWarning, match="no induction head"):
         said(capsys, "memory", "build", library, notes, "--model", model, *options)
     ask = ["ask", "--model", model, "--memory", library, "--max-new-tokens", 2, "--passages", 1]

@@ -13,6 +13,7 @@ from memorizing_transformers_pytorch.cli import main
 from memorizing_transformers_pytorch.training.run import newest_run
 from tests.library.conftest import make_hub_model, make_run
 
+TOKENS = ["--retrieve", "tokens"]
 FACT = "The answer to the question of life is forty-two, as everybody knows. " * 3
 
 
@@ -48,7 +49,7 @@ def test_files_are_read_and_the_page_names_them(
     model: str, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "page.html"
-    main(["explain", "--model", model, "--read", str(notes), "--prompt", "the question of", "-o", str(page)])
+    main(["explain", "--model", model, "--read", str(notes), *TOKENS, "--prompt", "the question of", "-o", str(page)])
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == str(page)
     assert "15 tokens" in printed
@@ -79,7 +80,7 @@ def test_it_is_said_which_files_a_memory_has_no_room_for(
     for n in range(4):
         (folder / f"{n}.txt").write_text(f"text {n} of four. " * 6)
     (folder / "short.txt").write_text("ab")
-    given = ["explain", "--model", model, "--read", str(folder), "--prompt", "text", "--json"]
+    given = ["explain", "--model", model, "--read", str(folder), *TOKENS, "--prompt", "text", "--json"]
     main([*given, "--max-memories", "150"])
     said = capsys.readouterr().err
     assert "the memory is full: 2 documents were evicted (--max-memories, for a new memory)" in said
@@ -92,7 +93,7 @@ def test_a_memory_on_disk_is_looked_up_and_stays_as_it_is(
     model: str, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     library = tmp_path / "library"
-    main(["memory", "build", str(library), str(notes), "--model", model])
+    main(["memory", "build", str(library), str(notes), "--model", model, *TOKENS])
     before = contents(library)
     (tmp_path / "more.txt").write_text("What was the question? " * 4)
     given = ["--model", model, "--memory", str(library), "--prompt", "the question", "--json"]
@@ -211,7 +212,7 @@ def test_a_memory_of_passages_explains_what_is_written_after_a_prompt_and_what_i
 ) -> None:
     """From a folder that is known for what it is and stays as it is, or from files that are read now."""
     hub, library, page = str(make_hub_model(tmp_path / "hub")), tmp_path / "library", tmp_path / "page.html"
-    main(["memory", "build", str(library), str(notes), "--model", hub, "--retrieve", "spans", "--content", content])
+    main(["memory", "build", str(library), str(notes), "--model", hub, "--content", content])
     before = contents(library)
     given = ["explain", "--model", hub, "--memory", str(library)]
     capsys.readouterr()
@@ -232,7 +233,7 @@ def test_a_memory_of_passages_explains_what_is_written_after_a_prompt_and_what_i
     ]
     assert contents(library) == before
     read = ["explain", "--model", hub, "--read", str(notes), "--max-new-tokens", "2", "--json"]
-    for more in (["--prompt", "the question", "--retrieve", "spans"], ["--question", "What?"]):
+    for more in (["--prompt", "the question"], ["--question", "What?"]):
         main([*read, *more])
         assert json.loads(capsys.readouterr().out)["blocks"][0]["passages"]
 
@@ -251,7 +252,7 @@ def test_what_a_memory_of_tokens_cannot_explain_is_refused(
     for arguments, message in (
         ([*read, "--prompt", "x", "--question", "y"], "give either --prompt or --question"),
         ([*read, "--question", " "], "expected a text to explain"),
-        ([*read, "--prompt", "x", "--max-new-tokens", "3"], "are for a memory of passages"),
+        ([*read, "--prompt", "x", "--max-new-tokens", "3"], "with a memory of spans"),
         ([*read, "--prompt", "x", "--max-new-tokens", "-3"], "must be 0 or more"),
     ):
         assert message in failed(arguments, capsys)

@@ -155,27 +155,101 @@ def test_an_empty_memory_explains_that_no_passages_stood_there() -> None:
     assert "tokens 2-5 came after no passages" in str(found)
 
 
-@pytest.mark.parametrize("template", [True, False])
-def test_an_answer_is_explained_by_the_passages_of_its_question(template: bool) -> None:
-    """A template, or none: then what the model writes after the answer is no part of it."""
+def answering(*, template: bool = True, **options: Any) -> Any:
+    """A memory of two documents, which can be asked."""
     from memorizing_transformers_pytorch.huggingface.export import for_transformers
 
     tokenizer: Any = for_transformers(ByteTokenizer())
     tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}" if template else None
-    memory = spans.attached(tiny("llama", vocab_size=256), tokenizer=tokenizer)
+    memory = spans.attached(tiny("llama", vocab_size=256), tokenizer=tokenizer, **options)
     memory.read("The whale was white. Ahab hunted the whale over all the seas. " * 4, document="book", progress=False)
+    memory.read("The ship was called Pequod. " * 2, document="ship", progress=False)
+    return memory
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_an_answer_is_explained_by_the_passages_in_its_prompt(template: bool) -> None:
+    """A template, or none: then what the model writes after the answer is no part of it."""
+    memory = answering(template=template)
     answer = memory.ask("Who?", max_new_tokens=6)
     assert answer.asked is not None
-    assert tokenizer.decode(answer.asked.written).strip() == answer.text
-    found = explain(memory.model, answer, memory, contribution="ablate")
-    assert len(found.texts) == len(answer.asked.prompt) + len(answer.asked.written)
+    assert memory.tokenizer.decode(answer.asked.written).strip() == answer.text
+    found, prompt = explain(memory.model, answer, memory), answer.asked.prompt
     assert found.blocks is not None
+    (block,) = found.blocks
+    assert (block.first, block.last) == (len(prompt), len(prompt) + len(answer.asked.written) - 1)
     expected = {(each.position, each.text) for each in answer.sources}
-    for block in found.blocks:
-        assert {(each.first, each.text) for each in block.passages} == expected
-    assert {each.first for each in found.passages} == {position for position, _ in expected}
-    by_text = explain(memory.model, answer.asked.prompt, memory, prompt=len(answer.asked.prompt), question="Who?")
-    assert {each.first for each in by_text.passages} == {position for position, _ in expected}
+    assert {(each.first, each.text) for each in block.passages} == expected
+    again = explain(memory.model, answer.asked, memory)
+    np.testing.assert_array_equal(again.losses, found.losses)
+
+
+def test_the_attention_on_passages_in_a_prompt_is_that_of_the_model() -> None:
+    memory = answering(passages=1)
+    answer = memory.ask("Who?", max_new_tokens=4)
+    found, ids = explain(memory.model, answer, memory), torch.cat((answer.asked.prompt, answer.asked.written))
+    ((passage, start),) = answer.asked.placed
+    stop = start + len(passage.tokens)
+    memory.detach()
+    memory.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        whole = memory.model(ids[None], output_attentions=True)
+    attentions = torch.stack(whole.attentions)[:, 0, :, :, start:stop]
+    np.testing.assert_allclose(found.mass[..., stop:], attentions[..., stop:, :].sum(-1).numpy(), rtol=1e-4, atol=1e-6)
+    assert not found.mass[..., :stop].any()
+    for entry in found:
+        if entry.token >= stop:
+            at = int(attentions[entry.layer, entry.head, entry.token].argmax())
+            assert (entry.position, entry.age) == (passage.position + at, entry.token - start - at)
+            assert entry.source_token == passage.tokens[at]
+    losses = F.cross_entropy(whole.logits[0, :-1], ids[1:], reduction="none")[len(answer.asked.prompt) - 1 :]
+    np.testing.assert_allclose(found.losses[len(answer.asked.prompt) :], losses.numpy(), rtol=1e-4)
+
+
+def test_what_a_passage_in_a_prompt_is_worth_is_the_loss_of_the_prompt_without_its_tokens() -> None:
+    memory = answering(passages=2)
+    answer = memory.ask("Who?", max_new_tokens=4)
+    asked = answer.asked
+    found = explain(memory.model, answer, memory, contribution="ablate")
+
+    def loss(gone: Any) -> float:
+        shown = torch.ones(len(asked.prompt) + 4, dtype=torch.bool)
+        for passage, start in gone:
+            shown[start : start + len(passage.tokens)] = False
+        ids = torch.cat((asked.prompt, asked.written))[shown]
+        with torch.no_grad(), memory.enabled(False):
+            logits = memory.model(ids[None]).logits[0]
+        return float(F.cross_entropy(logits[-5:-1], ids[-4:], reduction="sum"))
+
+    assert np.nansum(found.losses) == pytest.approx(loss([]), rel=1e-4)
+    assert np.nansum(found.without_memory) == pytest.approx(loss(asked.placed), rel=1e-4)
+    worth = {(each.document, each.first): each.contribution for each in found.passages}
+    for each in asked.placed:
+        key = (each.passage.document, each.passage.position)
+        if key in worth and len(found.passages) == 2:  # those that overlap are one passage
+            assert worth[key] == pytest.approx(loss([each]) - loss([]), abs=1e-3)
+    assert len(found.passages) == 2
+
+
+def test_a_late_answer_of_a_chat_is_explained_with_the_passages_of_earlier_messages() -> None:
+    memory = answering(passages=1)
+    chat = memory.chat()
+    first, second = (chat.say(text, max_new_tokens=3) for text in ("What was the ship called?", "Who hunted?"))
+    found = explain(memory.model, second, memory)
+    sources = [each for answer in (first, second) for each in answer.sources]
+    expected = {(each.document, each.position + i) for each in sources for i in range(len(each.tokens))}
+    assert places(found.passages) == expected
+    assert len(second.asked.placed) == 2
+
+
+def test_an_answer_beyond_a_window_is_explained_by_what_stood_before_it() -> None:
+    memory = answering(passages=1, write="window", window=60)
+    answer = memory.ask("Who?", max_new_tokens=3)
+    assert answer.asked.placed is None
+    found = explain(memory.model, answer, memory)
+    assert {(each.document, each.first) for each in found.passages} == {
+        (each.document, each.position) for each in answer.sources
+    }
 
 
 def test_what_cannot_be_explained_is_refused() -> None:

@@ -16,7 +16,6 @@ from memorizing_transformers_pytorch.huggingface import Answer, RecallMemory, at
 from memorizing_transformers_pytorch.huggingface.asking import THREAD
 from memorizing_transformers_pytorch.huggingface.attach_spans import Head
 from memorizing_transformers_pytorch.huggingface.export import for_transformers
-from memorizing_transformers_pytorch.huggingface.texts import tokens_of
 from tests.huggingface.families import tiny
 
 BOOK = "The whale was white. Ahab hunted the whale over all the seas. " * 8
@@ -45,12 +44,18 @@ def writing() -> bool:
     return any(each.name == THREAD for each in threading.enumerate())
 
 
-def plain(memory: RecallMemory, prompt: str, question: str, count: int) -> str:
-    """The same by hand."""
+def plain(memory: RecallMemory, prompt: str, count: int) -> str:
+    """What the model writes without a memory."""
     tokens = torch.tensor(list(prompt.encode()))[None]
-    with memory._asking(tokens_of(question, memory.tokenizer, memory.model), 0):
+    with memory.enabled(False):
         done = memory.model.generate(tokens, max_new_tokens=count, do_sample=False, attention_mask=tokens * 0 + 1)
     return str(memory.tokenizer.decode(done[0, tokens.shape[1] :])).strip()
+
+
+def with_text(memory: RecallMemory, question: str, content: str) -> str:
+    """A message with the passages of a question, the best one last."""
+    texts = [str(each.text) for each in memory.recall(question)]
+    return "Text:\n" + "\n...\n".join(texts[::-1]) + "\n\n" + content
 
 
 def asked(question: str) -> str:
@@ -61,20 +66,53 @@ def test_an_answer_is_that_of_the_template_with_the_passages_of_the_question(mem
     question = "What is the password of the vault?"
     answer = memory.ask(question, max_new_tokens=12)
     assert isinstance(answer, Answer)
-    assert answer.text == plain(memory, f"<user>{asked(question)}</><assistant>", question, 12)
-    best, recalled = memory.recall(question, passages=1)[0], memory.last_recalled[0]
-    source = answer.sources[0]
-    assert (source.title, source.score) == (best.title, best.score)
-    assert {each.position for each in answer.sources} <= {each.position for each in recalled}
-    assert [each.score for each in answer.sources] == sorted((each.score for each in answer.sources), reverse=True)
+    prompt = f"<user>{with_text(memory, question, asked(question))}</><assistant>"
+    assert answer.text == plain(memory, prompt, 12)
+    found = memory.recall(question)
+    assert len(found) == 2
+    assert [(each.title, each.position, each.score) for each in answer.sources] == [
+        (each.title, each.position, each.score) for each in found
+    ]
+    assert [each.score for each in found] == sorted((each.score for each in found), reverse=True)
+
+
+def test_an_answer_tells_what_the_model_was_given(memory: RecallMemory) -> None:
+    """Passages keep the tokens that were read, and are found at their places."""
+    question = "What is the password of the vault?"
+    answer, before = memory.ask(question, max_new_tokens=4), memory.asked(question)
+    assert answer.asked is not None
+    expected = f"<user>{with_text(memory, question, asked(question))}</><assistant>"
+    assert memory.tokenizer.decode(answer.asked.prompt) == expected
+    assert torch.equal(before.prompt, answer.asked.prompt)
+    assert (len(before.written), before.question.tolist()) == (0, list(question.encode()))
+    assert answer.asked.placed is not None
+    assert [each.passage.position for each in answer.asked.placed] == [e.position for e in answer.sources[::-1]]
+    for passage, start in answer.asked.placed:
+        assert torch.equal(answer.asked.prompt[start : start + len(passage.tokens)], passage.tokens)
+    with memory.enabled(False):
+        alone = memory.asked(question)
+    assert (memory.tokenizer.decode(alone.prompt), alone.placed) == (f"<user>{asked(question)}</><assistant>", [])
+
+
+def test_nothing_is_stored_or_recalled_beside_the_passages_of_the_prompt(memory: RecallMemory) -> None:
+    """Model calls of a question see the prompt alone."""
+    lengths = list[int]()
+    memory.model.get_input_embeddings().register_forward_hook(lambda _m, ids, _out: lengths.append(ids[0].shape[-1]))
+    before = [each.tokens for each in memory.documents()]
+    answer = memory.ask("Who hunted the whale?", max_new_tokens=12)
+    assert answer.asked is not None
+    assert lengths[1:] == [len(answer.asked.prompt)] + [1] * 11  # the first call is that of the finder
+    assert [each.tokens for each in memory.documents()] == before
 
 
 def test_a_system_message_comes_first_and_models_without_template_get_a_plain_prompt(memory: RecallMemory) -> None:
     answer = memory.ask("Who?", system="Be short.", max_new_tokens=5)
-    assert answer.text == plain(memory, f"<system>Be short.</><user>{asked('Who?')}</><assistant>", "Who?", 5)
+    user = with_text(memory, "Who?", asked("Who?"))
+    assert answer.text == plain(memory, f"<system>Be short.</><user>{user}</><assistant>", 5)
     memory.tokenizer.chat_template = None
     answer = memory.ask("Who?", system="Be short.", max_new_tokens=5)
-    assert answer.text == plain(memory, "Be short.\nQuestion: Who?\nAnswer:", "Who?", 5)
+    user = with_text(memory, "Who?", "Question: Who?")
+    assert answer.text == plain(memory, f"Be short.\n{user}\nAnswer:", 5)
 
 
 def test_without_a_template_the_answer_ends_before_another_question(
@@ -163,18 +201,20 @@ def test_sampling_and_beams_go_through_the_generation_config(memory: RecallMemor
 def test_a_chat_goes_on_with_its_cache_and_finds_by_each_message(
     memory: RecallMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    texts = ["Who hunted the whale?", "What is the password of the vault?"]
     chat, calls = memory.chat(system="Be kind."), []
     inner = memory.model.get_input_embeddings()
     inner.register_forward_hook(lambda _module, inputs, _out: calls.append(inputs[0].shape[-1]))
-    first = chat.say("Who hunted the whale?", max_new_tokens=6)
+    first = chat.say(texts[0], max_new_tokens=6)
     calls.clear()
-    second = chat.say("What is the password of the vault?", max_new_tokens=6)
-    new = len("</><user>What is the password of the vault?</><assistant>")
-    assert new <= max(calls) <= new + 20  # what was said before was not read again
-    assert [each["role"] for each in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert [each["content"] for each in chat.messages[2::2]] == [first.text, second.text]
-    found = memory.recall("What is the password of the vault?", passages=1)[0]
-    assert second.sources[0].score == found.score
+    second = chat.say(texts[1], max_new_tokens=6)
+    users = [f"<user>{with_text(memory, text, text)}</><assistant>" for text in texts]
+    assert len(users[1]) <= max(calls) <= len(users[1]) + 20  # what was said before was not read again
+    assert second.text == plain(memory, f"<system>Be kind.</>{users[0]}{first.text}</>{users[1]}", 6)
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    said = ["Be kind.", texts[0], first.text, texts[1], second.text]
+    assert chat.messages == [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]
+    assert [each.position for each in second.sources] == [each.position for each in memory.recall(texts[1])]
 
 
 def test_with_nothing_read_a_chat_is_that_of_the_plain_model(memory: RecallMemory) -> None:
@@ -183,7 +223,7 @@ def test_with_nothing_read_a_chat_is_that_of_the_plain_model(memory: RecallMemor
     answers = [chat.say(text, max_new_tokens=6) for text in ("Who?", "Why?", "When?")]
     assert [each.sources for each in answers] == [[], [], []]
     prompt = "".join(f"<user>{q}</><assistant>{a.text}</>" for q, a in zip(("Who?", "Why?"), answers, strict=False))
-    assert answers[-1].text == plain(memory, f"{prompt}<user>When?</><assistant>", "When?", 6)
+    assert answers[-1].text == plain(memory, f"{prompt}<user>When?</><assistant>", 6)
 
 
 def test_a_message_that_fails_counts_as_not_said(memory: RecallMemory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,7 +187,7 @@ def test_memories_of_a_model_of_transformers_are_merged_with_it(
 ) -> None:
     model = make_hub_model(tmp_path / "model")
     for name in ("one.txt", "zlong.txt"):
-        run("build", tmp_path / name, texts / name, "--model", model)
+        run("build", tmp_path / name, texts / name, "--model", model, "--retrieve", "tokens")
     merge = ("merge", tmp_path / "both", tmp_path / "one.txt", tmp_path / "zlong.txt")
     assert "add --model" in refused(capsys, *merge)
     assert told(capsys, *merge, "--model", model)["documents"] == 2
@@ -227,8 +227,8 @@ def test_a_memory_that_is_there_is_searched_as_it_is_said(
     model: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new, old, index = tmp_path / "new", tmp_path / "old", "IVF4,Flat"
-    run("build", new, texts, "--model", model, "--index", index)
-    run("build", old, texts, "--model", model)
+    run("build", new, texts, "--model", model, "--index", index, "--retrieve", "tokens")
+    run("build", old, texts, "--model", model, "--retrieve", "tokens")
     before = told(capsys, "info", old)["index"]
     run("build", old, texts / "one.txt", "--model", model)
     assert told(capsys, "info", old)["index"] == before

@@ -44,7 +44,7 @@ def test_a_build_says_what_became_of_its_own_files_once(
     files.mkdir()
     (files / "a.txt").write_text("ab")
     build = ("build", memory, files, "--model", model)
-    run(*build, "--max-memories", 400)
+    run(*build, "--max-memories", 400, "--retrieve", "tokens")
     err = capsys.readouterr().err
     assert f"too short to be remembered: {files / 'a.txt'}" in err
     assert "the memory is full" not in err
