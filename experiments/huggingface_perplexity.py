@@ -133,8 +133,7 @@ def modes(
 
 def attached(model: Any, tuned: Path | None, **options: Any) -> AttachedMemory:
     """A memory, as it was tuned if it was."""
-    added = tuned is not None and json.loads((tuned / "tuning.json").read_text())["options"]["how"] == "added"
-    memory = attach_memory(model, retrieve="tokens", added=added, **options)
+    memory = attach_memory(model, retrieve="tokens", **options)
     if tuned is not None and (tuned / "adapter_config.json").is_file():
         from peft import PeftModel
 

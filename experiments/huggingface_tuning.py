@@ -4,8 +4,8 @@
 
 Passages are read segment by segment, each remembered after its backward pass, with a new passage when one ends. Learned
 are, with the model itself frozen: the biases with which local attention and the memory are joined ("biases"); these and
-LoRA on the queries of the memory layers ("lora"); the same without a memory, to know what LoRA alone is worth
-("lora-local"); or an attention layer added to the model, which has a memory of its own ("added").
+LoRA on the queries of the memory layers ("lora"); or the same without a memory, to know what LoRA alone is worth
+("lora-local").
 experiments/huggingface_perplexity.py --tuned OUTPUT_FOLDER measures the result.
 """
 
@@ -36,7 +36,7 @@ class Options:
     model: tyro.conf.Positional[Path]
     output: tyro.conf.Positional[Path]
     texts: tuple[Path, ...]
-    how: Literal["biases", "lora", "lora-local", "added"] = "lora"
+    how: Literal["biases", "lora", "lora-local"] = "lora"
     minutes: float = 30
     rank: int = 8
     topk: int = 32
@@ -50,12 +50,8 @@ class Options:
     device: str = "cpu"
 
 
-def attached(model: Any, how: str, topk: int) -> AttachedMemory:
-    """The memory that is tuned in each case."""
-    if how == "added":
-        return attach_memory(
-            model, retrieve="tokens", layers="auto", added=True, topk=topk, index="exact", max_memories=131_072
-        )
+def attached(model: Any, topk: int) -> AttachedMemory:
+    """The memory that is tuned."""
     return attach_memory(model, retrieve="tokens", layers="auto", topk=topk, index="exact", max_memories=131_072)
 
 
@@ -86,11 +82,11 @@ def main(options: Options) -> None:
     size = SEGMENT * options.segments + options.before
     texts = [text for text in texts if len(text) > size]
     print(f"{len(texts)} texts, {sum(map(len, texts)):,} tokens", flush=True)
-    memory = attached(model.requires_grad_(False), options.how, options.topk)
+    memory = attached(model.requires_grad_(False), options.topk)
     tuned = with_adapter(model, memory, options.rank) if options.how.startswith("lora") else model
     for parameter in memory.parameters():
         parameter.requires_grad_(options.how != "lora-local")
-    ours = {id(parameter) for parameter in memory.parameters()} if options.how != "added" else set()
+    ours = {id(parameter) for parameter in memory.parameters()}
     learned = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     groups = [
         {"params": [each for each in learned if id(each) in ours], "lr": options.bias_rate},

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from memorizing_transformers_pytorch.huggingface.added import Added
 from memorizing_transformers_pytorch.huggingface.asking import Answer, AnswerStream, Chat
 from memorizing_transformers_pytorch.huggingface.attach import attach_memory, memory_of
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
@@ -21,7 +20,6 @@ from memorizing_transformers_pytorch.huggingface.recalling import RecallMemory
 from memorizing_transformers_pytorch.memory.ledger import Document
 
 __all__ = [
-    "Added",
     "Answer",
     "AnswerStream",
     "Asked",

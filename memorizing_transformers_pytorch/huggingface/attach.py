@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from memorizing_transformers_pytorch.huggingface import interface
-from memorizing_transformers_pytorch.huggingface.added import Added, AddedLayer
 from memorizing_transformers_pytorch.huggingface.attach_spans import attach_spans
 from memorizing_transformers_pytorch.huggingface.attached import AttachedMemory
 from memorizing_transformers_pytorch.huggingface.calls import Shared, State
 from memorizing_transformers_pytorch.huggingface.hooks import Hooks
 from memorizing_transformers_pytorch.huggingface.layer import BaseLayer, Options
-from memorizing_transformers_pytorch.huggingface.layers import chosen_layers, induction_scores
+from memorizing_transformers_pytorch.huggingface.layers import chosen_layers
 from memorizing_transformers_pytorch.huggingface.memory_layer import MemoryLayer
 from memorizing_transformers_pytorch.huggingface.models import positions_of
 from memorizing_transformers_pytorch.huggingface.probe import Layer, probe
@@ -25,7 +24,7 @@ from memorizing_transformers_pytorch.memory.policy import OLDEST
 
 OPTIONS = {
     "spans": ("content", "finder", "passages", "span", "first", "every", "overlap"),
-    "tokens": ("layers", "added", "topk", "combine", "positions", "distance", "recent", "skip_first"),
+    "tokens": ("layers", "topk", "combine", "positions", "distance", "recent", "skip_first"),
 }
 """Those that one kind of memory has alone."""
 COMMON = ("max_memories", "chunk", "write", "window", "dtype", "device", "index", "policy", "directory")
@@ -44,7 +43,6 @@ def attach_memory(
     every: int = 64,
     overlap: int = 64,
     layers: str | Iterable[int] = "auto",
-    added: bool | Added = False,
     topk: int = 32,
     combine: str = "softmax",
     positions: str = "true",
@@ -95,8 +93,6 @@ def attach_memory(
     With retrieve="tokens", for a model that attends through the attention interface, with "sdpa" or "eager":
 
     layers: numbers of layers, "all" that can, or "auto": those with induction heads (see `suggest_layers`).
-    added: instead of giving the layers themselves a memory, add a layer of attention with a memory after each of them,
-        which must be trained (see `Added` for its sizes). "auto" adds one, after the best layer.
     topk: how many entries each query retrieves; of old ones (see `positions`) as many again.
     combine: "softmax", one softmax over local keys and retrieved ones, with a bias per head that starts at 0; or
         "gate", the paper's learned gate per head.
@@ -120,10 +116,8 @@ def attach_memory(
     with torch.inference_mode(False):  # what is made here outlives it
         if retrieve == "spans":
             return attach_spans(model, common | own, tokenizer)
-        if not isinstance(added, bool | Added):
-            raise ValueError(f"expected added to be True, False or an Added, got {added!r}")
-        del own["layers"], own["added"]
-        return _attach(model, layers, added, Options(**common, **own), tokenizer)
+        del own["layers"]
+        return _attach(model, layers, Options(**common, **own), tokenizer)
 
 
 def _refuse_others(retrieve: str, given: dict[str, Any]) -> None:
@@ -135,23 +129,14 @@ def _refuse_others(retrieve: str, given: dict[str, Any]) -> None:
             raise ValueError(f"{', '.join(others)}: only for retrieve={kind!r}, got retrieve={retrieve!r}")
 
 
-def _attach(
-    model: Any, layers: str | Iterable[int], added: bool | Added, options: Options, tokenizer: Any
-) -> AttachedMemory:
+def _attach(model: Any, layers: str | Iterable[int], options: Options, tokenizer: Any) -> AttachedMemory:
     served, refused = probe(model)
     _check_chunk(model, served, options.chunk)
     numbers = _numbers(model, layers, served, refused)
     for number in numbers:
         interface.backend_of(served[number].module, served[number].module.config)
     shared = Shared(model, State({}, Ledger(), []))
-    made: list[BaseLayer]
-    if added:
-        if options.window is not None:
-            raise ValueError("expected write='read' with an added layer, got write='window'")
-        numbers = list(induction_scores(model, served))[:1] if layers == "auto" else numbers
-        made = _added(model, [served[number] for number in numbers], added, options, shared)
-    else:
-        made = [MemoryLayer(served[number], options, shared, positions_of(model)) for number in numbers]
+    made: list[BaseLayer] = [MemoryLayer(served[number], options, shared, positions_of(model)) for number in numbers]
     return AttachedMemory(model, made, shared, options, tokenizer=tokenizer)
 
 
@@ -160,17 +145,6 @@ def _check_chunk(model: Any, served: dict[int, Layer], chunk: int) -> None:
     most = positions_of(model)
     if most is not None and chunk > most and any(layer.embedded for layer in served.values()):
         raise ValueError(f"expected chunk to be at most {most}, the positions that the model has, got {chunk}")
-
-
-def _added(model: Any, layers: list[Layer], added: bool | Added, options: Options, shared: Shared) -> list[BaseLayer]:
-    """A layer after each of these."""
-    sizes = Added() if isinstance(added, bool) else added
-    width = model.config.get_text_config().hidden_size
-    names = {module: name for name, module in model.named_modules()}
-    whole = [model.get_submodule(names[layer.module].rpartition(".")[0]) for layer in layers]
-    return [
-        AddedLayer(layer, module, width, sizes, options, shared) for layer, module in zip(layers, whole, strict=True)
-    ]
 
 
 def _numbers(model: Any, layers: str | Iterable[int], served: dict[int, Layer], refused: dict[int, str]) -> list[int]:

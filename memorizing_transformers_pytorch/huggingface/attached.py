@@ -281,7 +281,7 @@ class AttachedMemory:
             self._at_work.last = {}
 
     def parameters(self) -> list[nn.Parameter]:
-        """What was added to the model: the bias of each head of each layer with a memory, or the added layer."""
+        """What was added to the model: the bias of each head of each layer with a memory."""
         self._at_work.expect_attached()
         return [parameter for layer in self.layers.values() for parameter in layer.parameters()]
 

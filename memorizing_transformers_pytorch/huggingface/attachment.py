@@ -83,8 +83,6 @@ class Attachment:
         call = Call(given, state.memories, rows, [state.offsets[row] for row in rows], self.enabled.now)
         if watched is not None:
             call.keeps_weights, watched.place = True, call.offsets[0]
-        for layer in self.contents.layers.values():
-            layer.check(call)
         if self.recall is not None:
             self._begin_recalling(call, self.recall, module)
             return call

@@ -115,19 +115,14 @@ class BaseLayer:
         return deepcopied(self, self.shared.model, memo)
 
     def attach(self) -> None:
-        """Take part in the model from now on."""
-        raise NotImplementedError
+        """Take part in the model from now on, if the layer does."""
 
     def detach(self) -> None:
         """Undo `attach`."""
-        raise NotImplementedError
 
     def parameters(self) -> list[nn.Parameter]:
         """What was added to the model, to be learned."""
-        raise NotImplementedError
-
-    def check(self, call: Call) -> None:
-        """Raises ValueError for a call that the layer cannot serve."""
+        return []
 
     @property
     def memories(self) -> list[KNNMemory]:

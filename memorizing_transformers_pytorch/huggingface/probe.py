@@ -23,7 +23,6 @@ from memorizing_transformers_pytorch.huggingface.rotary import Rotary, rotary_of
 
 TOKENS = 6
 OFFSETS = (0, 3, 11)
-ADDED = "memory_attention"  # the name of a layer with a memory that was added to a model
 FARTHEST = 4_096  # position at which angles are measured
 SAME = 2e-2  # relative error between keys that have been turned back: half-precision models round
 
@@ -167,8 +166,7 @@ def _candidates(model: Any) -> dict[int, nn.Module]:
     modules = attention_modules(model)
     if not modules:
         raise ValueError(f"expected a model with attention layers, got {name}, in which none was found")
-    added = any(name.endswith(ADDED) for name, _ in model.named_modules())
-    if added or any(is_used(module) for module in modules.values()):
+    if any(is_used(module) for module in modules.values()):
         raise ValueError(f"expected a model without a memory, got {name}, which has one: detach() it first")
     return modules
 

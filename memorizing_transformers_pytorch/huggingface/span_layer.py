@@ -55,13 +55,6 @@ class SpanLayer(BaseLayer):
     options: SpanOptions
     holds_what_others_do = True
 
-    def attach(self) -> None: ...
-
-    def detach(self) -> None: ...
-
-    def parameters(self) -> list[nn.Parameter]:
-        return []
-
     @property
     def arrangement(self) -> str:
         return PAIRS

@@ -274,15 +274,15 @@ def test_an_empty_memory_explains_that_there_is_nothing() -> None:
     assert "0 entries" in str(found)
 
 
-@pytest.mark.parametrize("nothing", ["cleared", "forgotten", "disabled", "cleared row", "added"])
+@pytest.mark.parametrize("nothing", ["cleared", "forgotten", "disabled", "cleared row"])
 def test_where_nothing_is_found_there_is_still_a_page_and_a_table(nothing: str) -> None:
     pytest.importorskip("pandas")
-    model, memory = attached(**({"layers": [0], "added": True} if nothing == "added" else {}))
+    model, memory = attached()
     if nothing == "cleared row":
         memory.clear()
         memory.read(torch.randint(256, (2, 20)), progress=False)
         memory.clear(rows=0)
-    elif nothing in ("cleared", "added"):
+    elif nothing == "cleared":
         memory.clear()
     elif nothing == "forgotten":
         memory.forget(where=lambda document: True)

@@ -74,13 +74,12 @@ def model_config(folder: Path) -> Read:
 
 
 def attached(folder: Path) -> Read:
-    from memorizing_transformers_pytorch.huggingface import Added, attach_memory
+    from memorizing_transformers_pytorch.huggingface import attach_memory
     from tests.huggingface.families import tiny
 
-    sizes = Added(heads=2, dim_head=8)
-    memory = attach_memory(tiny("llama"), retrieve="tokens", layers=(0, 1), added=sizes, topk=8, index="exact")
-    memory.save_parameters(folder / "added.safetensors")
-    return lambda: memory.load_parameters(folder / "added.safetensors")
+    memory = attach_memory(tiny("llama"), retrieve="tokens", layers=(0, 1), topk=8, index="exact")
+    memory.save_parameters(folder / "biases.safetensors")
+    return lambda: memory.load_parameters(folder / "biases.safetensors")
 
 
 # Runs

@@ -442,7 +442,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"topk": 2.5}, "expected topk to be a whole number, got 2.5"),
     ({"max_memories": "many"}, "expected max_memories to be a whole number, got 'many'"),
     ({"recent": 1.5}, "expected recent to be a whole number, got 1.5"),
-    ({"added": 3}, "expected added to be True, False or an Added, got 3"),
     ({"device": "cuda:99"}, "expected a device of this machine, such as cpu or cuda, got 'cuda:99'"),
     ({"directory": "/dev/null/folder"}, "expected a directory for files, got '/dev/null/folder'"),
 ]

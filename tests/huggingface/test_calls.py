@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 from transformers import DynamicCache
 
-from memorizing_transformers_pytorch.huggingface import Added, AttachedMemory, attach_memory
+from memorizing_transformers_pytorch.huggingface import AttachedMemory, attach_memory
 from tests.huggingface.families import tiny
 from tests.huggingface.test_attach import EVERYTHING, logits, tokens
 
@@ -56,7 +56,7 @@ def answers(model: Any, prompts: Iterable[Tensor], count: int = 6) -> list[list[
     return [model.generate(prompt, max_new_tokens=count, **WRITING)[0].tolist() for prompt in prompts]
 
 
-@pytest.mark.parametrize("options", [{}, {"recent": 16}, {"added": Added(heads=2, dim_head=8)}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"recent": 16}], ids=str)
 def test_threads_that_read_get_the_answers_of_one_after_the_other(options: dict[str, Any]) -> None:
     memory = attach_memory(tiny("llama"), retrieve="tokens", layers="all", topk=4, index="exact", **options)
     memory.read(tokens(1, 100), progress=False)
@@ -135,13 +135,12 @@ def test_switches_are_those_of_the_thread_that_set_them() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
-@pytest.mark.parametrize("added", [False, Added(heads=2, dim_head=8)], ids=["own", "added"])
-def test_a_layer_that_runs_again_in_the_backward_pass_finds_what_it_found(reentrant: bool | None, added: Any) -> None:
+def test_a_layer_that_runs_again_in_the_backward_pass_finds_what_it_found(reentrant: bool | None) -> None:
     """Whatever the memory has become: cleared, read anew, its switches set otherwise."""
 
     def gradients(checkpointing: bool | None) -> list[Tensor]:
         model, ids = tiny("llama", num_hidden_layers=3).train(), tokens(2, 9)
-        memory = attach_memory(model, retrieve="tokens", layers=[0, 1], added=added, topk=4, index="exact", recent=16)
+        memory = attach_memory(model, retrieve="tokens", layers=[0, 1], topk=4, index="exact", recent=16)
         if checkpointing is not None:
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
             model.enable_input_require_grads()
@@ -183,7 +182,7 @@ def test_a_layer_that_runs_again_for_an_unknown_call_is_refused() -> None:
         memory.model.model.layers[0].self_attn(embedded, position_embeddings=positions, attention_mask=None)
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": "constant"}, {"recent": 10}, {"added": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"positions": "constant"}, {"recent": 10}], ids=str)
 @pytest.mark.parametrize("inside", ["attach", "read", "generate", "load", "all"])
 def test_a_model_can_be_trained_after_inference_mode(inside: str, options: dict[str, Any], tmp_path: Path) -> None:
     model, ids = tiny("llama"), tokens(1, 9)

@@ -20,7 +20,6 @@ from tests.huggingface.families import tiny
 IDS = torch.randint(1, 99, (1, 40), generator=torch.Generator().manual_seed(0))
 OPTIONS: dict[str, dict[str, Any]] = {
     "own layers": {"layers": [0, 1], "recent": 16},
-    "added": {"layers": [1], "added": True},
     "window": {"layers": [1], "write": "window", "window": 8},
 }
 

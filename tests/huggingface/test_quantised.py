@@ -87,14 +87,13 @@ def generated(model: Any) -> list[int]:
     return model.generate(IDS[:, :9], max_new_tokens=5, do_sample=False, pad_token_id=0)[0].tolist()
 
 
-@pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_quantised_model_reads_scores_generates_saves_and_loads(
-    way: Callable[[nn.Module], None], added: bool, tmp_path: Path
+    way: Callable[[nn.Module], None], tmp_path: Path
 ) -> None:
     model = quantised(way)
     bare = generated(model)
-    memory = attach_memory(model, retrieve="tokens", layers=[1], added=added, skip_first=0)
+    memory = attach_memory(model, retrieve="tokens", layers=[1], skip_first=0)
     assert generated(model) == bare
     memory.read(IDS, progress=False)
     held = memory._at_work.contents.memories()
@@ -107,7 +106,7 @@ def test_a_quantised_model_reads_scores_generates_saves_and_loads(
     memory.detach()
     assert generated(model) == bare
 
-    again = attach_memory(quantised(way), retrieve="tokens", layers=[1], added=added, skip_first=0)
+    again = attach_memory(quantised(way), retrieve="tokens", layers=[1], skip_first=0)
     again.load(tmp_path / "memory")
     assert generated(again.model) == expected
 
