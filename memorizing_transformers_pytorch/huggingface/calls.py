@@ -171,17 +171,12 @@ class Call:
         return places.cpu().expand(self.shape).long()
 
     @cached_property
-    def seen(self) -> Tensor:
-        """(B, S) bool, False for padding, also of the tokens before that a cache has seen."""
-        mask, (rows, count) = self.given.get("attention_mask"), self.shape
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return mask[:, : self.before + count].bool().cpu()
-        return torch.ones(rows, self.before + count).bool()
-
-    @property
     def mask(self) -> Tensor:
         """(B, T) bool, False for padding."""
-        return self.seen[:, -self.shape[1] :]
+        mask = self.given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return mask[:, : self.before + self.shape[1]][:, -self.shape[1] :].bool().cpu()
+        return torch.ones(self.shape).bool()
 
     def check_rows(self) -> None:
         """Raises ValueError for a batch that the rows of the memory cannot serve."""
