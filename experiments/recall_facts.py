@@ -33,6 +33,7 @@ from transformers.cache_utils import DynamicCache
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
 from memorizing_transformers_pytorch.huggingface import attach_memory
 from memorizing_transformers_pytorch.huggingface.prompts import ANSWER_FROM_TEXT
+from memorizing_transformers_pytorch.huggingface.recall import QUERY
 
 QUESTIONS = {
     "The favourite dish of Queen Ottoline was": "What did Queen Ottoline like to eat best?",
@@ -139,7 +140,7 @@ def ways(asking: Asking, memory: Any) -> dict[str, Callable[[Planted], bool]]:
     return {
         "again": again,
         "words": words,
-        "again, found first": lambda each: first(asking.begun_again(each)[-64:], each),
+        "again, found first": lambda each: first(asking.begun_again(each)[-QUERY:], each),
         "words, found first": lambda each: first(asking.tokens(QUESTIONS[each.question]), each),
     }
 

@@ -4,7 +4,7 @@
 
 Of each passage of 4,096 tokens the later half is scored, in chunks of 512: with nothing before
 a chunk; with the last 128 tokens before it, and with so many more that they take as many positions as recalled passages
-do (a sliding window); with the last 128 and passages from the memory, chosen anew for every 64 tokens by the 64 before
+do (a sliding window); with the last 128 and passages from the memory, chosen anew for every 128 tokens by the 32 before
 them; and with everything before as context. The share is that of the way from nothing to everything, in loss.
 Passages that OUTPUT.json has already are not measured again.
 """

@@ -40,7 +40,7 @@ def attach_memory(
     passages: int = 1,
     span: int = 80,
     first: int = 4,
-    every: int = 64,
+    every: int = 128,
     overlap: int = 64,
     layers: str | Iterable[int] = "auto",
     topk: int = 32,

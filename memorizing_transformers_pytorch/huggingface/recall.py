@@ -20,7 +20,7 @@ from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions
 from memorizing_transformers_pytorch.memory import UNKNOWN
 from memorizing_transformers_pytorch.utils.context import PerContext
 
-QUERY = 64  # of the last tokens of a text find the passages
+QUERY = 32  # of the last tokens of a text find the passages
 ALL_ARE_SCORED = (
     "every token of this call has a label, so none may choose passages: nothing is recalled. Give the label -100 to "
     "the tokens of the prompt, or use memory.score()"

@@ -225,11 +225,11 @@ def test_a_memory_of_passages_explains_what_is_written_after_a_prompt_and_what_i
     main([*given, "--question", "What is the answer?", "--max-new-tokens", "3", "-o", str(page)])
     assert "written: " in capsys.readouterr().out
     assert "Which passages stood before which tokens" in page.read_text()
-    main([*given, "--prompt", "the question of " * 6, "--max-new-tokens", "0", "--json"])
+    main([*given, "--prompt", "the question of " * 10, "--max-new-tokens", "0", "--json"])
     blocks = json.loads(capsys.readouterr().out)["blocks"]
     assert [(each["first"], each["last"], bool(each["passages"])) for each in blocks] == [
-        (0, 63, False),
-        (64, 95, True),
+        (0, 127, False),
+        (128, 159, True),
     ]
     assert contents(library) == before
     read = ["explain", "--model", hub, "--read", str(notes), "--max-new-tokens", "2", "--json"]

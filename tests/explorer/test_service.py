@@ -326,6 +326,9 @@ def test_a_memory_of_passages_answers_questions_and_shows_what_stood_before_the_
     service.save("me", str(folder))
     first = service.ask("me", "What is it?", FEW, measure=True, is_question=True)
     assert first.prompt == "What is it?"
+    alone = open_reader(model, "cpu", max_memories=None, dtype=None, index=None, spans=spans)
+    alone.load(folder)
+    assert alone.memory.ask("What is it?", max_new_tokens=FEW.new_tokens).text == first.with_memory.strip()  # type: ignore[union-attr]
     assert first.found.blocks is not None
     assert {each.title for each in first.found.passages} <= {"whale.txt", "vault.txt"}
     assert all(each.contribution is not None for each in first.found.passages)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from transformers import GenerationConfig
 
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
-from memorizing_transformers_pytorch.huggingface import Answer, RecallMemory, attach_memory
+from memorizing_transformers_pytorch.huggingface import Answer, Excerpt, RecallMemory, attach_memory
 from memorizing_transformers_pytorch.huggingface.asking import THREAD
 from memorizing_transformers_pytorch.huggingface.attach_spans import Head
 from memorizing_transformers_pytorch.huggingface.export import for_transformers
+from memorizing_transformers_pytorch.huggingface.prompts import Turn, prompt_of
 from tests.huggingface.families import tiny
 
 BOOK = "The whale was white. Ahab hunted the whale over all the seas. " * 8
@@ -92,6 +94,19 @@ def test_an_answer_tells_what_the_model_was_given(memory: RecallMemory) -> None:
     with memory.enabled(False):
         alone = memory.asked(question)
     assert (memory.tokenizer.decode(alone.prompt), alone.placed) == (f"<user>{asked(question)}</><assistant>", [])
+
+
+def test_a_plain_prompt_begins_as_a_text_does() -> None:
+    """Special tokens come first, and nowhere else."""
+
+    def tokenizer(text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> Any:
+        return SimpleNamespace(input_ids=[1] * add_special_tokens + list(text.encode()))
+
+    found = Excerpt(0, "", 0, "abc", 1.0, torch.tensor([7, 8, 9]))
+    prompt, ((passage, start),) = prompt_of([Turn("user", "Who?", [found])], tokenizer)
+    before, after = b"Text:\n", b"\n\nQuestion: Who?\nAnswer:"
+    assert prompt.tolist() == [1, *before, 7, 8, 9, *after]
+    assert (passage, start) == (found, 1 + len(before))
 
 
 def test_nothing_is_stored_or_recalled_beside_the_passages_of_the_prompt(memory: RecallMemory) -> None:
@@ -252,7 +267,10 @@ def test_rows_are_asked_one_at_a_time(memory: RecallMemory) -> None:
     padded = memory.tokenizer([BOOK[:60], FACT[:60] + " " * 12])
     memory.read(padded, document=["book", "vault"], progress=False)
     for row, title in enumerate(("book", "vault")):
-        assert {each.title for each in memory.ask("Who?", row=row, max_new_tokens=2).sources} == {title}
+        answer = memory.ask("Who?", row=row, max_new_tokens=2)
+        assert {each.title for each in answer.sources} == {title}
+        assert answer.asked is not None
+        assert torch.equal(memory.asked("Who?", row=row).prompt, answer.asked.prompt)
 
 
 def test_questions_that_cannot_be_asked_are_refused(memory: RecallMemory) -> None:
