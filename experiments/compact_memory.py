@@ -25,7 +25,8 @@ import tyro
 from huggingface_perplexity import HALF, after, load, starts
 from torch import Tensor
 
-from memorizing_transformers_pytorch.cli.evaluate import Evaluate, read_texts
+from memorizing_transformers_pytorch.cli.evaluate import read_texts
+from memorizing_transformers_pytorch.cli.options.evaluate import Evaluate
 from memorizing_transformers_pytorch.evaluation.evaluate import evaluate, mean_loss
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
 from memorizing_transformers_pytorch.huggingface import attach_memory

@@ -256,7 +256,8 @@ def one(output: Path) -> None:
     """The work of one process: the job in the environment."""
     import faiss
 
-    from memorizing_transformers_pytorch.cli.evaluate import Evaluate, evaluate_run
+    from memorizing_transformers_pytorch.cli.evaluate import evaluate_run
+    from memorizing_transformers_pytorch.cli.options.evaluate import Evaluate
     from memorizing_transformers_pytorch.training.loop import train
 
     torch.set_num_threads(1)

@@ -106,7 +106,7 @@ def requests(driver: Any) -> list[str]:
 
 
 def shoot(run: str, output: Path, width: int, height: int, *, dark: bool) -> None:
-    from memorizing_transformers_pytorch.cli.arguments import name_of
+    from memorizing_transformers_pytorch.cli.models import name_of
     from memorizing_transformers_pytorch.explorer.app import launch
     from memorizing_transformers_pytorch.explorer.service import Service
     from memorizing_transformers_pytorch.library.readers import open_reader

@@ -1,6 +1,6 @@
 """The command line: `memorizing-transformers train | evaluate | generate | ask | chat | explain | memory | ...`.
 
-Bad input prints one line and exits with code 2. torch is imported only for a command that needs it.
+Bad input prints one line and exits with code 2. torch is imported when a command is known to make sense.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         _fail(f"expected a command among {', '.join(COMMANDS)}, got {command!r}", 2)
     try:
-        importlib.import_module(f"{__name__}.{command}").main(rest, f"{PROGRAM} {command}")
+        options = importlib.import_module(f"{__name__}.options.{command}").parse(rest, f"{PROGRAM} {command}")
+        importlib.import_module(f"{__name__}.{command}").main(options)
     except FloatingPointError as error:
         remedy = (
             "continue with --resume --training.on-nan skip, or start again with a smaller --optimizer.learning-rate"

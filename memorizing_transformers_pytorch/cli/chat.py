@@ -4,44 +4,17 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device, parse_arguments
+from memorizing_transformers_pytorch.cli.models import chosen_device
+from memorizing_transformers_pytorch.cli.options.chat import Talk
 from memorizing_transformers_pytorch.library.readers import open_reader, spans_in
 
 QUIT = "/quit"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Talk:
-    """Talk with a model about what it has read: each line of standard input is a message. /quit ends."""
-
-    model: str
-    """Name or folder of a causal language model of transformers."""
-    memory: Path | None = None
-    """Folder of a memory of spans, which `memory build` made with this model; it is not changed."""
-    read: Path | None = None
-    """Instead, a text file or a folder of them to read first."""
-    content: Literal["kv", "tokens"] | None = None
-    """With --read, what is kept: token ids alone (the default), or keys and values."""
-    finder: Literal["head", "bm25", "both"] | None = None
-    """What finds passages: a head of the model, words, or both; by default a head if the model has one."""
-    passages: int = 1
-    """Passages that stand before each message."""
-    system: str | None = None
-    """A message that comes before all others."""
-    max_new_tokens: int = 256
-    """Tokens of an answer, at most."""
-    device: str | None = None
-    """Such as cpu or cuda; by default cuda where there is one."""
-
-
-def main(arguments: Sequence[str], program: str) -> None:
-    """Run `chat` with these arguments. Raises ValueError for bad input."""
-    options = parse_arguments(Talk, arguments, program)
+def main(options: Talk) -> None:
+    """Run `chat`. Raises ValueError for bad input."""
     chat = begin(options)
     while text := _next_message():
         answer(chat, text, options)

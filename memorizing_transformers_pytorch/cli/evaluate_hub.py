@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device
+from memorizing_transformers_pytorch.cli.models import chosen_device
+from memorizing_transformers_pytorch.cli.options.evaluate import Evaluate
 from memorizing_transformers_pytorch.cli.texts import texts_of
 from memorizing_transformers_pytorch.evaluation.evaluate import Losses
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
@@ -20,7 +21,7 @@ from memorizing_transformers_pytorch.training.settings import to_plain
 from memorizing_transformers_pytorch.utils.progress import bar
 
 
-def evaluate_hub_model(options: Any, folder: Path) -> None:
+def evaluate_hub_model(options: Evaluate, folder: Path) -> None:
     """Print the report, and write it. Raises ValueError for options that are for runs, and texts that are too short."""
     for name, default in (("memory", None), ("text_column", None), ("cache", None), ("checkpoint", "last")):
         if getattr(options, name) != default:
@@ -68,7 +69,7 @@ def _losses(memory: Any, ids: torch.Tensor, on: bool, has_library: bool) -> np.n
     return np.asarray(found[1:].numpy(), dtype=np.float32)
 
 
-def _tokens(options: Any, reader: Any, texts: dict[str, str]) -> dict[str, torch.Tensor]:
+def _tokens(options: Evaluate, reader: Any, texts: dict[str, str]) -> dict[str, torch.Tensor]:
     """Of the documents that are long enough, or of those that were drawn."""
     least = max(options.min_tokens, 2)
     found = {name: torch.tensor(reader.tokenizer(text, verbose=False).input_ids) for name, text in texts.items()}

@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import tyro
-
-from memorizing_transformers_pytorch.cli.arguments import chosen_device, default_model, name_of, parse_arguments
+from memorizing_transformers_pytorch.cli.models import chosen_device, default_model, name_of
+from memorizing_transformers_pytorch.cli.options.explore import Explore
 from memorizing_transformers_pytorch.library.readers import OF_RUN, open_reader, spans_of
 from memorizing_transformers_pytorch.memory.disk.load import state_of
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
 from memorizing_transformers_pytorch.training.run import CONFIG
 
 
-@dataclass(frozen=True, kw_only=True)
-class Explore:
-    """Read texts into a memory, ask, see what is looked up, and forget, on a page of this machine alone."""
-
-    what: tyro.conf.Positional[Path | None] = None
-    """Folder of a run, or of a memory, which is not changed unless you save to it; by default the newest run below
-    ./runs, or the small model that comes with the package."""
-    model: str | None = None
-    """The model for a memory: folder of a run, or name or folder of a causal language model of transformers, or
-    "shipped"."""
-    retrieve: Literal["tokens", "spans"] | None = None
-    """How a new memory of a model of transformers is used: spans, passages that stand before a text (the default), or
-    tokens, which its attention looks up."""
-    port: int = 7860
-    """Port of the page; if it is taken, the next free one."""
-    read_only: bool = False
-    """Ask and look only: nothing is read, forgotten or saved."""
-    device: str | None = None
-    """Such as cpu or cuda; by default cuda where there is one."""
-
-
-def main(arguments: Sequence[str], program: str) -> None:
-    """Run `explore` with these arguments. Raises ValueError for bad input."""
-    options = parse_arguments(Explore, arguments, program)
+def main(options: Explore) -> None:
+    """Run `explore`. Raises ValueError for bad input."""
     if not 1 <= options.port <= 65_535:
         raise ValueError(f"expected a port from 1 to 65535, got {options.port}")
     model, memory = chosen(options)

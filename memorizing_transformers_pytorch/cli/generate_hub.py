@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from memorizing_transformers_pytorch.cli.arguments import chosen_device
+from memorizing_transformers_pytorch.cli.models import chosen_device
+from memorizing_transformers_pytorch.cli.options.generate import Generate
 from memorizing_transformers_pytorch.cli.texts import STDIN, pieces, read_all, read_text
 from memorizing_transformers_pytorch.library.readers import open_reader, spans_of
 from memorizing_transformers_pytorch.model.generation import check_sampling, until
 
 
-def generate_with_hub_model(options: Any) -> None:
+def generate_with_hub_model(options: Generate) -> None:
     """Read, with a progress bar, then print the continuation as it is written. Raises ValueError for bad input."""
     _check(options)
     texts = {"standard input" if name == STDIN else name: read_text(name) for name in options.read}
@@ -46,7 +47,7 @@ def generate_with_hub_model(options: Any) -> None:
     print(flush=True)
 
 
-def _check(options: Any) -> None:
+def _check(options: Generate) -> None:
     for is_bad, message in (
         (options.segment_length is not None, "--segment-length is for runs"),
         (options.checkpoint != "last", "--checkpoint is for runs"),

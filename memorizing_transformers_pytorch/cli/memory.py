@@ -5,15 +5,25 @@ from __future__ import annotations
 import fnmatch
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 
-from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM, chosen_device, parse_arguments
+from memorizing_transformers_pytorch.cli.models import chosen_device
+from memorizing_transformers_pytorch.cli.options.memory import (
+    Build,
+    Compact,
+    Documents,
+    Forget,
+    Info,
+    Merge,
+    OfMemory,
+    Verify,
+)
+from memorizing_transformers_pytorch.cli.texts import MORE_ROOM
 from memorizing_transformers_pytorch.data.texts import files_below
 from memorizing_transformers_pytorch.library.build import Builder, check_different
 from memorizing_transformers_pytorch.library.readers import DocumentReader, open_reader, spans_in, spans_of
@@ -24,105 +34,6 @@ from memorizing_transformers_pytorch.memory.disk.save import locked, make_folder
 from memorizing_transformers_pytorch.memory.ledger import DocumentTable, by_layer
 from memorizing_transformers_pytorch.utils.interrupts import stopping_on_signals
 from memorizing_transformers_pytorch.utils.progress import bar
-
-Memory = tyro.conf.Positional[Path]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Build:
-    """Read files into a memory on disk, a new one or one that exists. Unchanged files are skipped, changed ones read
-    again, and documents whose files are no longer text removed. If interrupted, the same command continues."""
-
-    memory: Memory
-    """Folder of the memory."""
-    files: tyro.conf.Positional[tuple[str, ...]]
-    """Text files, and folders of them."""
-    model: str
-    """Folder of a run, or name or folder of a causal language model of transformers."""
-    pattern: str = "*"
-    """Which files of folders to read, such as *.py."""
-    retrieve: Literal["tokens", "spans"] | None = None
-    """How a new memory of a model of transformers is used: spans, passages that stand before a prompt, as `ask` and
-    `chat` need it (the default), or tokens, which its attention looks up."""
-    content: Literal["kv", "tokens"] | None = None
-    """What a new memory of spans keeps: token ids alone (the default), or keys and values."""
-    max_memories: int | None = None
-    """Capacity of each layer, in entries, of a new memory; by default 262,144."""
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
-    """How a new memory of a model of transformers stores keys and values; by default as in the model."""
-    index: str | None = None
-    """How a memory of tokens is searched: exact, auto or a faiss factory string; by default as before."""
-    device: str | None = None
-    """Such as cpu or cuda; by default cuda if there is one."""
-    save_every: float = 30.0
-    """Seconds between saves."""
-    prune: bool = False
-    """Remove documents whose files are not among those given, or cannot be opened."""
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Info:
-    """Show the model, the size and the contents of a memory."""
-
-    memory: Memory
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Documents:
-    """List the documents in a memory."""
-
-    memory: Memory
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forget:
-    """Remove documents from a memory, also from its files."""
-
-    memory: Memory
-    document: tuple[str, ...] = ()
-    """Titles or numbers."""
-    where: str | None = None
-    """Instead, a pattern of titles, such as */tests/*."""
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Check every file of a memory against its checksum, and whether its contents are valid."""
-
-    memory: Memory
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compact:
-    """Rewrite a memory without anything that was forgotten or overwritten."""
-
-    memory: Memory
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merge:
-    """Write a new memory with the documents of two or more others, all of the same model."""
-
-    output: Memory
-    """Folder to write, which must not hold a memory."""
-    memories: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of memories."""
-    model: str | None = None
-    """The model; needed for memories of models of transformers, whose keys are moved to new positions."""
-    json: bool = False
-    """Print JSON."""
 
 
 def build(options: Build) -> dict[str, Any]:
@@ -255,31 +166,20 @@ def merge(options: Merge) -> dict[str, Any]:
     return {"documents": len(table), "entries": [sum(each) for each in zip(*(d.entries for d in table), strict=True)]}
 
 
-COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {
-    "build": (Build, build),
-    "info": (Info, info),
-    "documents": (Documents, documents),
-    "forget": (Forget, forget),
-    "verify": (Verify, verify),
-    "compact": (Compact, compact),
-    "merge": (Merge, merge),
+COMMANDS: dict[type[Any], Callable[[Any], Any]] = {
+    Build: build,
+    Info: info,
+    Documents: documents,
+    Forget: forget,
+    Verify: verify,
+    Compact: compact,
+    Merge: merge,
 }
 
 
-def main(arguments: Sequence[str], program: str) -> None:
-    """Run `memory` with these arguments. Raises ValueError for bad input."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:10} {' '.join((kind.__doc__ or '').split())}" for name, (kind, _) in COMMANDS.items()]
-        print(f"usage: {program} COMMAND ...  (COMMAND --help tells its options)\n\n" + "\n".join(lines))
-        if not arguments:
-            raise ValueError(f"expected a command among {', '.join(COMMANDS)}, got none")
-        sys.exit(0)
-    name, *rest = arguments
-    if name not in COMMANDS:
-        raise ValueError(f"expected a command among {', '.join(COMMANDS)}, got {name!r}")
-    kind, run = COMMANDS[name]
-    options = parse_arguments(kind, rest, f"{program} {name}")
-    show(run(options), as_json=options.json)
+def main(options: OfMemory) -> None:
+    """Run a command of `memory`. Raises ValueError for bad input."""
+    show(COMMANDS[type(options)](options), as_json=options.json)
 
 
 def show(result: Any, *, as_json: bool) -> None:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from memorizing_transformers_pytorch.cli.arguments import MORE_ROOM
 from memorizing_transformers_pytorch.data.document import decode
 from memorizing_transformers_pytorch.data.texts import files_below, text_of
 from memorizing_transformers_pytorch.data.tokenizer import Tokenizer
@@ -15,6 +14,7 @@ from memorizing_transformers_pytorch.library.readers import DocumentReader
 from memorizing_transformers_pytorch.utils.progress import bar
 
 STDIN = "-"
+MORE_ROOM = " (--max-memories, for a new memory)"  # the remedy where documents were evicted
 
 
 def read_text(name: str) -> str:

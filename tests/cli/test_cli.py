@@ -270,7 +270,12 @@ def test_the_train_script_is_the_enwik8_preset(
     assert last.startswith("memorizing-transformers: expected enwik8 or enwik8.zip, got 'nowhere'")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["nonsense"], []])
+NOTHING_TO_RUN = [["--help"], ["--version"], ["nonsense"], [], ["memory"], ["memory", "info"], ["memory", "nonsense"]]
+HELP = [[name, "--help"] for name in COMMANDS] + [["memory", "build", "--help"]]
+MISTAKES = [[name, "--no-such-option"] for name in COMMANDS]
+
+
+@pytest.mark.parametrize("arguments", NOTHING_TO_RUN + HELP + MISTAKES, ids=" ".join)
 def test_what_needs_no_model_does_not_import_torch(arguments: list[str]) -> None:
     program = "import sys\nfrom memorizing_transformers_pytorch.cli import main\n"
     program += f"try: main({arguments})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"

@@ -16,9 +16,7 @@ import torch
 from memorizing_transformers_pytorch import MemorizingTransformer, cli
 from memorizing_transformers_pytorch.cli import evaluate as cli_evaluate
 from memorizing_transformers_pytorch.cli import generate as cli_generate
-from memorizing_transformers_pytorch.cli.arguments import chosen_device
 from memorizing_transformers_pytorch.cli.evaluate import (
-    Evaluate,
     choose_sizes,
     data_of,
     evaluate_run,
@@ -26,7 +24,10 @@ from memorizing_transformers_pytorch.cli.evaluate import (
     read_texts,
     scored_bytes,
 )
-from memorizing_transformers_pytorch.cli.generate import Generate, generate_text, pieces, read_text, until
+from memorizing_transformers_pytorch.cli.generate import generate_text, pieces, read_text, until
+from memorizing_transformers_pytorch.cli.models import chosen_device
+from memorizing_transformers_pytorch.cli.options.evaluate import Evaluate
+from memorizing_transformers_pytorch.cli.options.generate import Generate
 from memorizing_transformers_pytorch.data.config import DataConfig
 from memorizing_transformers_pytorch.data.prepare import prepare
 from memorizing_transformers_pytorch.data.tokenizer import BPETokenizer, ByteTokenizer

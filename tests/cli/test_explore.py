@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from memorizing_transformers_pytorch.cli.explore import Explore, chosen
+from memorizing_transformers_pytorch.cli.explore import chosen
+from memorizing_transformers_pytorch.cli.options.explore import Explore
 from memorizing_transformers_pytorch.explorer.service import Service
 from memorizing_transformers_pytorch.library.readers import open_reader
 from tests.library.conftest import make_hub_model, make_run

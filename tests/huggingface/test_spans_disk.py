@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("bm25s")
 
 from memorizing_transformers_pytorch.cli import memory as command
+from memorizing_transformers_pytorch.cli.options.memory import Build
 from memorizing_transformers_pytorch.data.tokenizer import ByteTokenizer
 from memorizing_transformers_pytorch.huggingface.attach import memory_of
 from memorizing_transformers_pytorch.huggingface.contents import Contents
@@ -94,7 +95,7 @@ def build(model: Any, kind: str, folder: Path, texts: Path, fatal: int | None = 
         mock.patch.object(Contents, "store", counted(Contents.store)),
         mock.patch.object(command, "open_reader", return_value=reader),
     ):
-        command.build(command.Build(memory=folder, files=(str(texts),), model="a model", save_every=0))
+        command.build(Build(memory=folder, files=(str(texts),), model="a model", save_every=0))
     memory_of(model).detach()
     return steps
 

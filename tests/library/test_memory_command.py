@@ -13,7 +13,9 @@ import pytest
 
 from memorizing_transformers_pytorch.cli import main
 from memorizing_transformers_pytorch.cli import memory as cli_memory
-from memorizing_transformers_pytorch.cli.generate import Generate, memories_of
+from memorizing_transformers_pytorch.cli.generate import memories_of
+from memorizing_transformers_pytorch.cli.options import memory as options_of
+from memorizing_transformers_pytorch.cli.options.generate import Generate
 from memorizing_transformers_pytorch.library.readers import DocumentReader, RunReader, open_reader
 from memorizing_transformers_pytorch.memory import KNNMemory, KNNMemoryList
 from memorizing_transformers_pytorch.memory.disk.manifest import NAME
@@ -123,7 +125,7 @@ def test_what_was_broken_off_goes_on_and_ends_the_same(
     broken = tmp_path / "broken"
     while len(portions) < 9:
         try:
-            cli_memory.main(["build", str(broken), str(texts), "--model", model], "memory")
+            cli_memory.main(options_of.parse(["build", str(broken), str(texts), "--model", model], "memory"))
         except Interrupted:
             if len(portions) == 4:  # a model of a run begins a text anew, and would never end
                 monkeypatch.setattr(cli_memory.Builder, "__init__", real)
