@@ -37,7 +37,9 @@ def begin(options: Talk) -> Any:
     """A chat of the model with what it remembers, or reads now. Raises ValueError for bad input."""
     if (options.memory is None) == (options.read is None):
         raise ValueError("give either --memory, a folder, or --read, a file or folder of text")
-    spans = {"content": options.content, "finder": options.finder, "passages": options.passages}
+    if options.passages < 1:
+        raise ValueError(f"--passages must be at least 1, got {options.passages}")
+    spans = {"content": options.content, "finder": options.finder}
     if options.memory is not None:
         spans |= _checked(options, spans_in(options.memory))
     elif options.read is not None and not options.read.exists():
@@ -49,7 +51,7 @@ def begin(options: Talk) -> Any:
         reader.load(options.memory, mmap=True)
     else:
         memory.read(options.read)
-    return memory.chat(system=options.system)
+    return memory.chat(system=options.system, passages=options.passages)
 
 
 def _checked(options: Talk, saved: dict[str, Any] | None) -> dict[str, Any]:

@@ -83,7 +83,8 @@ def attach_memory(
         are recalled; or "kv", the keys and values of all layers, for a model whose keys can be moved. "tokens" unless
         given.
     finder: what finds passages by the last tokens of a text. "head", the best induction head of the model; "bm25", the
-        words (needs the library bm25s); or "both". "head" unless given, where there is one.
+        words (needs the library bm25s); or "both". Unless given "both"; "head" with write="window", since words are
+        indexed anew when the memory has changed, and "bm25" for a model without an induction head.
     passages, span: how many tokens stand before a text: so many passages of so many tokens, around the places that
         were found. first: so many tokens of the beginning of the best passage's document come before them.
     every: after how many tokens passages are chosen anew.

@@ -37,7 +37,7 @@ def attach_spans(model: Any, options: dict[str, Any], tokenizer: Any) -> RecallM
         raise ValueError(f"keys and values of this model cannot be moved ({reason}): use content='tokens'")
     if options["window"] is not None and any(layer is None or layer.embedded for layer in layers.values()):
         raise ValueError("write='window' needs a model whose keys can be moved to other positions: use write='read'")
-    name = _finder_name(options["finder"], head)
+    name = _finder_name(options["finder"], head, grows=options["write"] == "window")
     checked = SpanOptions(**options | {"content": content, "finder": name})
     _check_positions(model, checked, layers)
     shared = Shared(model, State({}, Ledger(), []))
@@ -110,14 +110,17 @@ def _why_not_kv(layers: dict[int, Layer | None], refused: dict[int, str]) -> str
     return None
 
 
-def _finder_name(wanted: str | None, head: Head | None) -> str:
-    """Raises ValueError for a head where there is none, and for BM25 without the library."""
+def _finder_name(wanted: str | None, head: Head | None, *, grows: bool) -> str:
+    """grows: whether the memory changes while the model writes, so that words would be indexed again and again.
+
+    Raises ValueError for a head where there is none, and for BM25 without the library."""
     if head is None and wanted in ("head", "both"):
         raise ValueError("this model has no induction head that could find passages: use finder='bm25'")
-    name = wanted or ("bm25" if head is None else "head")
+    has_words = importlib.util.find_spec("bm25s") is not None
+    name = wanted or ("bm25" if head is None else "both" if has_words and not grows else "head")
     if wanted is None and head is None:
         warnings.warn("this model has no induction head that could find passages: finder='bm25' is used", stacklevel=4)
-    if name in ("bm25", "both") and importlib.util.find_spec("bm25s") is None:
+    if name in ("bm25", "both") and not has_words:
         raise ValueError("finder='bm25' needs the library bm25s: pip install bm25s")
     return name
 

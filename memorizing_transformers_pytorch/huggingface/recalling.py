@@ -6,6 +6,7 @@ Shapes: N tokens of a question, P of a passage.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
@@ -21,6 +22,8 @@ from memorizing_transformers_pytorch.huggingface.recall import Recall
 from memorizing_transformers_pytorch.huggingface.searching import Query, Recalled
 from memorizing_transformers_pytorch.huggingface.texts import tokens_of
 from memorizing_transformers_pytorch.memory.entries import POSITION
+
+ASKED = 4  # passages in the prompt of a question, unless told otherwise
 
 
 class RecallMemory(AttachedMemory):
@@ -72,6 +75,7 @@ class RecallMemory(AttachedMemory):
         max_new_tokens: int | None = None,
         generation_config: GenerationConfig | None = None,
         system: str | None = None,
+        passages: int = ASKED,
         row: int = 0,
     ) -> Answer: ...
 
@@ -84,6 +88,7 @@ class RecallMemory(AttachedMemory):
         max_new_tokens: int | None = None,
         generation_config: GenerationConfig | None = None,
         system: str | None = None,
+        passages: int = ASKED,
         row: int = 0,
     ) -> AnswerStream: ...
 
@@ -95,6 +100,7 @@ class RecallMemory(AttachedMemory):
         max_new_tokens: int | None = None,
         generation_config: GenerationConfig | None = None,
         system: str | None = None,
+        passages: int = ASKED,
         row: int = 0,
     ) -> Answer | AnswerStream:
         """What the model answers to a question, with the passages of a row that fit it in the prompt.
@@ -106,36 +112,41 @@ class RecallMemory(AttachedMemory):
 
         stream: give the answer while it is being written, as an iterator over pieces of its text.
         max_new_tokens: 256 unless given, or given by generation_config. generation_config: greedy unless given.
-        system: a message that comes before the question.
+        system: a message that comes before the question. passages: how many (with a window, as many as the memory
+        places before every text).
 
         Raises ValueError for an empty question, a row that does not exist, and a memory without a tokenizer.
         """
-        self._expect_row(row)
-        chat: Any = Chat(self.model, self.tokenizer, self._finding, system, row, asks=True)
+        chat: Any = self._chat(system, row, passages, asks=True)
         answer: Answer | AnswerStream = chat.say(
             question, stream=stream, max_new_tokens=max_new_tokens, generation_config=generation_config
         )
         return answer
 
-    def asked(self, question: str, *, row: int = 0) -> Asked:
+    def asked(self, question: str, *, passages: int = ASKED, row: int = 0) -> Asked:
         """What `ask` gives to the model: the prompt, and where passages lie in it. Raises what `ask` raises."""
-        self._expect_row(row)
-        return Chat(self.model, self.tokenizer, self._finding, None, row, asks=True).asked(question)
+        return self._chat(None, row, passages, asks=True).asked(question)
 
-    def chat(self, *, system: str | None = None, row: int = 0) -> Chat:
-        """A conversation, in which `say` gives the answer to each message, with the passages that fit it."""
+    def chat(self, *, system: str | None = None, passages: int = ASKED, row: int = 0) -> Chat:
+        """A conversation, in which `say` gives the answer to each message, with so many passages that fit it."""
+        return self._chat(system, row, passages, asks=False)
+
+    def _chat(self, system: str | None, row: int, passages: int, *, asks: bool) -> Chat:
         self._expect_row(row)
-        return Chat(self.model, self.tokenizer, self._finding, system, row, asks=False)
+        if passages < 1:
+            raise ValueError(f"passages must be at least 1, got {passages}")
+        finding = functools.partial(self._finding, passages=passages)
+        return Chat(self.model, self.tokenizer, finding, system, row, asks=asks)
 
     @contextlib.contextmanager
-    def _finding(self, question: Tensor, row: int) -> Iterator[Given]:
+    def _finding(self, question: Tensor, row: int, passages: int) -> Iterator[Given]:
         """Passages are given in the prompt. With a window, what leaves it is stored, and should hold no passages: there
         they stand before the prompt, in the cache."""
         if self.options.write == "window":
             with self.finding_by(question, row) as standing:
                 yield Given([], lambda: sorted((e for e in standing() if e.score > 0), key=lambda e: -e.score))
             return
-        found = self.recall(question, row=row) if self._at_work.enabled.now else []
+        found = self.recall(question, passages=passages, row=row) if self._at_work.enabled.now else []
         with self.enabled(False):
             yield Given(found, None)
 

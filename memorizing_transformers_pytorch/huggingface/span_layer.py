@@ -84,7 +84,7 @@ def options_for(arranged: object) -> dict[str, str] | None:
     not of spans."""
     found = {
         PAIRS: {"content": "kv"},
-        KEYS: {"content": "tokens", "finder": "head"},
+        KEYS: {"content": "tokens"},
         NOTHING: {"content": "tokens", "finder": "bm25"},
     }
     return found.get(str(arranged[0]).partition(",")[0]) if isinstance(arranged, list) and arranged else None

@@ -37,9 +37,10 @@ class Chosen(NamedTuple):
         return Chosen(places, _among(places, (hit._replace(place=int(self.places[hit.place])) for hit in kept)))
 
 
-def attention(queries: Tensor, keys: Callable[[slice], Tensor], count: int) -> Tensor:
+def attention(queries: Tensor, keys: Callable[[slice], Tensor], count: int, power: float = 1.0) -> Tensor:
     """Queries (T, D), scaled, and keys of so many entries, a slice (n, D) at a time -> (N,) how much of the attention
-    each entry gets, averaged over the queries.
+    each entry gets, to this power, averaged over the queries. A power below 1 asks rather that many queries attend to a
+    place than that a few do so strongly.
 
     Two passes over the keys, so that no more than a block of logits is held at once; one where a block is enough.
     """
@@ -49,9 +50,9 @@ def attention(queries: Tensor, keys: Callable[[slice], Tensor], count: int) -> T
         return queries @ keys(block).to(queries).mT
 
     if len(blocks) == 1:
-        return logits(blocks[0]).softmax(dim=-1).mean(dim=0)
+        return logits(blocks[0]).softmax(dim=-1).pow(power).mean(dim=0)
     total = torch.stack([logits(block).logsumexp(dim=-1) for block in blocks]).logsumexp(dim=0)
-    return torch.cat([(logits(block) - total[:, None]).exp().mean(dim=0) for block in blocks])
+    return torch.cat([((logits(block) - total[:, None]) * power).exp().mean(dim=0) for block in blocks])
 
 
 def starts_of(documents: Tensor) -> Tensor:

@@ -31,30 +31,35 @@ class WordIndex:
         return {"_tokenizer": self._tokenizer, "_indices": {}}
 
     def scores(self, store: Store, row: int, question: Tensor, origins: Tensor, starts: Tensor) -> Tensor:
-        """Origins (N, 3) of the entries of a row and where their documents start -> (N,) the score of each passage, at
-        the entry in its middle."""
+        """Origins (N, 3) of the entries of a row and where their documents start -> (N,) the score of the passage in
+        whose middle each entry lies, a little less for those beside the middle."""
         state = store.lives[row], store.written_to[row], len(origins)
         if row not in self._indices or self._indices[row][0] != state:
             self._indices[row] = state, self._index(origins, starts)
-        middles, index = self._indices[row][1]
-        found = torch.zeros(len(origins))
+        passage, share, index = self._indices[row][1]
         words = self._words([question.tolist()])[0]
-        if words and index is not None:
-            found[middles] = torch.from_numpy(index.get_scores(words)).float()
-        return found
+        if not words:
+            return torch.zeros(len(origins))
+        scores: Tensor = torch.from_numpy(index.get_scores(words)).float()
+        return scores[passage] * share
 
-    def _index(self, origins: Tensor, starts: Tensor) -> tuple[Tensor, Any]:
+    def _index(self, origins: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Of each entry the number of its passage (N,), and what share of its score it gets (N,); and the index."""
         import bm25s
 
-        tokens, middles, passages = origins[:, 2].tolist(), [], []
+        tokens, passages, numbers, shares = origins[:, 2].tolist(), list[list[int]](), list[Tensor](), list[Tensor]()
         borders = [*torch.unique(starts).tolist(), len(tokens)]
         for begin, end in itertools.pairwise(borders):
-            for start in range(begin, max(end - STEP, begin + 1), STEP):
-                passages.append(tokens[start : min(start + WIDTH, end)])
-                middles.append(min(start + WIDTH // 2, end - 1))
+            begins = range(begin, max(end - STEP, begin + 1), STEP)
+            places = torch.arange(begin, end)
+            number = ((places - begin - WIDTH // 2 + STEP // 2) // STEP).clamp(0, len(begins) - 1)
+            middle = (begin + number * STEP + WIDTH // 2).clamp(max=end - 1)
+            numbers.append(number + len(passages))
+            shares.append(1 - (places - middle).abs() / (10 * WIDTH))
+            passages += [tokens[start : min(start + WIDTH, end)] for start in begins]
         index = bm25s.BM25()
         index.index(self._words(passages), show_progress=False)
-        return torch.tensor(middles), index
+        return torch.cat(numbers), torch.cat(shares), index
 
     def _words(self, passages: list[list[int]]) -> list[list[str]]:
         """What is compared."""

@@ -185,8 +185,8 @@ def test_an_answer_is_explained_by_the_passages_in_its_prompt(template: bool) ->
 
 
 def test_the_attention_on_passages_in_a_prompt_is_that_of_the_model() -> None:
-    memory = answering(passages=1)
-    answer = memory.ask("Who?", max_new_tokens=4)
+    memory = answering()
+    answer = memory.ask("Who?", max_new_tokens=4, passages=1)
     found, ids = explain(memory.model, answer, memory), torch.cat((answer.asked.prompt, answer.asked.written))
     ((passage, start),) = answer.asked.placed
     stop = start + len(passage.tokens)
@@ -207,8 +207,8 @@ def test_the_attention_on_passages_in_a_prompt_is_that_of_the_model() -> None:
 
 
 def test_what_a_passage_in_a_prompt_is_worth_is_the_loss_of_the_prompt_without_its_tokens() -> None:
-    memory = answering(passages=2)
-    answer = memory.ask("Who?", max_new_tokens=4)
+    memory = answering()
+    answer = memory.ask("Who?", max_new_tokens=4, passages=2)
     asked = answer.asked
     found = explain(memory.model, answer, memory, contribution="ablate")
 
@@ -232,8 +232,8 @@ def test_what_a_passage_in_a_prompt_is_worth_is_the_loss_of_the_prompt_without_i
 
 
 def test_a_late_answer_of_a_chat_is_explained_with_the_passages_of_earlier_messages() -> None:
-    memory = answering(passages=1)
-    chat = memory.chat()
+    memory = answering()
+    chat = memory.chat(passages=1)
     first, second = (chat.say(text, max_new_tokens=3) for text in ("What was the ship called?", "Who hunted?"))
     found = explain(memory.model, second, memory)
     sources = [each for answer in (first, second) for each in answer.sources]

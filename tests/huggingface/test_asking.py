@@ -56,7 +56,7 @@ def plain(memory: RecallMemory, prompt: str, count: int) -> str:
 
 def with_text(memory: RecallMemory, question: str, content: str) -> str:
     """A message with the passages of a question, the best one last."""
-    texts = [str(each.text) for each in memory.recall(question)]
+    texts = [str(each.text) for each in memory.recall(question, passages=4)]
     return "Text:\n" + "\n...\n".join(texts[::-1]) + "\n\n" + content
 
 
@@ -70,8 +70,8 @@ def test_an_answer_is_that_of_the_template_with_the_passages_of_the_question(mem
     assert isinstance(answer, Answer)
     prompt = f"<user>{with_text(memory, question, asked(question))}</><assistant>"
     assert answer.text == plain(memory, prompt, 12)
-    found = memory.recall(question)
-    assert len(found) == 2
+    found = memory.recall(question, passages=4)
+    assert len(found) == 4
     assert [(each.title, each.position, each.score) for each in answer.sources] == [
         (each.title, each.position, each.score) for each in found
     ]
@@ -229,7 +229,7 @@ def test_a_chat_goes_on_with_its_cache_and_finds_by_each_message(
     roles = ["system", "user", "assistant", "user", "assistant"]
     said = ["Be kind.", texts[0], first.text, texts[1], second.text]
     assert chat.messages == [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]
-    assert [each.position for each in second.sources] == [each.position for each in memory.recall(texts[1])]
+    assert [each.position for each in second.sources] == [each.position for each in memory.recall(texts[1], passages=4)]
 
 
 def test_with_nothing_read_a_chat_is_that_of_the_plain_model(memory: RecallMemory) -> None:

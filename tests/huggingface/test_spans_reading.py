@@ -284,6 +284,9 @@ def test_recalled_passages_name_their_document_and_place_in_it() -> None:
         def decode(self, ids: Tensor) -> str:
             return " ".join(map(str, ids.tolist()))
 
+        def batch_decode(self, some: list[list[int]], **_: Any) -> list[str]:
+            return [self.decode(torch.tensor(ids)) for ids in some]
+
     books = [tokens(1, 60, seed=seed) for seed in range(2)]
     memory = attached(tiny("llama"), tokenizer=Words())
     for number, book in enumerate(books):

@@ -23,9 +23,9 @@ class Talk:
     content: Literal["kv", "tokens"] | None = None
     """With --read, what is kept: token ids alone (the default), or keys and values."""
     finder: Literal["head", "bm25", "both"] | None = None
-    """What finds passages: a head of the model, words, or both; by default a head if the model has one."""
-    passages: int = 1
-    """Passages that stand before each message."""
+    """What finds passages: a head of the model, words, or both (the default, if the model has such a head)."""
+    passages: int = 4
+    """Passages that are given to the model with each message."""
     system: str | None = None
     """A message that comes before all others."""
     max_new_tokens: int = 256
