@@ -131,7 +131,9 @@ def ways(asking: Asking, memory: Any) -> dict[str, Callable[[Planted], bool]]:
         return asking.holds(each, asking.begun_again(each), 8)
 
     def words(each: Planted) -> bool:
-        return each.answer.lower() in memory.ask(QUESTIONS[each.question], max_new_tokens=24).text.lower()
+        count = memory.options.passages
+        answer = memory.ask(QUESTIONS[each.question], max_new_tokens=24, passages=count)
+        return each.answer.lower() in answer.text.lower()
 
     def first(question: list[int], each: Planted) -> bool:
         (best,) = memory.recall(torch.tensor(question), passages=1)

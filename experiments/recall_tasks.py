@@ -131,7 +131,8 @@ class Trial:
 
     def asked(self, memory: Any, case: Case) -> tuple[float, bool]:
         """The share of the answers that are given, and whether a passage holds one."""
-        answer = memory.ask(case.question, max_new_tokens=WORDS[self.options.task])
+        count = memory.options.passages
+        answer = memory.ask(case.question, max_new_tokens=WORDS[self.options.task], passages=count)
         said, seen = answer.text.lower(), "\n".join(each.text.lower() for each in answer.sources)
         given = [each.lower() in said for each in case.answers]
         return sum(given) / len(given), any(each.lower() in seen for each in case.answers)

@@ -40,8 +40,8 @@ class WordIndex:
         words = self._words([question.tolist()])[0]
         if not words:
             return torch.zeros(len(origins))
-        scores: Tensor = torch.from_numpy(index.get_scores(words)).float()
-        return scores[passage] * share
+        scores: Tensor = torch.from_numpy(index.get_scores(words)).float()[passage] * share
+        return scores
 
     def _index(self, origins: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Of each entry the number of its passage (N,), and what share of its score it gets (N,); and the index."""
