@@ -286,6 +286,20 @@ def test_questions_that_cannot_be_asked_are_refused(memory: RecallMemory) -> Non
         memory.ask("Who?")
 
 
+def test_as_many_passages_are_given_as_are_asked_for(memory: RecallMemory) -> None:
+    for count in (1, 3):
+        assert len(memory.ask("Who?", passages=count, max_new_tokens=2).sources) == count
+        placed = memory.asked("Who?", passages=count).placed
+        assert placed is not None
+        assert len(placed) == count
+        assert len(memory.chat(passages=count).say("Who?", max_new_tokens=2).sources) == count
+    for ask in (memory.ask, memory.asked):
+        with pytest.raises(ValueError, match="passages must be at least 1"):
+            ask("Who?", passages=0)
+    with pytest.raises(ValueError, match="passages must be at least 1"):
+        memory.chat(passages=0)
+
+
 def test_an_answer_prints_its_sources(memory: RecallMemory) -> None:
     text, *sources = str(memory.ask("Who hunted?", max_new_tokens=3)).splitlines()
     assert all(line.startswith(f"[{i}] ") and ", token " in line for i, line in enumerate(sources, 1))

@@ -25,8 +25,9 @@ from tests.huggingface.families import FEW, LEARNED_POSITIONS, tiny
 from tests.huggingface.spans import attached, last_head, tokens
 
 
+@pytest.mark.parametrize("power", [1.0, 0.5])
 @pytest.mark.parametrize("block", [1, 3, 7, 20, 50])
-def test_attention_in_blocks_is_one_softmax(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_in_blocks_is_one_softmax(block: int, power: float, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, keys, seen = torch.randn(5, 4) * 3, torch.randn(20, 4) * 3, []
     monkeypatch.setattr(spans, "BLOCK", block)
 
@@ -34,8 +35,8 @@ def test_attention_in_blocks_is_one_softmax(block: int, monkeypatch: pytest.Monk
         seen.append(places.stop - places.start)
         return keys[places]
 
-    found = spans.attention(queries, some, 20)
-    torch.testing.assert_close(found, (queries @ keys.T).softmax(dim=-1).mean(dim=0))
+    found = spans.attention(queries, some, 20, power)
+    torch.testing.assert_close(found, ((queries @ keys.T).softmax(dim=-1) ** power).mean(dim=0))
     assert max(seen) <= block
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from memorizing_transformers_pytorch.huggingface.recalling import Excerpt
+from memorizing_transformers_pytorch.huggingface.searching import Query
+from memorizing_transformers_pytorch.huggingface.spans import smoothed
 from tests.huggingface.families import tiny
 from tests.huggingface.spans import attached, close, logits, plain, read, recalled, tokens
 
@@ -317,3 +320,46 @@ def test_words_find_what_has_them(finder: str) -> None:
     assert memory.recall(torch.tensor([1, 0])) == []
     read(memory, ids[:, :100])
     assert all(each.position < 100 for each in memory.recall(torch.tensor([5, 6])))
+
+
+@pytest.mark.parametrize("lengths", [(7,), (81,), (300, 41, 130)])
+def test_words_score_the_passage_around_each_entry_most_at_its_middle(lengths: tuple[int, ...]) -> None:
+    bm25s = pytest.importorskip("bm25s")
+    texts = [tokens(1, count, seed=count) for count in lengths]
+    memory = read(attached(tiny("llama"), finder="bm25", content="tokens"), *texts)
+    store, question = next(iter(memory.layers.values())).memories[0].store, torch.tensor([5, 6, 7])
+    origins = store.origins[0][store.places_in_order(0)]
+    starts = torch.tensor([sum(lengths[:i]) for i, count in enumerate(lengths) for _ in range(count)])
+    found = memory._at_work.recall.search._words.scores(store, 0, question, origins, starts)
+    passages, middles = [], []
+    for begin, text in zip(itertools.accumulate((0, *lengths)), texts, strict=False):
+        ids = text[0].tolist()
+        for start in range(0, max(len(ids) - 40, 1), 40):
+            passages.append([str(each) for each in ids[start : start + 80]])
+            middles.append((begin, begin + len(ids), begin + min(start + 40, len(ids) - 1)))
+    index = bm25s.BM25()
+    index.index(passages, show_progress=False)
+    scores = index.get_scores([str(each) for each in question.tolist()])
+    for place, value in enumerate(found.tolist()):
+        own = [(abs(m - place), i) for i, (begin, end, m) in enumerate(middles) if begin <= place < end]
+        near = [i for distance, i in own if distance == min(own)[0]]
+        expected = [scores[i] * (1 - min(own)[0] / 800) for i in near]
+        assert any(value == pytest.approx(each, abs=1e-5) for each in expected)
+
+
+def test_the_head_and_words_together_score_by_their_mean() -> None:
+    """Each as a share of its best; of the head the square root of its attention."""
+    pytest.importorskip("bm25s")
+    memory = read(attached(tiny("llama", "sdpa"), finder="both"), tokens(1, 300), tokens(1, 90, seed=1))
+    search, question = memory._at_work.recall.search, tokens(1, 9, seed=2)[0]
+    store = next(iter(memory.layers.values())).memories[0].store
+    (vectors,) = search._vectors([Query(0, question)])
+    row = search._row(store, Query(0, question))
+    found = search._scores(store, Query(0, question), vectors, row)
+    keys = torch.cat([part[0, 0, :390].floats(torch.float32) for part in (store.keys, store.values)], dim=-1)
+    head = smoothed((vectors @ keys.T).softmax(dim=-1).sqrt().mean(dim=0), row.starts)
+    words = search._words.scores(store, 0, question, row.origins, row.starts)
+    torch.testing.assert_close(found, (head / head.max() + words / words.max()) / 2)
+    part = search._row(store, Query(0, question, before=50))
+    alone = search._scores(store, Query(0, question, before=50), vectors, part)
+    torch.testing.assert_close(alone, smoothed((vectors @ keys.T).softmax(dim=-1).mean(dim=0)[:50], part.starts))

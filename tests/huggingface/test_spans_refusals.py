@@ -77,6 +77,13 @@ def test_words_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
     for finder in ("bm25", "both"):
         with pytest.raises(ValueError, match="pip install bm25s"):
             attached(tiny("llama"), finder=finder)
+    assert attached(tiny("llama")).options.finder == "head"
+
+
+def test_words_help_to_find_unless_the_memory_grows_while_the_model_writes() -> None:
+    pytest.importorskip("bm25s")
+    assert attached(tiny("llama")).options.finder == "both"
+    assert attached(tiny("llama"), write="window", window=40).options.finder == "head"
 
 
 def test_models_that_write_no_text_are_refused() -> None:
