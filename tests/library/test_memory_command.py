@@ -331,7 +331,7 @@ def test_every_command_serves_memories_of_passages(
 ) -> None:
     """Of keys and values, of the finder's keys, and of token ids alone."""
     attach_spans = pytest.importorskip("memorizing_transformers_pytorch.huggingface.attach_spans")
-    monkeypatch.setattr(attach_spans, "_finder_name", lambda *_: "bm25" if content == "words" else "head")
+    monkeypatch.setattr(attach_spans, "_finder_name", lambda *_, **__: "bm25" if content == "words" else "head")
     head = None if content == "words" else attach_spans.Head(0, 0, 1.0)
     monkeypatch.setattr(attach_spans, "best_head", lambda *_: head)
     if content == "words":
