@@ -72,6 +72,8 @@ def test_files_can_be_read_and_asked_at_once(
 ) -> None:
     options = ["ask", "--model", model, "--max-new-tokens", 4, "--read"]
     assert set(sources(said(capsys, *options, notes, QUESTION))) <= {"vault.txt", "whale.txt"}
+    for count in (1, 3):
+        assert len(sources(said(capsys, *options, notes, "--passages", count, QUESTION))) == count
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(QUESTION.encode())))
     assert set(sources(said(capsys, *options, notes / "vault.txt", "-"))) == {"vault.txt"}
 
@@ -103,7 +105,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
         ([*ask, "--memory", notes, QUESTION], "which has no manifest.json"),
         ([*ask, "--memory", library, "--content", "kv", QUESTION], "--content is for --read"),
         ([*ask, "--read", tmp_path / "nowhere", QUESTION], "there is no file or folder"),
-        ([*ask, "--read", notes, "--passages", 0, QUESTION], "passages"),
+        ([*ask, "--read", notes, "--passages", 0, QUESTION], "--passages must be at least 1"),
         ([*ask, "--memory", library, " "], "the question is empty"),
         (["ask", "--model", run, "--read", notes, QUESTION], "need a model of transformers"),
         (
