@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from memorizing_transformers_pytorch.library.readers import spans_in
 from tests.cli.conftest import refused, said
 from tests.library.conftest import make_run
 
@@ -30,6 +31,7 @@ def test_a_library_that_memory_build_made_is_asked(
     library = tmp_path / "library"
     build = ["memory", "build", library, notes, "--model", model]
     first = json.loads(said(capsys, *build, "--retrieve", "spans", "--content", content, "--json"))
+    assert (spans_in(library) or {})["content"] == content
     assert (first["read"], first["too_short"]) == (2, 0)
     before = {path.name: path.read_bytes() for path in library.iterdir()}
     ask = ["ask", "--model", model, "--memory", library, "--max-new-tokens", 4, "--passages", 2]
@@ -48,7 +50,7 @@ def test_a_library_that_memory_build_made_is_asked(
 
 
 def test_a_long_file_is_read_on_where_it_was_left(model: str, notes: Path, tmp_path: Path) -> None:
-    from memorizing_transformers_pytorch.library.readers import HubReader, open_reader
+    from memorizing_transformers_pytorch.library.readers import spans_in, HubReader, open_reader
 
     text = (notes / "whale.txt").read_text()
     held = []
