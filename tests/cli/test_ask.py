@@ -50,7 +50,7 @@ def test_a_library_that_memory_build_made_is_asked(
 
 
 def test_a_long_file_is_read_on_where_it_was_left(model: str, notes: Path, tmp_path: Path) -> None:
-    from memorizing_transformers_pytorch.library.readers import spans_in, HubReader, open_reader
+    from memorizing_transformers_pytorch.library.readers import HubReader, open_reader
 
     text = (notes / "whale.txt").read_text()
     held = []
