@@ -177,7 +177,7 @@ COMMANDS: dict[type[Any], Callable[[Any], Any]] = {
 }
 
 
-def main(options: OfMemory) -> None:
+def main(options: OfMemory | Merge) -> None:
     """Run a command of `memory`. Raises ValueError for bad input."""
     show(COMMANDS[type(options)](options), as_json=options.json)
 

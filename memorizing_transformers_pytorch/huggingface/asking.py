@@ -112,8 +112,8 @@ def _into(done: Future[Answer], write: Callable[..., Answer], streamer: Any, sto
 
 
 class Given(NamedTuple):
-    """The passages for a message, the best first: those that its prompt shall hold, or else what tells, after the model
-    has written, which ones stood before the prompt in the cache."""
+    """The passages for a message, the best first. in_prompt: those to put into its prompt. before: if passages go into
+    the cache before the prompt instead, a function that returns them once the model has written."""
 
     in_prompt: list[Excerpt]
     before: Callable[[], list[Excerpt]] | None

@@ -82,7 +82,7 @@ def prompt_of(turns: Sequence[Turn], tokenizer: Any) -> tuple[Tensor, list[Place
     marks = (f"{mark}-{i}-" for i in range(len(passages)))
     texts = [BETWEEN.join(next(marks) for _ in turn.passages) for turn in turns]
     openings = [f"Text:\n{text}\n\n" if text else "" for text in texts]
-    written = (_by_template if has_template else _plainly)(turns, openings, tokenizer)
+    written = _by_template(turns, openings, tokenizer) if has_template else _plainly(turns, openings)
     first, *rest = re.split(f"{mark}-([0-9]+)-", written)
     parts, placed = [_tokens(first, tokenizer) if has_template else document_tokens(first, tokenizer)], list[Placed]()
     for number, after in zip(rest[::2], rest[1::2], strict=True):
@@ -97,7 +97,7 @@ def _by_template(turns: Sequence[Turn], openings: Sequence[str], tokenizer: Any)
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _plainly(turns: Sequence[Turn], openings: Sequence[str], _tokenizer: Any) -> str:
+def _plainly(turns: Sequence[Turn], openings: Sequence[str]) -> str:
     said = zip(turns, openings, strict=True)
     return "\n".join([*(opening + BEGINS[turn.role] + turn.content for turn, opening in said), ANSWER])
 

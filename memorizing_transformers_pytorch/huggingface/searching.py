@@ -205,18 +205,18 @@ class Search:
     def _scores(self, store: Store, query: Query, vectors: Tensor | None, row: _Held) -> Tensor:
         """(N,) how well each entry, in order, fits the query: by the head, by words, or by the mean of both, each as a
         share of its best. (Where only a part of the row may be recalled, the head alone: words are indexed for all.)"""
-        found, has_words = [], self._words is not None and (self.finder is None or query.before is None)
+        found, index = [], self._words if self.finder is None or query.before is None else None
         if vectors is not None and self.finder is not None:
             kv_head = self.finder.kv_head if self._options.content == "kv" else None
             keys = finder_keys(store, query.row, kv_head)
-            power = BESIDE_WORDS if has_words else 1.0
+            power = 1.0 if index is None else BESIDE_WORDS
             weights = attention(vectors.to(store.device), keys, store.filled[query.row], power)
             found.append(smoothed(weights[row.slots], row.starts))
-        if has_words and self._words is not None:
-            words = self._words.scores(store, query.row, query.tokens, row.origins, row.starts)
+        if index is not None:
+            words = index.scores(store, query.row, query.tokens, row.origins, row.starts)
             found.append(words.to(store.device))
         best = [each / each.max().clamp_min(torch.finfo(torch.float32).tiny) for each in found]
-        return found[0] if len(found) == 1 else sum(best[1:], best[0]) / len(best)
+        return found[0] if len(found) == 1 else torch.stack(best).mean(dim=0)
 
     def _entries(self, state: State, found: Sequence[Recalled]) -> Entries:
         """Copies of the keys and values of each layer, (G, P, D) for each of these."""

@@ -54,7 +54,7 @@ def make_hub_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
 
 @pytest.fixture(params=["run", "hub"])
 def model(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A run, or a model of transformers, of which one head finds passages."""
+    """The folder of a run, or of a model of transformers whose first head finds passages."""
     folder = tmp_path / "model"
     attach_spans = pytest.importorskip("memorizing_transformers_pytorch.huggingface.attach_spans")
     monkeypatch.setattr(attach_spans, "best_head", lambda *_: attach_spans.Head(0, 0, 1.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 import tyro
@@ -19,6 +19,4 @@ class Question(Talk):
     """What to ask; - reads it from standard input."""
 
 
-def parse(arguments: Sequence[str], program: str) -> Question:
-    """Raises ValueError for unknown options and bad values."""
-    return parse_arguments(Question, arguments, program)
+parse = functools.partial(parse_arguments, Question)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,6 +65,4 @@ class Evaluate:
     """Such as cpu or cuda; by default cuda where there is one."""
 
 
-def parse(arguments: Sequence[str], program: str) -> Evaluate:
-    """Raises ValueError for unknown options and bad values."""
-    return parse_arguments(Evaluate, arguments, program)
+parse = functools.partial(parse_arguments, Evaluate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -54,6 +54,4 @@ class Explain:
     """Such as cpu or cuda; by default cuda where there is one."""
 
 
-def parse(arguments: Sequence[str], program: str) -> Explain:
-    """Raises ValueError for unknown options and bad values."""
-    return parse_arguments(Explain, arguments, program)
+parse = functools.partial(parse_arguments, Explain)

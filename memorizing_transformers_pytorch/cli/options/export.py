@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,4 @@ class Export:
     """Which weights of the run."""
 
 
-def parse(arguments: Sequence[str], program: str) -> Export:
-    """Raises ValueError for unknown options and bad values."""
-    return parse_arguments(Export, arguments, program)
+parse = functools.partial(parse_arguments, Export)

@@ -16,12 +16,20 @@ Memory = tyro.conf.Positional[Path]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Build:
-    """Read files into a memory on disk, a new one or one that exists. Unchanged files are skipped, changed ones read
-    again, and documents whose files are no longer text removed. If interrupted, the same command continues."""
+class OfMemory:
+    """What all of them take."""
 
     memory: Memory
     """Folder of the memory."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build(OfMemory):
+    """Read files into a memory on disk, a new one or one that exists. Unchanged files are skipped, changed ones read
+    again, and documents whose files are no longer text removed. If interrupted, the same command continues."""
+
     files: tyro.conf.Positional[tuple[str, ...]]
     """Text files, and folders of them."""
     model: str
@@ -45,57 +53,36 @@ class Build:
     """Seconds between saves."""
     prune: bool = False
     """Remove documents whose files are not among those given, or cannot be opened."""
-    json: bool = False
-    """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Info:
+class Info(OfMemory):
     """Show the model, the size and the contents of a memory."""
 
-    memory: Memory
-    json: bool = False
-    """Print JSON."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Documents:
+class Documents(OfMemory):
     """List the documents in a memory."""
 
-    memory: Memory
-    json: bool = False
-    """Print JSON."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Forget:
+class Forget(OfMemory):
     """Remove documents from a memory, also from its files."""
 
-    memory: Memory
     document: tuple[str, ...] = ()
     """Titles or numbers."""
     where: str | None = None
     """Instead, a pattern of titles, such as */tests/*."""
-    json: bool = False
-    """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify:
+class Verify(OfMemory):
     """Check every file of a memory against its checksum, and whether its contents are valid."""
 
-    memory: Memory
-    json: bool = False
-    """Print JSON."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Compact:
+class Compact(OfMemory):
     """Rewrite a memory without anything that was forgotten or overwritten."""
-
-    memory: Memory
-    json: bool = False
-    """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +99,12 @@ class Merge:
     """Print JSON."""
 
 
-OfMemory = Build | Info | Documents | Forget | Verify | Compact | Merge
-KINDS: dict[str, type[OfMemory]] = {
+KINDS: dict[str, type[OfMemory | Merge]] = {
     kind.__name__.lower(): kind for kind in (Build, Info, Documents, Forget, Verify, Compact, Merge)
 }
 
 
-def parse(arguments: Sequence[str], program: str) -> OfMemory:
+def parse(arguments: Sequence[str], program: str) -> OfMemory | Merge:
     """Raises ValueError for an unknown command, unknown options and bad values."""
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:10} {' '.join((kind.__doc__ or '').split())}" for name, kind in KINDS.items()]
