@@ -9,16 +9,16 @@ values: a list of pairs of random uuids; the value of one of them is asked for (
 variables: a value that is handed on from one of five variables to the next, all over the text; the names of all five
     are asked for (RULER's variable tracking). Counted is the share of names, for `questions` texts.
 
-Passages found by the model's head, by words (BM25, at equal budget), and by both stand in the prompt; beside them the
-right passage, where there is one, and everything in the prompt, where the model takes it. What OUTPUT.json has already
-is not measured again.
+Passages found by the model's head, by words (BM25, at equal budget), and by both stand in the prompt (a text is read
+once for all three); beside them the right passage, and everything in the prompt, where the model takes it. What
+OUTPUT.json has already is not measured again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ from huggingface_perplexity import load
 from memorizing_transformers_pytorch.evaluation.provenance import origin, provenance
 from memorizing_transformers_pytorch.huggingface import attach_memory
 
+Finder = Literal["head", "bm25", "both"]
+Score = tuple[float, bool | None]
 DEPTHS = 20
 KEY = "\nThe pass key is {0}. Remember it. {0} is the pass key.\n"
 WORDS = {"pass key": 8, "values": 48, "variables": 48}  # tokens of an answer
@@ -48,7 +50,7 @@ class Options:
     passages: tuple[int, ...] = (1,)
     span: int = 80
     questions: int = 20
-    finder: tuple[Literal["head", "bm25", "both"], ...] = ("head", "bm25", "both")
+    finder: tuple[Finder, ...] = ("head", "bm25", "both")
     threads: int = 1
 
 
@@ -71,7 +73,7 @@ def pass_keys(parts: Sequence[str]) -> Iterator[Case]:
         sentence = KEY.format(number)
         text = part[:middle] + sentence + part[middle:]
         right = text[middle - 120 : middle + len(sentence) + 120]
-        yield Case(f"part {i} with the key", text, "What is the pass key?", [number], right)
+        yield Case(f"part {i} with the key", text, "Which number is the pass key?", [number], right)
 
 
 def values(count: int, questions: int) -> tuple[str, list[Case]]:
@@ -113,110 +115,122 @@ class Trial:
         ids = self.tokenizer(self.options.text.read_text()).input_ids[: count * tokens]
         return [self.tokenizer.decode(ids[i * tokens : (i + 1) * tokens]) for i in range(count)]
 
-    def ways(self) -> Iterator[tuple[str, str, int]]:
-        for finder, count in itertools.product(self.options.finder, self.options.passages):
-            yield f"{self.options.task} | {finder}, {count} passages", finder, count
-
-    def memory(self, finder: str, count: int) -> Any:
+    def memory(self, finder: str = "both") -> Any:
         return attach_memory(
             self.model,
             retrieve="spans",
             tokenizer=self.tokenizer,
             finder=finder,
-            passages=count,
             span=self.options.span,
             dtype=torch.bfloat16,
             max_memories=2 * self.options.tokens + 100_000,
         )
 
-    def asked(self, memory: Any, case: Case) -> tuple[float, bool]:
+    def ways(self) -> Iterator[tuple[str, Finder, int]]:
+        for finder, count in itertools.product(self.options.finder, self.options.passages):
+            yield f"{self.options.task} | {finder}, {count} passages", finder, count
+
+    def asked(self, memory: Any, case: Case, count: int = 1) -> Score:
         """The share of the answers that are given, and whether a passage holds one."""
-        count = memory.options.passages
         answer = memory.ask(case.question, max_new_tokens=WORDS[self.options.task], passages=count)
         said, seen = answer.text.lower(), "\n".join(each.text.lower() for each in answer.sources)
         given = [each.lower() in said for each in case.answers]
         return sum(given) / len(given), any(each.lower() in seen for each in case.answers)
 
-    def note(self, name: str, measure: Callable[[], list[tuple[float, bool | None]]]) -> None:
-        if name in self.found:
+    def compare(
+        self, cases: Sequence[Case], reading: Callable[[Any, Case], contextlib.AbstractContextManager[Any]]
+    ) -> None:
+        """The answers by each way of finding that is not known. reading: while it lasts, the memory holds a case."""
+        ways = [way for way in self.ways() if way[0] not in self.found]
+        if not ways:
             return
-        began, scores = time.monotonic(), measure()
+        memory, scores = self.memory(), {name: list[Score]() for name, *_ in ways}
+        for case in cases:
+            with reading(memory, case):
+                for name, finder, count in ways:
+                    with only(memory, finder):
+                        scores[name].append(self.asked(memory, case, count))
+        memory.detach()
+        for name, own in scores.items():
+            self.note(name, own)
+
+    def note(self, name: str, scores: Sequence[Score]) -> None:
         self.found[name] = {"scores": [each[0] for each in scores], "found": [each[1] for each in scores]}
         self.found |= provenance(torch.device("cpu"))
         self.options.output.write_text(json.dumps(self.found, indent=1))
-        print(f"{shown(name, self.found[name])} {time.monotonic() - began:.0f} s", flush=True)
+        print(shown(name, self.found[name]), flush=True)
 
     def with_text(self, name: str, cases: Sequence[tuple[Case, str]]) -> None:
         """The answers with a text of each in the prompt, as `memory.ask` puts it there."""
-        memory = self.memory("bm25", 1)
-
-        def measure() -> list[tuple[float, bool | None]]:
-            scores = []
-            for case, text in cases:
-                (row,) = self.tokenizer([text], add_special_tokens=False).input_ids
-                object.__setattr__(memory.options, "span", len(row))
-                memory.clear()
-                memory.read(torch.tensor(row), progress=False)
-                scores.append((self.asked(memory, case)[0], None))
-            return scores
-
-        self.note(f"{self.options.task} | {name}", measure)
+        name = f"{self.options.task} | {name}"
+        if name in self.found:
+            return
+        memory, scores = self.memory("bm25"), list[Score]()
+        for case, text in cases:
+            (row,) = self.tokenizer([text], add_special_tokens=False).input_ids
+            object.__setattr__(memory.options, "span", len(row))
+            memory.clear()
+            memory.read(torch.tensor(row), progress=False)
+            scores.append((self.asked(memory, case)[0], None))
         memory.detach()
+        self.note(name, scores)
+
+
+@contextlib.contextmanager
+def only(memory: Any, finder: Finder) -> Iterator[None]:
+    """Inside, a memory that was read for the head and for words finds by one of them."""
+    search = memory._at_work.recall.search
+    head, words = search.finder, search._words
+    search.finder, search._words = None if finder == "bm25" else head, None if finder == "head" else words
+    try:
+        yield
+    finally:
+        search.finder, search._words = head, words
 
 
 def pass_key(trial: Trial) -> None:
     parts = trial.parts(DEPTHS, trial.options.tokens // DEPTHS)
     cases = list(pass_keys(parts))
     trial.with_text("the right passage", [(case, str(case.right)) for case in cases])
-    for name, finder, count in trial.ways():
-        memory = trial.memory(finder, count)
 
-        def measure(memory: Any = memory) -> list[tuple[float, bool | None]]:
+    @contextlib.contextmanager
+    def reading(memory: Any, case: Case) -> Iterator[None]:
+        if not memory.documents:
             for i, part in enumerate(parts):
                 memory.read(part, document=f"part {i}", progress=False)
-            scores: list[tuple[float, bool | None]] = []
-            for case in cases:
-                memory.read(case.text, document=case.document, progress=False)
-                scores.append(trial.asked(memory, case))
-                memory.forget(case.document)
-            return scores
+        memory.read(case.text, document=case.document, progress=False)
+        yield
+        memory.forget(case.document)
 
-        trial.note(name, measure)
-        memory.detach()
+    trial.compare(cases, reading)
 
 
 def of_one_text(trial: Trial, text: str, cases: list[Case]) -> None:
     trial.with_text("the right passage", [(case, str(case.right)) for case in cases])
     if len(trial.tokenizer(text).input_ids) < trial.model.config.max_position_embeddings - 200:
         trial.with_text("everything in the prompt", [(case, text) for case in cases])
-    for name, finder, count in trial.ways():
-        memory = trial.memory(finder, count)
 
-        def measure(memory: Any = memory) -> list[tuple[float, bool | None]]:
+    @contextlib.contextmanager
+    def reading(memory: Any, case: Case) -> Iterator[None]:
+        if not memory.documents:
             memory.read(text, progress=False)
-            return [trial.asked(memory, case) for case in cases]
+        yield
 
-        trial.note(name, measure)
-        memory.detach()
+    trial.compare(cases, reading)
 
 
 def of_many_texts(trial: Trial, cases: list[Case]) -> None:
     trial.with_text("the right passages", [(case, str(case.right)) for case in cases])
     if trial.options.tokens < trial.model.config.max_position_embeddings - 400:
         trial.with_text("everything in the prompt", [(case, case.text) for case in cases])
-    for name, finder, count in trial.ways():
-        memory = trial.memory(finder, count)
 
-        def measure(memory: Any = memory) -> list[tuple[float, bool | None]]:
-            scores: list[tuple[float, bool | None]] = []
-            for case in cases:
-                memory.clear()
-                memory.read(case.text, progress=False)
-                scores.append(trial.asked(memory, case))
-            return scores
+    @contextlib.contextmanager
+    def reading(memory: Any, case: Case) -> Iterator[None]:
+        memory.clear()
+        memory.read(case.text, progress=False)
+        yield
 
-        trial.note(name, measure)
-        memory.detach()
+    trial.compare(cases, reading)
 
 
 def shown(name: str, of: dict[str, list[Any]]) -> str:
