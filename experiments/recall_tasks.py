@@ -37,7 +37,7 @@ Finder = Literal["head", "bm25", "both"]
 Score = tuple[float, bool | None]
 DEPTHS = 20
 KEY = "\nThe pass key is {0}. Remember it. {0} is the pass key.\n"
-WORDS = {"pass key": 8, "values": 48, "variables": 48}  # tokens of an answer
+WORDS = {"pass key": 16, "values": 48, "variables": 48}  # tokens of an answer
 
 
 @dataclass(frozen=True)
