@@ -9,6 +9,8 @@ Shapes: B rows, H query heads, G key/value heads, T queries, S local keys, D hea
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +31,10 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 class Extension:
     """What takes part in the attention of one layer; see `use`."""
 
+    def needs_lse(self) -> bool:
+        """Whether `joined` will ask for `Local.lse`."""
+        return False
+
     def joined(self, module: nn.Module, out: Tensor, query: Tensor, local: Local) -> Tensor:
         """out (B, T, H, D), of the backend -> what the layer shall give instead.
 
@@ -38,10 +44,14 @@ class Extension:
 
 
 class Local:
-    """What a layer attends to without a memory: key, value (B, G, S, D), mask and the options of the backend."""
+    """What a layer attends to without a memory: key, value (B, G, S, D), mask and the options of the backend; and the
+    logarithm of the sum of the exponentials of all these logits (B, H, T), if the backend has told it."""
 
-    def __init__(self, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any], lse: Tensor | None = None
+    ) -> None:
         self.key, self.value, self.mask, self.options = key, value, mask, options
+        self._lse = lse
 
     def multiplier(self, like: Tensor) -> Tensor:
         """() float32: of inner products, before the cap."""
@@ -56,12 +66,14 @@ class Local:
         capped: Tensor = logits if cap is None else (logits / cap).tanh() * cap
         return capped
 
-    def total(self, query: Tensor) -> Tensor:
-        """query (B, H, T, D) -> (B, H, T, 1): the logarithm of the sum of the exponentials of all local logits."""
+    def lse(self, query: Tensor) -> Tensor:
+        """query (B, H, T, D) -> (B, H, T): the logarithm of the sum of the exponentials of all local logits."""
+        if self._lse is not None:
+            return self._lse
         parts = []
         for start in range(0, query.shape[2], QUERIES_AT_ONCE):
             block = slice(start, start + QUERIES_AT_ONCE)
-            parts.append(self.masked(query[:, :, block], block, query.shape[2]).logsumexp(dim=-1, keepdim=True))
+            parts.append(self.masked(query[:, :, block], block, query.shape[2]).logsumexp(dim=-1))
         return torch.cat(parts, dim=2)
 
     def products(self, query: Tensor) -> Tensor:
@@ -97,12 +109,41 @@ def attend(
     extension, config = used
     bare = copy.copy(module)
     bare.config = config
-    out, weights = backend_of(module, config)(bare, query, key, value, attention_mask, **options)
+    told = functools.partial(backend_of(module, config), bare, query, key, value, attention_mask, **options)
     if extension is None:
-        return out, weights
+        return told()
     if config._attn_implementation == "sdpa":
         options = {name: option for name, option in options.items() if name not in IGNORED_BY_SDPA}
+        if _tells_lse(query, key, value, attention_mask, options) and extension.needs_lse():
+            out, lse = _with_lse(query, key, value, attention_mask, options.get("scaling"))
+            return extension.joined(module, out, query, Local(key, value, attention_mask, options, lse)), None
+    out, weights = told()
     return extension.joined(module, out, query, Local(key, value, attention_mask, options)), weights
+
+
+def _tells_lse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether SDPA would use its kernel for a CPU, which tells the lse, but without a gradient."""
+    if torch.compiler.is_compiling() or query.device.type != "cpu" or options.get("dropout"):
+        return False
+    learns = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
+    alike = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
+    masked = mask is None or (mask.ndim == 4 and mask.dtype in (torch.bool, query.dtype))
+    return alike and masked and not learns and options.get("position_bias") is None
+
+
+def _with_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> tuple[Tensor, Tensor]:
+    """What SDPA gives on a CPU, (B, T, H, D), and the lse (B, H, T), `LEAST` where a query sees nothing."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if mask is None:
+        out, lse = attend(query, key, value, is_causal=query.shape[2] > 1, scale=scaling)
+    else:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
+        out, lse = attend(query, key, value, attn_mask=mask, scale=scaling)
+        lse = lse.masked_fill(mask.isneginf().all(dim=-1), LEAST)  # the kernel tells 0
+    return out.transpose(1, 2), lse
 
 
 def backend_of(module: nn.Module, config: Any) -> AttentionFunction:

@@ -149,6 +149,11 @@ class MemoryLayer(Extension, BaseLayer):
         if call is not None:
             call.position_embeddings[self.index] = options.get("position_embeddings")
 
+    def needs_lse(self) -> bool:
+        """As `Extension.needs_lse`. (The paper's gate needs none.)"""
+        call = self.running_call()
+        return self.options.combine == "softmax" and call is not None and not self.found(call).is_empty
+
     def joined(self, module: nn.Module, out: Tensor, query: Tensor, local: Local) -> Tensor:
         """As `Extension.joined`."""
         join: Any = self._joined
@@ -181,12 +186,12 @@ class MemoryLayer(Extension, BaseLayer):
             memory_attention(own, lookup, multiplier, less=less, softcap=softcap)
             for (own, lookup), less in zip(found, corrections, strict=True)
         ]
-        here = out.transpose(1, 2), local.total(query).squeeze(-1)
+        here = out.transpose(1, 2)
         if self.options.combine == "softmax":
-            every = [*((each, lse + bias.squeeze(-1)) for each, lse in parts), here]
+            every = [*((each, lse + bias.squeeze(-1)) for each, lse in parts), (here, local.lse(query))]
             together, of_each = merged(every)[0], shares(every)[:-1]
         else:
-            together = gated(here[0], merged(parts), bias)
+            together = gated(here, merged(parts), bias)
             of_each = [each * bias.sigmoid() for each in shares(parts)]
         if call.keeps_weights:
             weights = [
