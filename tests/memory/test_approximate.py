@@ -20,11 +20,22 @@ from memorizing_transformers_pytorch.memory.entries import Vectors
 from memorizing_transformers_pytorch.memory.index import approximate, auto
 from memorizing_transformers_pytorch.memory.index.approximate import TARGET_RECALL, ApproximateIndex
 from memorizing_transformers_pytorch.memory.index.exact import Best, Ring, inner_products
-from memorizing_transformers_pytorch.memory.index.structure import Kind
+from memorizing_transformers_pytorch.memory.index.structure import Kind, Lists
 
 DIM, CAPACITY, TOPK = 16, 4_096, 8
 FACTORIES = ["IVF64,Flat", "IVF64,SQfp16", "IVF64,SQ8"]
 by_factory = pytest.mark.parametrize("factory", FACTORIES)
+
+
+@pytest.fixture(params=["by inner products", "for queries"])
+def learned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both ways that lists are learned."""
+    if request.param == "for queries":
+        queries = torch.randn(50, DIM, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.2, 1, DIM)
+        monkeypatch.setattr(Kind, "trained", lambda kind, keys: kind.trained_for(queries, keys))
+
+
+both_ways = pytest.mark.usefixtures("learned")
 
 
 def clustered(count: int, seed: int, heads: int = 2) -> Tensor:
@@ -73,6 +84,7 @@ def test_a_memory_can_be_searched_otherwise_from_now_on() -> None:
     assert (memory.retrieve(queries, TOPK).slots == exact.slots).all()
 
 
+@both_ways
 @by_factory
 def test_nearly_everything_is_found_while_the_ring_turns(factory: str) -> None:
     memory = filled(factory)
@@ -93,6 +105,7 @@ def test_the_newest_entry_is_found_at_once_and_an_overwritten_one_never(factory:
     assert memory.retrieve(oldest[None], TOPK).scores.max() < 0.999
 
 
+@both_ways
 @by_factory
 def test_a_cleared_row_is_empty_at_once_and_finds_its_next_document_only(factory: str) -> None:
     memory = filled(factory)
@@ -105,6 +118,7 @@ def test_a_cleared_row_is_empty_at_once_and_finds_its_next_document_only(factory
     assert memory.recall(queries_like(-first, 100), TOPK, sample=100) > TARGET_RECALL - 0.1
 
 
+@both_ways
 def test_another_epoch_of_a_row_is_another_document_even_if_nobody_called_forget() -> None:
     index, one, other = ApproximateIndex(DIM, "IVF64,Flat"), clustered(CAPACITY, seed=0), clustered(CAPACITY, seed=1)
     index.search(ring_of(one), one[:, :50], TOPK)
@@ -112,6 +126,7 @@ def test_another_epoch_of_a_row_is_another_document_even_if_nobody_called_forget
     assert (found.scores > 0.999).float().mean() > TARGET_RECALL - 0.05  # each finds itself
 
 
+@both_ways
 def test_rows_with_keys_of_different_kinds_do_not_disturb_each_other() -> None:
     memory = KNNMemory(DIM, CAPACITY, num_indices=2, num_kv_heads=2, index="IVF64,Flat")
     keys = torch.stack((clustered(CAPACITY, seed=1), clustered(CAPACITY, seed=2)))
@@ -124,6 +139,7 @@ def test_rows_with_keys_of_different_kinds_do_not_disturb_each_other() -> None:
     assert structures == again  # nothing was built twice
 
 
+@both_ways
 def test_centroids_are_learned_again_when_the_keys_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = []
     train = Kind.trained
@@ -151,6 +167,7 @@ def test_centroids_are_learned_again_when_there_are_many_more_entries(monkeypatc
     assert sorted(set(trained_on)) == [960, 3_840, 15_360]
 
 
+@both_ways
 def test_keys_without_structure_do_not_seem_to_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     """A centroid is nearer to the keys that it was learned from than to others like them."""
     trainings = []
@@ -178,7 +195,7 @@ def test_what_is_found_does_not_suffer_from_entries_that_were_overwritten() -> N
     assert memory.retrieve(queries, TOPK).scores.min() < 0.99  # the near ones are gone
     assert memory.recall(queries, TOPK, sample=50) > TARGET_RECALL
     assert lists is memory.searcher._rows[0].heads[0]  # type: ignore[attr-defined]  # brought up to date, not built anew
-    assert lists.ntotal == CAPACITY  # and nothing that was overwritten is left in them
+    assert lists.structure.ntotal == CAPACITY  # and nothing that was overwritten is left in them
 
 
 def test_the_number_of_probes_is_measured_anew_for_more_entries_per_query_but_not_for_fewer() -> None:
@@ -192,8 +209,9 @@ def test_the_number_of_probes_is_measured_anew_for_more_entries_per_query_but_no
     assert efforts[0] < efforts[1] == efforts[2] == efforts[3]
 
 
-def test_a_search_looks_no_further_than_is_worth_while() -> None:
+def test_a_search_looks_no_further_than_is_worth_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes of 4 bits find too little of what lies so near to each other, however many lists are probed."""
+    monkeypatch.setattr(Kind, "trained_for", lambda kind, _, keys: kind.trained(keys))
     memory = KNNMemory(DIM, 16_384, index="IVF64,SQ4")
     keys = normalize(torch.ones(DIM) + 1e-3 * torch.randn(1, 16_384, DIM), dim=-1)
     keys[0, :64] = -5 * clustered(64, seed=1, heads=1)[0]  # so that the codes are coarse
@@ -233,6 +251,7 @@ def test_scores_are_those_of_the_keys_in_the_store(dtype: torch.dtype, storage: 
     assert (found.scores.diff(dim=-1) <= 0).all()
 
 
+@both_ways
 def test_keys_too_large_for_float16_codes_are_found_with_their_scores() -> None:
     memory = KNNMemory(DIM, CAPACITY, index="IVF16,SQfp16")
     keys = clustered(CAPACITY, seed=0, heads=1)
@@ -427,7 +446,7 @@ def test_the_recall_is_the_share_of_the_best_entries_that_were_found(probes: int
     memory.add(torch.stack((keys, keys), dim=-2)[0][None])
     memory.retrieve(queries, TOPK)
     row = memory.searcher._rows[0]  # type: ignore[attr-defined]
-    row.heads, row.training.probes = [structure], probes
+    row.heads, row.training.probes = [Lists(structure)], probes
     assert memory.recall(queries, TOPK, sample=200) == pytest.approx(expected, abs=1e-3)
     assert expected < 1
 

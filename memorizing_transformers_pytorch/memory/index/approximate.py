@@ -4,7 +4,8 @@ Each row and key/value head has lists of its own, in which the id of an entry is
 take in the newest entries and drop those that were overwritten. The scores are always those of the keys in the store:
 codes (SQ8) only choose candidates, which are ranked by their keys. Centroids and codes are learned once for all rows,
 which hold keys of one layer, and again when the keys have drifted away from the centroids or are many more. Drift is
-measured against keys that the centroids were not learned from.
+measured against keys that the centroids were not learned from. Where a search would have to read many lists, centroids
+are learned for the queries too, and the better ones stay.
 
 Shapes: G key/value heads, Q queries, N entries in the row, K retrieved, D head width.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +29,8 @@ from memorizing_transformers_pytorch.memory.index.exact import (
 )
 from memorizing_transformers_pytorch.memory.index.structure import (
     Kind,
-    filled,
-    nearest,
-    nearness,
+    Lists,
     parted,
-    replace,
     some,
     some_of,
 )
@@ -41,6 +38,7 @@ from memorizing_transformers_pytorch.memory.index.structure import (
 TARGET_RECALL = 0.95
 SAMPLED_QUERIES = 128  # of each head, to measure the recall
 WORTHWHILE = 0.005  # more recall, for twice as many lists
+MANY = 1 / 16  # of the lists
 TRIES = 2  # times to probe twice as many lists without that gain: the codes are too rough for the target
 SAMPLED_ENTRIES = 4_096  # of each head, to notice that keys have drifted
 OUTGROWN = 4  # times as many entries in a row as there were in training call for other centroids
@@ -57,7 +55,7 @@ class _Training:
     queries of a head, in a row of `measured_in` entries.
     """
 
-    templates: list[Any]
+    templates: list[Lists]
     entries: int
     nearness: float = 0.0
     probes: int = 1
@@ -68,12 +66,17 @@ class _Training:
 
     def nearness_of(self, keys: Vectors) -> float:
         """How near keys (G, N, D) are to the centroids."""
-        heads = [nearness(template, head) for template, head in zip(self.templates, keys, strict=True)]
+        heads = [template.nearness(head) for template, head in zip(self.templates, keys, strict=True)]
         return sum(heads) / len(heads)
 
     def measured(self, topk: int, queries: int, entries: int) -> bool:
         """Whether `probes` was measured for as many entries per query, as many queries, in a row about as large."""
         return topk <= self.measured_for and queries <= self.measured_with and entries < 2 * self.measured_in
+
+    @property
+    def rank(self) -> tuple[bool, int, float]:
+        """Larger for what is better: enough recall, then fewer lists to read, then more recall."""
+        return self.recall >= TARGET_RECALL, -self.probes, self.recall
 
     def serves(self, entries: int, near: float) -> bool:
         """Whether it is good for a row of so many entries, so near to the centroids."""
@@ -91,7 +94,7 @@ class _Row:
     epoch: int
     written: int
     training: _Training
-    heads: list[Any]
+    heads: list[Lists]
     near: float
     built_at: int
 
@@ -131,7 +134,7 @@ class ApproximateIndex:
         if ring.keys.shape[1] < self._kind.least_entries:
             self._rows.pop(ring.row, None)
             return best_of(queries, ring.keys, topk)
-        row = self._follow(ring)
+        row = self._follow(ring, queries, topk)
         if not row.training.measured(topk, min(queries.shape[1], SAMPLED_QUERIES), ring.keys.shape[1]):
             self._measure(row, ring, queries, topk)
         return self._search(row, ring, queries, topk)
@@ -141,43 +144,54 @@ class ApproximateIndex:
         for row in list(self._rows) if rows is None else rows:
             self._rows.pop(row, None)
 
-    def _follow(self, ring: Ring) -> _Row:
+    def _follow(self, ring: Ring, queries: Tensor, topk: int) -> _Row:
         """The lists of the row, up to date."""
         row = self._rows.get(ring.row)
         if row is None or row.epoch != ring.epoch or _must_rebuild(row, ring):
-            row = self._rows[ring.row] = self._built(ring)
+            row = self._rows[ring.row] = self._built(ring, queries, topk)
         elif row.written < ring.written:
             _take_newest(row, ring)
         return row
 
-    def _built(self, ring: Ring) -> _Row:
+    def _built(self, ring: Ring, queries: Tensor, topk: int) -> _Row:
         """The lists of all that is in the row, with the last training if that serves, else with one of its own."""
-        training, near = self._training, 0.0
-        if training is not None:
-            near = training.nearness_of(some_of(ring.keys, SAMPLED_ENTRIES))
-        if training is None or not training.serves(ring.keys.shape[1], near):
-            training = self._training = self._trained(ring.keys)
-            near = training.nearness
-        heads = [filled(empty, keys) for empty, keys in zip(training.templates, ring.keys, strict=True)]
-        return _Row(ring.epoch, ring.written, training, heads, near, ring.written)
+        if self._training is not None:
+            near = self._training.nearness_of(some_of(ring.keys, SAMPLED_ENTRIES))
+            if self._training.serves(ring.keys.shape[1], near):
+                return _filled(ring, self._training, near)
+        row = self._learned(ring, None)
+        self._measure(row, ring, queries, topk)
+        if row.training.recall < TARGET_RECALL or row.training.probes > MANY * self._kind.num_lists:
+            other = self._learned(ring, queries)
+            self._measure(other, ring, queries, topk)
+            row = max(row, other, key=lambda each: each.training.rank)
+        self._training = row.training
+        return row
 
-    def _trained(self, keys: Vectors) -> _Training:
-        """What can be learned from most of the keys (G, N, D), and how near the others are to it."""
-        learned, held_out = parted(keys)
-        training = _Training([self._kind.trained(head) for head in learned], keys.shape[1])
+    def _learned(self, ring: Ring, queries: Tensor | None) -> _Row:
+        """Lists whose centroids are learned from most of the keys of the row, for these queries if any; and how near
+        the other keys are to them."""
+        kind, (learned, held_out) = self._kind, parted(ring.keys)
+        if queries is None:
+            templates = [kind.trained(head) for head in learned]
+        else:
+            templates = [
+                kind.trained_for(some(own, SAMPLED_ENTRIES), head) for own, head in zip(queries, learned, strict=True)
+            ]
+        training = _Training(templates, ring.keys.shape[1])
         training.nearness = training.nearness_of(some_of(held_out, SAMPLED_ENTRIES))
-        return training
+        return _filled(ring, training, training.nearness)
 
     def _search(self, row: _Row, ring: Ring, queries: Tensor, topk: int) -> Best:
         found = [
-            self._search_head(row.training.probes, structure, keys, head_queries, min(topk, keys.shape[0]))
-            for structure, keys, head_queries in zip(row.heads, ring.keys, queries, strict=True)
+            self._search_head(row.training.probes, lists, keys, head_queries, min(topk, keys.shape[0]))
+            for lists, keys, head_queries in zip(row.heads, ring.keys, queries, strict=True)
         ]
         return Best(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
-    def _search_head(self, probes: int, structure: Any, keys: Vectors, queries: Tensor, topk: int) -> Best:
+    def _search_head(self, probes: int, lists: Lists, keys: Vectors, queries: Tensor, topk: int) -> Best:
         """The best of the candidates in the probed lists; where these hold too few, the best of all entries."""
-        places = nearest(structure, queries, min(self._kind.fetched * topk, keys.shape[0]), probes)
+        places = lists.nearest(queries, min(self._kind.fetched * topk, keys.shape[0]), probes)
         best = _best_candidates(queries, keys, places, topk)
         too_few = (places >= 0).sum(dim=1) < topk
         if bool(too_few.any()):
@@ -205,6 +219,12 @@ class ApproximateIndex:
         training.probes = chosen
 
 
+def _filled(ring: Ring, training: _Training, near: float) -> _Row:
+    """Lists of all that is in the row."""
+    heads = [empty.filled(keys) for empty, keys in zip(training.templates, ring.keys, strict=True)]
+    return _Row(ring.epoch, ring.written, training, heads, near, ring.written)
+
+
 def _must_rebuild(row: _Row, ring: Ring) -> bool:
     """Whether all was overwritten or the keys have changed; at most once for every quarter of the ring."""
     size = ring.keys.shape[1]
@@ -218,8 +238,8 @@ def _take_newest(row: _Row, ring: Ring) -> None:
     size = ring.keys.shape[1]
     count = min(ring.written - row.written, size)
     places = (ring.cursor - 1 - torch.arange(count)) % size
-    for structure, keys in zip(row.heads, ring.keys, strict=True):
-        replace(structure, places, keys[places])
+    for lists, keys in zip(row.heads, ring.keys, strict=True):
+        lists.replace(places, keys[places])
     weight = min(count / (REBUILT_AFTER * size), 1.0)
     row.near += weight * (row.training.nearness_of(ring.keys[:, places]) - row.near)
     row.written = ring.written
