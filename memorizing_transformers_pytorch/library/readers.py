@@ -31,6 +31,9 @@ class RunReader:
         self.run, self.model, self.tokenizer, self._index = run, run.model, run.tokenizer, index
         self.is_of_spans = False
         self.memory = run.model.create_knn_memories(batch_size=1, max_memories=max_memories or MAX_MEMORIES)
+        if index is None and run.model.config.memory_index == "exact":  # good for training, slow in a library
+            for memory in self.memory:
+                memory.search_with("auto")
         self.memory.fingerprint = Weights(run.model).fingerprint()
         self.memory.extra = {"kind": OF_RUN, "layers": list(run.model.config.layers_with_memory)}
 
