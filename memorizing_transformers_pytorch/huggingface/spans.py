@@ -15,7 +15,7 @@ from torch import Tensor
 
 SINKS = 8  # entries at the beginning of a document that are never a hit: they attract attention whatever they are
 SMOOTHED = 17  # neighbours over which the attention is averaged
-BLOCK = 65_536  # entries at a time
+BLOCK = 4_096  # entries at a time, whose logits stay in the cache of a core
 
 
 class Hit(NamedTuple):
