@@ -46,7 +46,7 @@ class Build(OfMemory):
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
     """How a new memory of a model of transformers stores keys and values; by default as in the model."""
     index: str | None = None
-    """How a memory of tokens is searched: exact, auto or a faiss factory string; by default as before."""
+    """How a memory is searched: exact, auto or inverted lists of faiss; by default as before, and a new one auto."""
     device: str | None = None
     """Such as cpu or cuda; by default cuda if there is one."""
     save_every: float = 30.0
