@@ -1,11 +1,12 @@
-"""The field's own tests of finding, asked through `memory.ask`: a pass key at every depth, values of keys, variables.
+"""The field's own tests of finding: a pass key at every depth, values of keys, variables.
 
     python experiments/recall_tasks.py MODEL_FOLDER OUTPUT.json --text moby-dick.txt --task "pass key" --tokens 300000
 
 pass key: one key (InfiniteBench, after Mohtashami and Jaggi, 2023) at each of 20 depths of a text. The text is read
     as 20 documents; at each depth the one that lies there is read with the key in its middle, asked about, and
     forgotten. (Other keys are never remembered at the same time.)
-values: a list of pairs of random uuids; the value of one of them is asked for (InfiniteBench's key-value retrieval).
+values: a list of pairs of random uuids; the value of one of them is asked for (InfiniteBench's key-value retrieval),
+    and after the passages the model writes on with `"KEY": "`.
 variables: a value that is handed on from one of five variables to the next, all over the text; the names of all five
     are asked for (RULER's variable tracking). Counted is the share of names, for `questions` texts.
 
@@ -37,7 +38,7 @@ Finder = Literal["head", "bm25", "both"]
 Score = tuple[float, bool | None]
 DEPTHS = 20
 KEY = "\nThe pass key is {0}. Remember it. {0} is the pass key.\n"
-WORDS = {"pass key": 16, "values": 48, "variables": 48}  # tokens of an answer
+WORDS = {"pass key": 16, "values": 40, "variables": 48}  # tokens of an answer
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """A text that is read, or a change of it, and what is asked about it. right: the part that holds the answer."""
+    """A text that is read, or a change of it, and what is asked about it. right: the part that holds the answer. begun:
+    how the answer begins, where the model writes on after passages as text, instead of answering through `ask`."""
 
     document: str
     text: str
     question: str
     answers: Sequence[str]
     right: str | None
+    begun: str = ""
 
 
 def pass_keys(parts: Sequence[str]) -> Iterator[Case]:
@@ -83,7 +86,11 @@ def values(count: int, questions: int) -> tuple[str, list[Case]]:
     pairs = list(zip(ids[::2], ids[1::2], strict=True))
     lines = [f'"{key}": "{value}"' for key, value in pairs]
     chosen = np.linspace(0, count - 1, questions).astype(int).tolist()
-    cases = [Case("", "", f'What is the value of "{pairs[i][0]}"?', [pairs[i][1]], lines[i]) for i in chosen]
+    cases = [
+        Case("", "", f'What is the value of "{key}"?', [value], lines[i], f'"{key}": "')
+        for i in chosen
+        for key, value in [pairs[i]]
+    ]
     return "{" + ",\n ".join(lines) + "}", cases
 
 
@@ -132,10 +139,24 @@ class Trial:
 
     def asked(self, memory: Any, case: Case, count: int = 1) -> Score:
         """The share of the answers that are given, and whether a passage holds one."""
-        answer = memory.ask(case.question, max_new_tokens=WORDS[self.options.task], passages=count)
-        said, seen = answer.text.lower(), "\n".join(each.text.lower() for each in answer.sources)
+        if case.begun:
+            passages = memory.recall(case.question, passages=count)
+            said = self.written_on(memory, "\n".join(each.text for each in reversed(passages)) + "\n" + case.begun)
+        else:
+            answer = memory.ask(case.question, max_new_tokens=WORDS[self.options.task], passages=count)
+            said, passages = answer.text.lower(), answer.sources
+        seen = "\n".join(each.text.lower() for each in passages)
         given = [each.lower() in said for each in case.answers]
         return sum(given) / len(given), any(each.lower() in seen for each in case.answers)
+
+    def written_on(self, memory: Any, text: str) -> str:
+        """What the model writes after this text, and nothing before it."""
+        tokens, most = self.tokenizer(text, return_tensors="pt").input_ids, WORDS[self.options.task]
+        with memory.enabled(False):
+            written = self.model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=most, do_sample=False
+            )
+        return str(self.tokenizer.decode(written[0, tokens.shape[1] :]).lower())
 
     def compare(
         self, cases: Sequence[Case], reading: Callable[[Any, Case], contextlib.AbstractContextManager[Any]]
