@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ours
+from benchmarks import measurements, ours
 from benchmarks.judging import recall, sampled
 from benchmarks.measurements import MEASUREMENTS, exponent, summaries
 from benchmarks.page import SECTIONS, write_page
@@ -68,6 +68,17 @@ def test_medians_and_ranges() -> None:
 def test_the_exponent_is_the_slope_in_logarithms(power: float) -> None:
     sizes = [1, 2, 4, 8]
     assert exponent(sizes, [3 * size**power for size in sizes]) == pytest.approx(power)
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_bfloat16_is_measured_where_it_is_not_far_slower(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    raced: list[str] = []
+    monkeypatch.setattr(measurements, "seconds_of_products", lambda dtype: times if dtype == torch.bfloat16 else 1.0)
+    monkeypatch.setattr(measurements.Setting, "race", lambda _, racers, rounds=None: raced.extend(racers) or {})
+    setting = measurements.Setting(quick=True, original="", vectors="", folder=Path())
+    measurements.step(setting)
+    measurements.space(setting)
+    assert any("bf16" in name for name in raced) == (times == 1)
 
 
 SMALL: list[tuple[str, dict[str, Any]]] = [
