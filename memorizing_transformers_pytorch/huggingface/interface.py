@@ -109,15 +109,15 @@ def attend(
     extension, config = used
     bare = copy.copy(module)
     bare.config = config
-    told = functools.partial(backend_of(module, config), bare, query, key, value, attention_mask, **options)
+    by_itself = functools.partial(backend_of(module, config), bare, query, key, value, attention_mask, **options)
     if extension is None:
-        return told()
+        return by_itself()
     if config._attn_implementation == "sdpa":
         options = {name: option for name, option in options.items() if name not in IGNORED_BY_SDPA}
         if _tells_lse(query, key, value, attention_mask, options) and extension.needs_lse():
             out, lse = _with_lse(query, key, value, attention_mask, options.get("scaling"))
             return extension.joined(module, out, query, Local(key, value, attention_mask, options, lse)), None
-    out, weights = told()
+    out, weights = by_itself()
     return extension.joined(module, out, query, Local(key, value, attention_mask, options)), weights
 
 

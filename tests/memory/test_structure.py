@@ -125,3 +125,16 @@ def test_keys_that_move_away_are_less_near() -> None:
     moved[:, :2] += 3
     assert lists.nearness(Vectors(moved)) < 0.5 * alike
     assert lists.nearness(Vectors(moved[:1])) < 0.5 * alike  # one at a time too
+
+
+def test_lists_that_hold_too_few_do_not_count_as_enough() -> None:
+    """All queries look first in a list of four: what a search of all entries adds is not the merit of the lists."""
+    random = torch.Generator().manual_seed(0)
+    keys, queries = torch.randn(4_000, DIM, generator=random), torch.randn(100, DIM, generator=random)
+    keys[:4], queries[:, 0] = 50 * torch.eye(DIM)[0], 5.0
+    memory = memory_of(keys, "IVF64,Flat")
+    found = memory.retrieve(queries[None], TOPK)
+    training = memory.searcher._training  # type: ignore[attr-defined]
+    assert training.probes > 1
+    assert training.recall >= approximate.TARGET_RECALL
+    assert_close(found.scores[0, :, 0], (queries @ keys.mT).max(dim=1).values)

@@ -5,7 +5,7 @@ They add and remove single entries, so they can follow a ring. The id of an entr
 Which list a key is put in is learned from the keys, in one of two ways. By inner products: the list of a key is that of
 the centroid with the largest product. Or for queries: keys lie in one list if their products with queries like those
 seen are alike, so few lists hold the best keys for such a query. Which is better depends on the model (measured in
-benchmarks/notes.md): in pretrained ones queries vary along few of the dimensions in which keys do.
+docs/memory.md): in pretrained ones queries vary along few of the dimensions in which keys do.
 
 Shapes: G key/value heads, N keys of one row and head, Q queries, D head width.
 """
