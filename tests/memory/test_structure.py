@@ -138,3 +138,31 @@ def test_lists_that_hold_too_few_do_not_count_as_enough() -> None:
     assert training.probes > 1
     assert training.recall >= approximate.TARGET_RECALL
     assert_close(found.scores[0, :, 0], (queries @ keys.mT).max(dim=1).values)
+
+
+def test_lists_for_queries_are_tried_where_reading_more_lists_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(approximate, "TRIES", 0)
+    queries, keys = narrow(200, 8_192)
+    memory = memory_of(keys, "IVF64,Flat")
+    memory.retrieve(queries[None], TOPK)
+    training = memory.searcher._training  # type: ignore[attr-defined]
+    assert training.probes == 1
+    assert training.recall < approximate.TARGET_RECALL
+    assert training.templates[0]._space is not None
+
+
+def test_each_head_has_lists_for_its_own_queries() -> None:
+    queries, keys = narrow(200, 8_192)
+    both = torch.stack((keys, keys.roll(5, dims=1)))
+    memory = KNNMemory(DIM, len(keys), num_kv_heads=2, index="IVF64,Flat")
+    memory.add(torch.stack((both, both), dim=-2)[None])
+    memory.retrieve(torch.stack((queries, queries.roll(5, dims=1)))[None], TOPK)
+    assert memory.searcher._training.probes <= 8  # type: ignore[attr-defined]
+
+
+def test_what_is_moved_fits_into_float16_codes() -> None:
+    queries = torch.randn(100, DIM) * torch.tensor([30.0] + [1.0] * (DIM - 1))
+    keys = torch.full((2, DIM), 1e30)
+    space = Space(queries)
+    assert abs(space.keys(Vectors(keys))).max() <= 65_504
+    assert abs(space.queries(keys)[:, :DIM]).max() <= 65_504
