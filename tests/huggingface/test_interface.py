@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoConfig
 
-from memorizing_transformers_pytorch.huggingface import interface
+from memorizing_transformers_pytorch.huggingface import attach_memory, interface
 from memorizing_transformers_pytorch.huggingface.interface import LEAST, Extension, Local
+from tests.huggingface.families import tiny
 
 WIDTH = 5
 
@@ -95,3 +96,23 @@ def test_where_something_is_learned_the_lse_has_a_gradient() -> None:
     interface.attend(layer, query.requires_grad_(), key, value, None, scaling=0.3)
     assert extension.local is not None
     assert extension.local.lse(query).requires_grad
+
+
+@pytest.mark.parametrize("combine", ["softmax", "gate"])
+def test_the_kernel_is_asked_only_where_something_was_found_and_the_lse_is_needed(
+    combine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, with_lse = [], interface._with_lse
+    monkeypatch.setattr(interface, "_with_lse", lambda *given: asked.append(1) or with_lse(*given))
+    model = tiny("llama")
+    memory = attach_memory(model, retrieve="tokens", combine=combine)
+    tokens = torch.randint(50, (1, 20))
+    with torch.no_grad():
+        model(tokens)
+        assert not asked
+        memory.read(tokens, progress=False)
+        model(tokens)
+        assert len(asked) == (len(memory.layers) if combine == "softmax" else 0)
+        with memory.enabled(False):
+            model(tokens)
+    assert len(asked) == (len(memory.layers) if combine == "softmax" else 0)
