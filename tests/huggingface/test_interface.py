@@ -104,7 +104,7 @@ def test_the_kernel_is_asked_only_where_something_was_found_and_the_lse_is_neede
 ) -> None:
     asked, with_lse = [], interface._with_lse
     monkeypatch.setattr(interface, "_with_lse", lambda *given: asked.append(1) or with_lse(*given))
-    model = tiny("llama")
+    model = tiny("llama", "sdpa")
     memory = attach_memory(model, retrieve="tokens", combine=combine)
     tokens = torch.randint(50, (1, 20))
     with torch.no_grad():
