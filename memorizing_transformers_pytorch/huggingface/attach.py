@@ -87,7 +87,7 @@ def attach_memory(
         indexed anew when the memory has changed, and "bm25" for a model without an induction head.
     passages, span: how many tokens stand before a text: so many passages of so many tokens, around the places that
         were found. first: so many tokens of the beginning of the best passage's document come before them.
-    every: after how many tokens that are written passages are chosen anew.
+    every: after how many tokens passages are chosen anew.
     overlap: how many tokens at the beginning of each chunk are read again, so that no token is read without any before
         it.
 

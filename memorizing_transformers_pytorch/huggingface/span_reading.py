@@ -19,14 +19,13 @@ from memorizing_transformers_pytorch.huggingface.searching import Query
 from memorizing_transformers_pytorch.huggingface.span_layer import SpanOptions
 
 RECENT = 128  # tokens before a piece that stand before it when it is scored
-BLOCK = 64  # tokens at most that are read with the same passages
 
 
 class SpanReader:
     """As `Reader`, of a memory of spans.
 
-    look_up: whether pieces are read with passages before them, a block of 64 (or `every`, if that is less) tokens at a
-    time, found by the tokens before the block.
+    look_up: whether pieces are read with passages before them, a block of `every` tokens at a time, found by the tokens
+    before the block.
     """
 
     def __init__(
@@ -63,13 +62,13 @@ class SpanReader:
         self, pieces: list[Piece], tokens: Tensor, mask: Tensor, losses: list[Tensor] | None
     ) -> dict[int, Pair]:
         """As `_alone`, with passages before the pieces, filling in the losses."""
-        finder, cache = self._recall.search.finder, prefixes.new_cache()
+        finder, every, cache = self._recall.search.finder, self._options.every, prefixes.new_cache()
         vectors, keys = (None, None) if finder is None else finder.vectors(self._model, tokens, mask)
         context = int(min(piece.stop - piece.start - piece.new for piece in pieces))  # was read before
         logits, start = None, 0
         count = tokens.shape[1]
         while start < count:
-            stop = min((context if start == 0 else start) + min(BLOCK, self._options.every), count)
+            stop = min((context if start == 0 else start) + every, count)
             queries = self._queries(pieces, tokens, vectors, context if start == 0 else start)
             with self._recall.asked.at(queries):
                 out = self._model(

@@ -140,17 +140,6 @@ def test_scores_are_those_of_full_context_where_all_fits(content: str) -> None:
     assert memory.place_of(0) == 60
 
 
-@pytest.mark.parametrize(("every", "most"), [(128, 64), (64, 64), (20, 20)])
-def test_passages_are_chosen_for_blocks_of_no_more_than_64_tokens(every: int, most: int) -> None:
-    model = tiny("llama", "sdpa")
-    memory = read(attached(model, every=every, chunk=200), tokens(1, 100, seed=1))
-    lengths: list[int] = []
-    recalled = memory._recall.search.pairs_for
-    memory._recall.search.pairs_for = lambda *given: lengths.append(1) or recalled(*given)  # type: ignore[method-assign]
-    memory.score(tokens(1, 200), progress=False)
-    assert len(lengths) == -(-200 // most)
-
-
 @by_content
 def test_scores_inside_read_only_store_nothing_and_see_what_was_read(content: str) -> None:
     """The first block, before which there is nothing to find passages by, has none."""
