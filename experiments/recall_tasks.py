@@ -216,9 +216,10 @@ def pass_key(trial: Trial) -> None:
 
     @contextlib.contextmanager
     def reading(memory: Any, case: Case) -> Iterator[None]:
-        if not memory.documents:
+        if not len(memory.documents()):
             for i, part in enumerate(parts):
                 memory.read(part, document=f"part {i}", progress=False)
+            print(memory, flush=True)
         memory.read(case.text, document=case.document, progress=False)
         yield
         memory.forget(case.document)
@@ -233,7 +234,7 @@ def of_one_text(trial: Trial, text: str, cases: list[Case]) -> None:
 
     @contextlib.contextmanager
     def reading(memory: Any, case: Case) -> Iterator[None]:
-        if not memory.documents:
+        if not len(memory.documents()):
             memory.read(text, progress=False)
         yield
 
