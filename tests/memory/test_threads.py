@@ -52,12 +52,13 @@ def check_look_up(memory: KNNMemory, *, gradients: bool) -> int:
     if gradients:
         towards = torch.randn_like(out)
         own, other = (torch.autograd.grad(each, queries, towards, retain_graph=True)[0] for each in (out, expected))
-        assert_close(own, other)
+        # Terms of up to 100 cancel in float32; an entry in the place of another would differ by 0.07 in every key.
+        assert_close(own, other, atol=1e-3)
     return int(found.mask.sum())
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-4)
 
 
 def run_beside(writing: Callable[[], None], reading: Callable[[], None]) -> None:
@@ -107,6 +108,8 @@ def test_readers_never_see_half_of_a_change(index: str, policy: str, read: Calla
         nonlocal found
         found += read(memory)
 
+    write()
+    count()  # the first operator that is called is slow to load
     run_beside(write, count)
     assert found > 50
 
