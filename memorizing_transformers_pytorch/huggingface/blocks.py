@@ -62,7 +62,7 @@ class BlockReader:
         self._memory, self._row, self._question = memory, row, question
 
     def run(self, tokens: Tensor, prompt: int, *, attention: bool = False) -> tuple[Tensor, list[WatchedBlock]]:
-        """Run the model on tokens (N,), of which it was given the first `prompt` -> logits (N, V), and the blocks."""
+        """Run the model on tokens (N,), which begin with a prompt of `prompt` tokens -> logits (N, V), and blocks."""
         memory, logits, blocks = self._memory, list[Tensor](), list[WatchedBlock]()
         goes_on, cache, watched = memory._recall.search.can_turn, prefixes.new_cache(), _Watch(memory)
         with memory.read_only(), evaluating(memory.model), watched.on() if attention else ExitStack():

@@ -9,7 +9,6 @@ Shapes: B rows, H query heads, G key/value heads, T queries, S local keys, D hea
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import sys
 from collections.abc import Callable
@@ -109,16 +108,17 @@ def attend(
     extension, config = used
     bare = copy.copy(module)
     bare.config = config
-    by_itself = functools.partial(backend_of(module, config), bare, query, key, value, attention_mask, **options)
+    is_sdpa, lse = config._attn_implementation == "sdpa", None
+    tells_lse = is_sdpa and _tells_lse(query, key, value, attention_mask, options)
+    if tells_lse and extension is not None and extension.needs_lse():
+        (out, lse), weights = _with_lse(query, key, value, attention_mask, options.get("scaling")), None
+    else:
+        out, weights = backend_of(module, config)(bare, query, key, value, attention_mask, **options)
     if extension is None:
-        return by_itself()
-    if config._attn_implementation == "sdpa":
+        return out, weights
+    if is_sdpa:
         options = {name: option for name, option in options.items() if name not in IGNORED_BY_SDPA}
-        if _tells_lse(query, key, value, attention_mask, options) and extension.needs_lse():
-            out, lse = _with_lse(query, key, value, attention_mask, options.get("scaling"))
-            return extension.joined(module, out, query, Local(key, value, attention_mask, options, lse)), None
-    out, weights = by_itself()
-    return extension.joined(module, out, query, Local(key, value, attention_mask, options)), weights
+    return extension.joined(module, out, query, Local(key, value, attention_mask, options, lse)), weights
 
 
 def _tells_lse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:

@@ -38,7 +38,7 @@ def module() -> nn.Module:
 
 
 def masks(queries: int, keys: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """Of two rows, the first of which is padded on the left, so that some queries see nothing."""
+    """Masks for two rows. The first row is left-padded, so some of its queries see nothing."""
     visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).expand(2, 1, -1, -1).clone()
     visible[0, :, :, :3] = False
     visible[0, :, 0] = False

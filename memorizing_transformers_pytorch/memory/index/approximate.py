@@ -185,11 +185,10 @@ class ApproximateIndex:
     def _search(self, row: _Row, ring: Ring, queries: Tensor, topk: int) -> Best:
         """The best that are in the probed lists; where these hold too few, the best of all entries."""
         best = self._in_lists(row, ring, queries, topk)
-        too_few = best.places[..., -1] < 0
-        for head in range(len(queries) if bool(too_few.any()) else 0):
-            some = too_few[head]
-            whole = best_of(queries[head : head + 1, some], ring.keys[head : head + 1], topk)
-            best.scores[head, some], best.places[head, some] = whole.scores[0], whole.places[0]
+        for head, too_few in enumerate(best.places[..., -1] < 0):
+            if bool(too_few.any()):
+                whole = best_of(queries[head, too_few][None], ring.keys[head : head + 1], topk)
+                best.scores[head, too_few], best.places[head, too_few] = whole.scores[0], whole.places[0]
         return best
 
     def _in_lists(self, row: _Row, ring: Ring, queries: Tensor, topk: int) -> Best:

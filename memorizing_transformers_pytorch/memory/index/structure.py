@@ -79,8 +79,7 @@ class Kind:
         structure: Any = faiss.index_factory(placed.shape[1], self.factory, faiss.METRIC_INNER_PRODUCT)
         structure.quantizer.add(space.centroids(torch.from_numpy(means.centroids)))
         structure.train(placed)  # the codes alone, if they need it: there are centroids
-        space.spread = float(placed.var(axis=0).sum())
-        return Lists(_removable(structure), space)
+        return Lists(_removable(structure), space, spread=float(placed.var(axis=0).sum()))
 
     def _some_of(self, keys: Vectors) -> Vectors:
         return some_of(keys, max(TRAINED_PER_LIST * self.num_lists, LEAST_TRAINED))
@@ -95,8 +94,6 @@ class Space:
     with the largest product is the nearest to a key, and for a query that whose keys have the largest products. The
     width is filled up with zeros to a multiple of 8: W.
     """
-
-    spread = 1.0  # the mean squared distance of keys to their mean
 
     def __init__(self, queries: Tensor) -> None:
         count, width = queries.shape
@@ -120,14 +117,15 @@ class Space:
 
 
 class Lists:
-    """The lists of one head. space: None where keys and queries lie as they are."""
+    """The lists of one head. space: None where keys and queries lie as they are; else spread is the mean squared
+    distance, there, of the keys to their mean."""
 
-    def __init__(self, structure: Any, space: Space | None = None) -> None:
-        self.structure, self._space = structure, space
+    def __init__(self, structure: Any, space: Space | None = None, spread: float = 0.0) -> None:
+        self.structure, self._space, self._spread = structure, space, spread
 
     def filled(self, keys: Vectors) -> Lists:
         """A copy of trained lists, with keys (N, D) whose ids are their places."""
-        copy = Lists(faiss.clone_index(self.structure), self._space)
+        copy = Lists(faiss.clone_index(self.structure), self._space, self._spread)
         for start in range(0, keys.shape[0], BLOCK_ENTRIES):
             block = keys[start : start + BLOCK_ENTRIES]
             copy.structure.add_with_ids(copy._placed(block), np.arange(start, start + block.shape[0]))
@@ -157,7 +155,7 @@ class Lists:
             lengths = np.linalg.norm(numbers, axis=1, keepdims=True)
             return float((scores / np.maximum(lengths, 1e-20)).mean())
         distances = np.square(numbers).sum(axis=1) - 1 - 2 * scores[:, 0]
-        return 1.0 - float(distances.mean()) / max(self._space.spread, 1e-20)
+        return 1.0 - float(distances.mean()) / max(self._spread, 1e-20)
 
     def _placed(self, keys: Vectors) -> np.ndarray:
         return prepared(keys) if self._space is None else self._space.keys(keys)
